@@ -1,0 +1,97 @@
+"""Write the latents of new tokens into the paged latent cache. The one op that mutates.
+
+    cache[slot // PAGE, slot % PAGE] = [latent | k_rope]     for each token
+
+Page 0 belongs to nobody: padding rows and calls that keep no cache write there.
+Dims: T tokens, P pages, C latent rank, R rotary width.
+Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.2: only ``c_t`` and the rotated ``k_t`` are kept.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from deepfuse.ir.cost import Cost, tensor_bytes
+from deepfuse.ir.op import define
+
+PAGE_SIZE = 64
+"""Tokens in a page: the page of FlashMLA, so that caches can be shared with it."""
+
+
+def append_latent_ref(cache: Tensor, latent: Tensor, k_rope: Tensor, slots: Tensor) -> None:
+    cache.copy_(appended_latent(cache, latent, k_rope, slots))
+
+
+def appended_latent(cache: Tensor, latent: Tensor, k_rope: Tensor, slots: Tensor) -> Tensor:
+    """The cache after the write, as a new tensor: what the op means in a functional graph."""
+    rows_TD = torch.cat((latent, k_rope), dim=-1).to(cache.dtype)
+    return cache.index_put((slots // PAGE_SIZE, slots % PAGE_SIZE), rows_TD)
+
+
+def _append(cache: Tensor, latent: Tensor, k_rope: Tensor, slots: Tensor) -> None:
+    page_T, offset_T = slots // PAGE_SIZE, slots % PAGE_SIZE
+    cache.index_put_((page_T, offset_T), torch.cat((latent, k_rope), dim=-1).to(cache.dtype))
+
+
+def _check(cache: Tensor, latent: Tensor, k_rope: Tensor, slots: Tensor) -> None:
+    if (
+        cache.ndim != 3
+        or cache.shape[1] != PAGE_SIZE
+        or latent.ndim != 2
+        or k_rope.ndim != 2
+        or latent.shape[1] + k_rope.shape[1] != cache.shape[2]
+        or slots.ndim != 1
+    ):
+        raise ValueError(
+            f"append_latent: want cache [P, {PAGE_SIZE}, C + R], latent [T, C], k_rope [T, R] and slots [T], got "
+            f"{list(cache.shape)}, {list(latent.shape)}, {list(k_rope.shape)} and {list(slots.shape)}"
+        )
+    if slots.dtype != torch.int64:
+        raise TypeError(f"append_latent: want int64 slots, got {slots.dtype}")
+
+
+def _fake(cache: Tensor, latent: Tensor, k_rope: Tensor, slots: Tensor) -> None:
+    return None
+
+
+def _cost(cache: Tensor, latent: Tensor, k_rope: Tensor, slots: Tensor) -> Cost:
+    rows = tensor_bytes(latent, k_rope)
+    return Cost(flops=0, bytes=2 * rows + tensor_bytes(slots))
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    for T, C, R in [(1, 16, 8), (5, 24, 4), (0, 16, 8), (70, 512, 64)]:
+        cache = torch.zeros(4, PAGE_SIZE, C + R, device=device, dtype=dtype)
+        slots = torch.randperm(3 * PAGE_SIZE, device=device)[:T] + PAGE_SIZE
+        yield (
+            cache,
+            torch.randn(T, C, device=device, dtype=dtype),
+            torch.randn(T, R, device=device, dtype=dtype),
+            slots,
+        )
+
+
+append_latent = define(
+    "append_latent(Tensor(a!) cache, Tensor latent, Tensor k_rope, Tensor slots) -> ()",
+    reference=append_latent_ref,
+    check=_check,
+    fake=_fake,
+    cost=_cost,
+    samples=_samples,
+    inline_reference=False,
+)
+"""Append to the cache.
+
+Args:
+    cache: ``[P, 64, C + R]``; written in place.
+    latent: ``[T, C]``, normed.
+    k_rope: ``[T, R]``, rotated.
+    slots: ``[T]`` int64, ``page * 64 + offset``; distinct but for those in page 0.
+
+Raises:
+    ValueError: shapes do not fit.
+    TypeError: ``slots`` is not int64.
+"""
+
+append_latent.provide("torch", _append, priority={"cpu": 5, "cuda": 5})

@@ -1,0 +1,95 @@
+"""Rotary position embedding: rotates pairs of channels by an angle proportional to the position.
+
+    interleaved:  pairs are channels (2i, 2i+1)        (DeepSeek-V2 and V3)
+    half-split:   pairs are channels (i, i + R/2)      (GPT-NeoX, Llama)
+
+The layout of the output is that of the input. Dims: T tokens, H heads, R rotary width.
+Source: Su et al. 2021 (arXiv:2104.09864), eq. 34; tables with YaRN in ``blocks/rotary.py``.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepfuse.ir.cost import Cost, tensor_bytes
+from deepfuse.ir.op import define
+
+
+def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    x_THR = x.to(compute)
+    cos_T1P, sin_T1P = cos.to(compute).unsqueeze(1), sin.to(compute).unsqueeze(1)
+    if interleaved:
+        a, b = x_THR.unflatten(-1, (-1, 2)).unbind(-1)
+        y = torch.stack((a * cos_T1P - b * sin_T1P, b * cos_T1P + a * sin_T1P), dim=-1).flatten(-2)
+    else:
+        a, b = x_THR.chunk(2, dim=-1)
+        y = torch.cat((a * cos_T1P - b * sin_T1P, b * cos_T1P + a * sin_T1P), dim=-1)
+    return y.to(x.dtype)
+
+
+def _check(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    if x.ndim != 3 or x.shape[-1] % 2 or cos.ndim != 2 or cos.shape[1] * 2 != x.shape[-1] or cos.shape != sin.shape:
+        raise ValueError(
+            "rotary: want x [T, H, R] with even R, cos and sin [T, R/2], got "
+            f"{list(x.shape)}, {list(cos.shape)} and {list(sin.shape)}"
+        )
+    torch._check(cos.shape[0] == x.shape[0], lambda: f"rotary: want {x.shape[0]} rows in cos, got {cos.shape[0]}")
+
+
+def _fake(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, ctx.interleaved = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    cos, sin = ctx.saved_tensors
+    # the inverse of a rotation is the rotation by minus the angle
+    return rotary(dy, cos, -sin, ctx.interleaved), None, None, None
+
+
+def _cost(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Cost:
+    return Cost(flops=3 * x.numel(), bytes=2 * tensor_bytes(x) + tensor_bytes(cos, sin))
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
+    for T, H, R in [(1, 1, 2), (5, 3, 16), (0, 2, 8), (7, 2, 12), (3, 4, 64)]:
+        angle = torch.rand(T, R // 2, device=device) * 6
+        x = torch.randn(T, H, R, device=device, dtype=dtype)
+        for interleaved in (True, False):
+            yield x, angle.cos(), angle.sin(), interleaved
+    # the rotary part of a wider head: a strided view
+    yield torch.randn(4, 2, 24, device=device, dtype=dtype)[..., 8:], angle.cos()[:1, :8].expand(4, 8), angle.sin()[
+        :1, :8
+    ].expand(4, 8), True
+
+
+rotary = define(
+    "rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
+    reference=rotary_ref,
+    check=_check,
+    fake=_fake,
+    cost=_cost,
+    samples=_samples,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+"""Rotate each head.
+
+Args:
+    x: ``[T, H, R]``, R even; may be a strided view.
+    cos, sin: ``[T, R/2]``, of the angles of the tokens; no gradient flows to them.
+    interleaved: which channels form a pair (see above).
+
+Returns:
+    ``[T, H, R]``, contiguous, dtype of ``x``; computed in float32.
+
+Raises:
+    ValueError: shapes do not fit.
+"""

@@ -1,0 +1,1 @@
+"""build(), checkpoints, the latent cache, generation and the trainer."""
