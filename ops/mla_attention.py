@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.private import flash_attention_cpu, flash_attention_cpu_backward
 
 
 def mla_attention_ref(
@@ -91,23 +92,98 @@ def _value_width(q: Tensor, kv: Tensor, k_rope: Tensor) -> int:
     return kv.shape[-1] - (q.shape[-1] - k_rope.shape[-1])
 
 
-def _sdpa(
+def _flash_cpu(
     q: Tensor, kv: Tensor, k_rope: Tensor, q_start: Tensor, k_start: Tensor, k_len: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's fused attention, sequence by sequence; the statistics are left out (an inference graph drops them)."""
-    T, H, V = *q.shape[:2], _value_width(q, kv, k_rope)
-    out = q.new_zeros(T, H, V)
+    """PyTorch's fused attention on a CPU, one call for all sequences of the same lengths."""
+    (T, H, D), V = q.shape, _value_width(q, kv, k_rope)
+    out, lse = q.new_zeros(T, H, V), q.new_full((T, H), float("-inf"), dtype=_stats_dtype(q))
+    width = max(D, V)
+    for queries, keys, masks in _batches(q, q_start, k_start, k_len):
+        q_BHQD = _padded(_take(q, *queries), width).transpose(1, 2)
+        k_BHKD, v_BHKD = _keys_and_values(kv, k_rope, keys, D, width)
+        out_BHQD, lse_BHQ = flash_attention_cpu(q_BHQD, k_BHKD, v_BHKD, scale, **masks)
+        _put(out, *queries, out_BHQD.transpose(1, 2)[..., :V])
+        _put(lse, *queries, lse_BHQ.transpose(1, 2))
+    return out, lse
+
+
+def _flash_cpu_backward(
+    dout: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_start: Tensor,
+    k_start: Tensor,
+    k_len: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (_, _, D), V = q.shape, _value_width(q, kv, k_rope)
+    N, width = D - k_rope.shape[1], max(D, V)
+    dq, dkv, dk_rope = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, kv, k_rope))
+    for queries, keys, masks in _batches(q, q_start, k_start, k_len):
+        dout_BHQD, q_BHQD, out_BHQD = (_padded(_take(t, *queries), width).transpose(1, 2) for t in (dout, q, out))
+        k_BHKD, v_BHKD = _keys_and_values(kv, k_rope, keys, D, width)
+        lse_BHQ = _take(lse, *queries).transpose(1, 2)
+        grads = flash_attention_cpu_backward(dout_BHQD, q_BHQD, k_BHKD, v_BHKD, out_BHQD, lse_BHQ, scale, **masks)
+        dq_BQHD, dk_BKHD, dv_BKHD = (t.transpose(1, 2) for t in grads)
+        _put(dq, *queries, dq_BQHD[..., :D])
+        _put(dkv, *keys, torch.cat((dk_BKHD[..., :N], dv_BKHD[..., :V]), -1))
+        _put(dk_rope, *keys, dk_BKHD[..., N:D].sum(2, dtype=_stats_dtype(q)))
+    return dq, dkv, dk_rope
+
+
+def _batches(
+    q: Tensor, q_start: Tensor, k_start: Tensor, k_len: Tensor
+) -> Iterator[tuple[tuple[list[int], int], tuple[list[int], int], dict[str, Any]]]:
+    """First rows and length of the queries, those of the keys, and the masking, of all sequences of equal lengths."""
+    alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for queries, keys in sequences(q_start, k_start, k_len):
-        q_HQD, k_HKD, v_HKV = (t.transpose(0, 1)[None] for t in _rows(q, kv, k_rope, queries, keys))
-        # fused CPU attention wants values as wide as the keys
-        v_HKD = torch.nn.functional.pad(v_HKV, (0, max(q.shape[-1] - V, 0)))
-        causal = q_HQD.shape[2] == k_HKD.shape[2]
-        mask = None if causal else _visible(q_HQD.new_empty(q_HQD.shape[2], k_HKD.shape[2]))
-        o = torch.nn.functional.scaled_dot_product_attention(
-            q_HQD, k_HKD, v_HKD, attn_mask=mask, is_causal=causal, scale=scale
-        )
-        out[queries] = o[0, :, :, :V].transpose(0, 1)
-    return out, q.new_full((T, H), float("nan"), dtype=torch.promote_types(q.dtype, torch.float32))
+        lengths = queries.stop - queries.start, keys.stop - keys.start
+        alike.setdefault(lengths, []).append((queries.start, keys.start))
+    for (Q, K), firsts in alike.items():
+        mask = None
+        if 1 < Q < K:
+            mask = q.new_zeros(Q, K)
+            mask.masked_fill_(~_visible(mask), float("-inf"))
+        yield ([f for f, _ in firsts], Q), ([f for _, f in firsts], K), {"causal": 1 < Q == K, "mask": mask}
+
+
+def _keys_and_values(
+    kv: Tensor, k_rope: Tensor, keys: tuple[list[int], int], D: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """``[B, H, K, width]`` keys and values, padded with zeros: the fused attention wants both equally wide."""
+    kv_BKHX, k_rope_BKR = _take(kv, *keys), _take(k_rope, *keys)
+    N = D - k_rope.shape[1]
+    k_rope_BKHR = k_rope_BKR.unsqueeze(2).expand(-1, -1, kv.shape[1], -1)
+    k_BKHD = _padded(torch.cat((kv_BKHX[..., :N], k_rope_BKHR), -1), width)
+    return k_BKHD.transpose(1, 2), _padded(kv_BKHX[..., N:], width).transpose(1, 2)
+
+
+def _take(x: Tensor, firsts: list[int], length: int) -> Tensor:
+    """Rows ``first .. first + length`` of ``x`` for each of ``firsts``, stacked; a view where they are neighbours."""
+    if firsts == list(range(firsts[0], firsts[0] + len(firsts) * length, length)):
+        return x[firsts[0] : firsts[0] + len(firsts) * length].unflatten(0, (-1, length))
+    return torch.stack([x[first : first + length] for first in firsts])
+
+
+def _put(x: Tensor, firsts: list[int], length: int, rows: Tensor) -> None:
+    for first, part in zip(firsts, rows, strict=True):
+        x[first : first + length] = part
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
+
+
+def _stats_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _float32_at_most(*args: Any) -> str | None:
+    return "computes in float32 at most" if args[0].dtype == torch.float64 else None
 
 
 def _check(
@@ -135,8 +211,7 @@ def _check(
 def _fake(
     q: Tensor, kv: Tensor, k_rope: Tensor, q_start: Tensor, k_start: Tensor, k_len: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    stats = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(*q.shape[:2], _value_width(q, kv, k_rope)), q.new_empty(q.shape[:2], dtype=stats)
+    return q.new_empty(*q.shape[:2], _value_width(q, kv, k_rope)), q.new_empty(q.shape[:2], dtype=_stats_dtype(q))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -251,3 +326,6 @@ mla_attention_backward = define(
     inline_reference=False,
 )
 """Gradient of ``mla_attention``: ``(dq, dkv, dk_rope)`` from ``dout`` and what the forward call took and gave."""
+
+mla_attention.provide("torch", _flash_cpu, priority={"cpu": 5}, supports=_float32_at_most)
+mla_attention_backward.provide("torch", _flash_cpu_backward, priority={"cpu": 5}, supports=_float32_at_most)

@@ -1,0 +1,19 @@
+"""Dense feed-forward block: ``down(silu(gate(x)) * up(x))``. Dims: T tokens, D model width, I inner width."""
+
+from torch import Tensor, nn
+
+from deepfuse.blocks.linear import Linear
+from deepfuse.ops.swiglu import swiglu
+
+
+class MLP(nn.Module):
+    """``[T, D] -> [T, D]`` (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

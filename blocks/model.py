@@ -1,0 +1,109 @@
+"""The causal language model. Dims: T tokens, D model width, R rows asked for, L layers."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deepfuse.blocks.batch import Batch
+from deepfuse.blocks.config import Config
+from deepfuse.blocks.decoder import DecoderLayer
+from deepfuse.blocks.linear import Linear
+from deepfuse.blocks.mtp import MTP
+from deepfuse.blocks.norm import RMSNorm
+from deepfuse.blocks.rotary import Rotary
+from deepfuse.ops.linear import linear
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, multi-token-prediction modules (behind the layers, as in the checkpoints) and final norm."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        L = config.num_hidden_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers: list[nn.Module] = [DecoderLayer(config, moe=config.is_moe_layer(i)) for i in range(L)]
+        layers += [MTP(config) for _ in range(config.num_nextn_predict_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = Rotary(config)
+
+
+class CausalLM(nn.Module):
+    """Tokens to logits; parameter names are those of the checkpoints."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        # tied: the head reads the embedding's weight
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        q_start: Tensor,
+        *,
+        slots: Tensor | None = None,
+        block_table: Tensor | None = None,
+        seqlens: Tensor | None = None,
+        caches: Sequence[Tensor] = (),
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            input_ids: ``[T]`` int64, the tokens of all sequences one after the other.
+            positions, q_start, slots, block_table, seqlens: see :class:`~deepfuse.blocks.batch.Batch`.
+            caches: one latent cache a layer, written in place; none to keep nothing.
+            rows: ``[R]`` int64, the tokens whose logits are wanted; ``None`` for all.
+
+        Returns:
+            ``[R, vocab_size]`` float32.
+        """
+        h, delta, _ = self.stream(
+            input_ids, positions, q_start, slots=slots, block_table=block_table, seqlens=seqlens, caches=caches
+        )
+        if rows is not None:
+            h, delta = h[rows], delta[rows]
+        return self.logits(self.model.norm.add(delta, h)[0])
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        q_start: Tensor,
+        *,
+        slots: Tensor | None = None,
+        block_table: Tensor | None = None,
+        seqlens: Tensor | None = None,
+        caches: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, Tensor, Batch]:
+        """The residual stream before the final norm as a pair to be added, ``[T, D]`` each, and the batch."""
+        cos, sin = self.model.rotary_emb(positions)
+        batch = Batch(positions, q_start, cos, sin, slots, block_table, seqlens)
+        h = self.model.embed_tokens(input_ids)
+        delta: Tensor | None = None
+        for i in range(self.config.num_hidden_layers):
+            delta, h = self.model.layers[i](delta, h, batch, caches[i] if caches else None)
+        assert delta is not None
+        return h, delta, batch
+
+    def logits(self, x: Tensor) -> Tensor:
+        """``[R, D]``, normed -> ``[R, vocab_size]`` float32."""
+        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return linear(x, weight, None).float()
+
+    @torch.no_grad()
+    def initialize(self, seed: int = 0) -> None:
+        """Draw weights: normal with ``initializer_range``, as section 4.2 of the V3 report; norms one, biases zero."""
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                noise = torch.empty(parameter.shape).normal_(std=self.config.initializer_range, generator=generator)
+                parameter.copy_(noise)

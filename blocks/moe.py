@@ -1,0 +1,88 @@
+"""Mixture of experts: every token goes through the shared experts and through its best routed experts.
+
+The steps stand in the graph one by one (route, permute, expert matmuls, unpermute), so that passes can see and move
+them. Experts are fused in memory, ``[E, 2I, D]`` and ``[E, D, I]``; on disk each has its own tensors.
+Dims: T tokens, D model width, E experts, K experts per token, I expert width, M = T * K rows.
+Source: DeepSeek-V3 (arXiv:2412.19437), eq. 12-20.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from deepfuse.blocks.config import Config
+from deepfuse.blocks.mlp import MLP
+from deepfuse.ops.expert_permute import expert_permute
+from deepfuse.ops.expert_unpermute import expert_unpermute
+from deepfuse.ops.grouped_matmul import grouped_matmul
+from deepfuse.ops.linear import linear
+from deepfuse.ops.route import route
+from deepfuse.ops.swiglu import swiglu
+
+
+class Router(nn.Module):
+    """``[T, D] -> (weights [T, K] float32, experts [T, K])``; runs in float32 whatever the model's dtype."""
+
+    e_score_correction_bias: Tensor | None
+    tokens_per_expert: Tensor
+
+    def __init__(self, config: Config):
+        super().__init__()
+        assert config.n_routed_experts is not None
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        bias = torch.zeros(config.n_routed_experts) if config.has_router_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
+        # load of each expert since the trainer last looked; balances the bias (section 2.1.2 of the V3 report)
+        self.register_buffer("tokens_per_expert", torch.zeros(config.n_routed_experts), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        c = self.config
+        logits = linear(x.float(), self.weight.float(), None)
+        return route(
+            logits,
+            self.e_score_correction_bias,
+            c.scoring_func,
+            c.group_score,
+            c.n_group,
+            c.topk_group,
+            c.num_experts_per_tok,
+            c.norm_topk_prob,
+            c.routed_scaling_factor,
+        )
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, and their matmuls over rows sorted by expert."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """``rows [M, D]``, ``offsets [E]`` int32 -> ``[M, D]``."""
+        gate, up = grouped_matmul(rows, self.gate_up_proj, offsets).chunk(2, dim=-1)
+        return grouped_matmul(swiglu(gate, up), self.down_proj, offsets)
+
+
+class MoE(nn.Module):
+    """Mixture of shared and routed experts; parameter names are those of the checkpoints."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        assert config.n_routed_experts is not None
+        self.num_experts = config.n_routed_experts
+        self.gate = Router(config)
+        self.experts = Experts(self.num_experts, config.hidden_size, config.moe_intermediate_size)
+        shared = (config.n_shared_experts or 0) * config.moe_intermediate_size
+        self.shared_experts = MLP(config.hidden_size, shared) if shared else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, D] -> [T, D]``."""
+        weights, experts = self.gate(x)
+        rows, order, inverse, offsets = expert_permute(x, experts, self.num_experts)
+        if self.training:
+            counts = offsets.diff(prepend=offsets.new_zeros(1))
+            self.gate.tokens_per_expert.add_(counts)
+        out = expert_unpermute(self.experts(rows, offsets), order, inverse, weights)
+        return out if self.shared_experts is None else out + self.shared_experts(x)
