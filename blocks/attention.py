@@ -16,7 +16,7 @@ from deepfuse.blocks.batch import Batch
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.linear import Linear
 from deepfuse.blocks.norm import RMSNorm
-from deepfuse.ops.append_latent import PAGE_SIZE, append_latent
+from deepfuse.ops.append_latent import append_latent
 from deepfuse.ops.gather_latent import gather_latent
 from deepfuse.ops.mla_attention import mla_attention
 from deepfuse.ops.rotary import rotary
@@ -60,9 +60,9 @@ class MLA(nn.Module):
 
         k_start, k_len = batch.q_start[:-1], batch.q_start[1:] - batch.q_start[:-1]
         if cache is not None and batch.block_table is not None:
-            latent, k_rope = gather_latent(cache, batch.block_table).split((C, c.qk_rope_head_dim), -1)
-            padded = batch.block_table.shape[1] * PAGE_SIZE
-            k_start, k_len = torch.arange(k_len.shape[0], device=x.device, dtype=torch.int32) * padded, batch.seqlens
+            cached, k_start = gather_latent(cache, batch.block_table)
+            latent, k_rope = cached.split((C, c.qk_rope_head_dim), -1)
+            k_len = batch.seqlens
         kv_SHE = self.kv_b_proj(latent).unflatten(-1, (H, c.qk_nope_head_dim + c.v_head_dim))
         out_THV, _ = mla_attention(q_THE, kv_SHE, k_rope, batch.q_start, k_start, k_len, c.softmax_scale)
         return self.o_proj(out_THV.flatten(1))

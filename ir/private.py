@@ -1,10 +1,14 @@
-"""Every private PyTorch API the project uses below the compiler's hooks: torch may change these without notice.
+"""Every private PyTorch API the project uses: torch may change these without notice, and a new one is tried here first.
 
-``docs`` and tests call nothing else that starts with an underscore; a new torch is tried here first.
+``torch._inductor`` and ``torch._dynamo`` are imported inside the functions: they cost seconds, and ``import deepfuse``
+must not pay for them. :func:`check` says in one place what a torch lacks.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 
 def flash_attention_cpu(
@@ -21,9 +25,7 @@ def flash_attention_cpu(
     Returns:
         ``out [B, H, Q, D]`` and ``lse [B, H, Q]``, float32 or wider.
     """
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-    )
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
 
 
 def flash_attention_cpu_backward(
@@ -42,3 +44,85 @@ def flash_attention_cpu_backward(
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
     )
+
+
+def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """What Inductor decomposes before its own passes run."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def inductor_options(hooks: Mapping[str, Callable[[fx.Graph], None]], key: str) -> dict[str, Any]:
+    """Options for ``torch.compile`` that call functions on the graph of this compilation only.
+
+    Args:
+        hooks: ``joint``, ``partitioned`` or ``last`` -> what to call there.
+        key: enters Inductor's cache key; must change whenever a hook would rewrite differently.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Hook(CustomGraphPass):
+        def __init__(self, name: str, fn: Callable[[fx.Graph], None]):
+            self.name, self.fn = name, fn
+
+        def __call__(self, graph: fx.Graph) -> None:
+            self.fn(graph)
+
+        def uuid(self) -> str:
+            return f"{self.name}:{key}"
+
+        def __reduce__(self) -> Any:
+            # caches pickle the configuration; a hook is its key
+            return (str, (self.uuid(),))
+
+    names = {
+        "joint": "joint_custom_pre_pass",
+        "partitioned": "post_grad_custom_pre_pass",
+        "last": "post_grad_custom_post_pass",
+    }
+    return {names[name]: Hook(name, fn) for name, fn in hooks.items()}
+
+
+def uncompiled_backend(run: Callable[[str, fx.GraphModule], None]) -> Callable[..., Any]:
+    """A ``torch.compile`` backend that rewrites the graph as Inductor's hooks would, and runs it as it is.
+
+    Args:
+        run: called with ``joint``, ``partitioned`` and ``last`` in turn, on the graph after differentiation.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+
+    def compile_graph(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        for hook in ("joint", "partitioned", "last"):
+            run(hook, gm)
+        gm.recompile()
+        return make_boxed_func(gm)
+
+    return aot_autograd(
+        fw_compiler=compile_graph,
+        bw_compiler=compile_graph,
+        inference_compiler=compile_graph,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=inductor_decompositions(),
+        keep_inference_input_mutations=True,
+    )
+
+
+def mark_unbacked(tensor: Tensor, dim: int) -> None:
+    """Let a compiled graph serve every size of this dimension, 0 and 1 included."""
+    import torch._dynamo
+
+    torch._dynamo.decorators.mark_unbacked(tensor, dim)
+
+
+def dynamo_counters() -> dict[str, int]:
+    """Since the process began: graphs captured, graph breaks, and recompilations."""
+    from torch._dynamo.utils import counters
+
+    return {
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": sum(counters["graph_break"].values()),
+        "cache_hits": counters["inductor"]["fxgraph_cache_hit"],
+        "cache_misses": counters["inductor"]["fxgraph_cache_miss"],
+    }

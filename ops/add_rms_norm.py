@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
@@ -20,8 +22,62 @@ def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
     return rms_norm_ref(h_TD, weight, eps), h_TD
 
 
+@triton.jit
+def _add_rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, x_stride, residual_stride, D, eps, BLOCK_D: tl.constexpr
+):
+    """One program per token; the row is held in registers."""
+    t = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    mask = d < D
+    x = tl.load(x_ptr + t * x_stride + d, mask=mask, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + t * residual_stride + d, mask=mask, other=0.0).to(tl.float32)
+    h = (x + residual).to(h_ptr.dtype.element_ty)
+    tl.store(h_ptr + t * D + d, h, mask=mask)
+    # the norm is of the rounded sum, which is what the next layer reads
+    h = h.to(tl.float32)
+    weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    inv_rms = tl.rsqrt(tl.sum(h * h, 0) / D + eps)
+    tl.store(y_ptr + t * D + d, (h * inv_rms * weight).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    D = x.shape[-1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    h = torch.empty_like(y)
+    if y.numel() == 0:
+        return y, h
+    x_TD, residual_TD = (_rows(t) for t in (x, residual))
+    block_d = triton.next_power_of_2(D)
+    # eight elements a thread up to 8 warps: enough loads in flight without spilling at D = 16384
+    num_warps = min(max(block_d // 256, 1), 8)
+    _add_rms_norm_kernel[(x_TD.shape[0],)](
+        x_TD,
+        residual_TD,
+        weight.contiguous(),
+        y,
+        h,
+        x_TD.stride(0),
+        residual_TD.stride(0),
+        D,
+        eps,
+        BLOCK_D=block_d,
+        num_warps=num_warps,
+    )
+    return y, h
+
+
+def _rows(x: Tensor) -> Tensor:
+    x_TD = x.reshape(-1, x.shape[-1])
+    return x_TD if x_TD.stride(-1) == 1 else x_TD.contiguous()
+
+
+def _supports(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> str | None:
+    return "computes in float32" if x.dtype == torch.float64 else None
+
+
 def _check(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
-    if x.shape != residual.shape or x.dtype != residual.dtype or weight.shape != x.shape[-1:]:
+    if x.ndim < 1 or x.shape != residual.shape or x.dtype != residual.dtype or weight.shape != x.shape[-1:]:
         raise ValueError(
             "add_rms_norm: want x and residual [..., D] of one dtype and weight [D], got "
             f"{list(x.shape)} {x.dtype}, {list(residual.shape)} {residual.dtype} and {list(weight.shape)}"
@@ -78,3 +134,5 @@ Returns:
 Raises:
     ValueError: shapes or dtypes differ.
 """
+
+add_rms_norm.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)

@@ -1,5 +1,7 @@
 """Read the pages of each sequence out of the paged latent cache, one sequence after the other.
 
+    rows[(b * P + p) * 64 + i] = cache[block_table[b, p], i],   starts[b] = b * P * 64
+
 Dims: B sequences, P pages a sequence (padded), C latent rank, R rotary width.
 Source: paged attention, Kwon et al. 2023 (arXiv:2309.06180), section 4.1.
 """
@@ -14,8 +16,10 @@ from deepfuse.ir.op import define
 from deepfuse.ops.append_latent import PAGE_SIZE
 
 
-def gather_latent_ref(cache: Tensor, block_table: Tensor) -> Tensor:
-    return cache[block_table].flatten(0, 2)
+def gather_latent_ref(cache: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
+    B, P = block_table.shape
+    starts_B = torch.arange(B, dtype=torch.int32, device=cache.device) * (P * PAGE_SIZE)
+    return cache[block_table].flatten(0, 2), starts_B
 
 
 def _check(cache: Tensor, block_table: Tensor) -> None:
@@ -26,8 +30,9 @@ def _check(cache: Tensor, block_table: Tensor) -> None:
         )
 
 
-def _fake(cache: Tensor, block_table: Tensor) -> Tensor:
-    return cache.new_empty((block_table.shape[0] * block_table.shape[1] * PAGE_SIZE, cache.shape[2]))
+def _fake(cache: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
+    B, P = block_table.shape
+    return cache.new_empty(B * P * PAGE_SIZE, cache.shape[2]), block_table.new_empty(B, dtype=torch.int32)
 
 
 def _cost(cache: Tensor, block_table: Tensor) -> Cost:
@@ -42,7 +47,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor,
 
 
 gather_latent = define(
-    "gather_latent(Tensor cache, Tensor block_table) -> Tensor",
+    "gather_latent(Tensor cache, Tensor block_table) -> (Tensor, Tensor)",
     reference=gather_latent_ref,
     check=_check,
     fake=_fake,
@@ -56,7 +61,7 @@ Args:
     block_table: ``[B, P]`` int64, page numbers.
 
 Returns:
-    ``[B * P * 64, C + R]``: row ``(b * P + p) * 64 + i`` is token ``i`` of page ``block_table[b, p]``.
+    ``rows [B * P * 64, C + R]`` and ``starts [B]`` int32, the first row of each sequence (``k_start`` of attention).
 
 Raises:
     ValueError: shapes do not fit.

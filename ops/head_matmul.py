@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
+from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
 from deepfuse.ir.provider import at_most
 from deepfuse.ops.linear import MATVEC_ROWS
@@ -30,6 +33,82 @@ def _matvec(x: Tensor, weight: Tensor) -> Tensor:
 def _matvec_supports(x: Tensor, weight: Tensor) -> str | None:
     rows_fit = at_most(x.shape[0], MATVEC_ROWS) and x.shape[0] > 0
     return None if rows_fit else f"tokens are not 1 to {MATVEC_ROWS}"
+
+
+@triton.jit
+def _head_matmul_kernel(
+    x_ptr,
+    weight_ptr,
+    y_ptr,
+    x_stride_t,
+    x_stride_h,
+    x_stride_k,
+    weight_stride_h,
+    weight_stride_k,
+    weight_stride_n,
+    T,
+    H,
+    K,
+    N,
+    DOT_FLOAT32: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program per head, block of tokens and block of outputs; it walks along K."""
+    h = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    x_tile = x_ptr + h * x_stride_h + t[:, None] * x_stride_t + k[None, :] * x_stride_k
+    weight_tile = weight_ptr + h * weight_stride_h + k[:, None] * weight_stride_k + n[None, :] * weight_stride_n
+    y = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        x = tl.load(x_tile, mask=(t[:, None] < T) & (start + k[None, :] < K), other=0.0)
+        weight = tl.load(weight_tile, mask=(start + k[:, None] < K) & (n[None, :] < N), other=0.0)
+        if DOT_FLOAT32:
+            x, weight = x.to(tl.float32), weight.to(tl.float32)
+        y = tl.dot(x, weight, y, input_precision="ieee")
+        x_tile += BLOCK_K * x_stride_k
+        weight_tile += BLOCK_K * weight_stride_k
+    y_tile = y_ptr + (t[:, None] * H + h) * N + n[None, :]
+    tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=(t[:, None] < T) & (n[None, :] < N))
+
+
+def _launch(x: Tensor, weight: Tensor) -> Tensor:
+    T, H, K = x.shape
+    N = weight.shape[2]
+    y = x.new_empty(T, H, N)
+    if y.numel() == 0:
+        return y
+    # a decode step reads the weight once and little else: tokens share a tile as far as they go. Past 64 the tensor
+    # cores' widest instruction applies, and float32, without tensor cores, keeps to what its registers hold
+    narrow = x.dtype != torch.float32
+    block_t = min(max(triton.next_power_of_2(T), 16), 128 if narrow else 32)
+    block_n = min(max(triton.next_power_of_2(N), 16), 128 if narrow else 64)
+    block_k = min(max(triton.next_power_of_2(K), 16), 64 if narrow else 32)
+    _head_matmul_kernel[(H, triton.cdiv(T, block_t), triton.cdiv(N, block_n))](
+        x,
+        weight,
+        y,
+        *x.stride(),
+        *weight.stride(),
+        T,
+        H,
+        K,
+        N,
+        DOT_FLOAT32=interpreted(),
+        BLOCK_T=block_t,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=8 if block_t == 128 else 4,
+        num_stages=3,
+    )
+    return y
+
+
+def _supports(x: Tensor, weight: Tensor) -> str | None:
+    return "computes in float32" if x.dtype == torch.float64 else None
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
@@ -93,3 +172,4 @@ Raises:
 """
 
 head_matmul.provide("matvec", _matvec, priority={"cpu": 10}, supports=_matvec_supports, inline=True)
+head_matmul.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)

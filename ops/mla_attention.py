@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
+from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
 from deepfuse.ir.private import flash_attention_cpu, flash_attention_cpu_backward
 
@@ -90,6 +93,189 @@ def _visible(scores: Tensor) -> Tensor:
 
 def _value_width(q: Tensor, kv: Tensor, k_rope: Tensor) -> int:
     return kv.shape[-1] - (q.shape[-1] - k_rope.shape[-1])
+
+
+@triton.jit
+def _query_block(q_start_ptr, k_start_ptr, k_len_ptr, T, B, BLOCK_B: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Sequence and block of queries of this program: ``begin, Q`` its queries, ``key, K`` its keys, ``i0`` the block.
+
+    Sequence b is served from program ``q_start[b] // BLOCK_Q + b`` on, which leaves each at least as many programs as
+    it has blocks; programs to spare find ``i0 >= Q``. Rows behind the last sequence are one more, without keys.
+    """
+    # blocks of late queries see the most keys: they start first
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    bs = tl.arange(0, BLOCK_B)
+    starts = tl.load(q_start_ptr + bs, mask=bs <= B, other=0)
+    b = tl.sum(((starts // BLOCK_Q + bs <= program) & (bs <= B)).to(tl.int32), 0) - 1
+    begin = tl.load(q_start_ptr + b).to(tl.int32)
+    end = tl.load(q_start_ptr + b + 1, mask=b < B, other=T).to(tl.int32)
+    key = tl.load(k_start_ptr + b, mask=b < B, other=0).to(tl.int64)
+    K = tl.load(k_len_ptr + b, mask=b < B, other=0).to(tl.int32)
+    return begin.to(tl.int64), end - begin, key, K, (program - begin // BLOCK_Q - b) * BLOCK_Q
+
+
+@triton.jit
+def _dot(a, b, acc, DOT_FLOAT32: tl.constexpr):
+    if DOT_FLOAT32:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _mla_attention_kernel(
+    q_ptr, kv_ptr, k_rope_ptr, q_start_ptr, k_start_ptr, k_len_ptr, out_ptr, lse_ptr, scale, T, B, H,
+    N: tl.constexpr, R: tl.constexpr, V: tl.constexpr, PAD_N: tl.constexpr, PAD_R: tl.constexpr, PAD_V: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DOT_FLOAT32: tl.constexpr,
+):  # fmt: skip
+    """One program per block of queries and head: online softmax over the blocks of keys they see."""
+    begin, Q, key, K, i0 = _query_block(q_start_ptr, k_start_ptr, k_len_ptr, T, B, BLOCK_B, BLOCK_Q)
+    if i0 >= Q:
+        return
+    h = tl.program_id(1).to(tl.int64)
+    n, r, v = tl.arange(0, PAD_N), tl.arange(0, PAD_R), tl.arange(0, PAD_V)
+    i, js = i0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    row = (begin + i) * H + h
+    q_ptrs = q_ptr + row[:, None] * (N + R)
+    q_nope = tl.load(q_ptrs + n[None, :], mask=(i < Q)[:, None] & (n < N)[None, :], other=0.0)
+    q_rope = tl.load(q_ptrs + N + r[None, :], mask=(i < Q)[:, None] & (r < R)[None, :], other=0.0)
+    scale_log2 = scale.to(tl.float32) * 1.4426950408889634
+    m = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    denominator = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, PAD_V), tl.float32)
+    # query i sees the keys up to i + K - Q; blocks before `diagonal` are seen whole and need no mask
+    diagonal = min(max(i0 + K - Q + 1, 0), K) // BLOCK_K * BLOCK_K
+    for ON_DIAGONAL in tl.static_range(2):
+        for j0 in range(diagonal if ON_DIAGONAL else 0, min(i0 + BLOCK_Q + K - Q, K) if ON_DIAGONAL else diagonal, BLOCK_K):
+            j = j0 + js
+            kv_ptrs = kv_ptr + ((key + j)[:, None] * H + h) * (N + V)
+            k_rope_ptrs = k_rope_ptr + (key + j)[:, None] * R
+            k_nope = tl.load(kv_ptrs + n[None, :], mask=(j < K)[:, None] & (n < N)[None, :], other=0.0)
+            k_rope = tl.load(k_rope_ptrs + r[None, :], mask=(j < K)[:, None] & (r < R)[None, :], other=0.0)
+            value = tl.load(kv_ptrs + N + v[None, :], mask=(j < K)[:, None] & (v < V)[None, :], other=0.0)
+            s = _dot(q_nope, tl.trans(k_nope), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), DOT_FLOAT32)
+            s = _dot(q_rope, tl.trans(k_rope), s, DOT_FLOAT32) * scale_log2
+            if ON_DIAGONAL:
+                s = tl.where(j[None, :] <= i[:, None] + K - Q, s, float("-inf"))
+            m_next = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2(s - m_next[:, None])
+            shrink = tl.exp2(m - m_next)
+            denominator = denominator * shrink + tl.sum(p, 1)
+            acc = _dot(p.to(value.dtype), value, acc * shrink[:, None], DOT_FLOAT32)
+            m = m_next
+    out = acc / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
+    out_ptrs = out_ptr + row[:, None] * V + v[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(i < Q)[:, None] & (v < V)[None, :])
+    tl.store(lse_ptr + row, (m + tl.log2(denominator)) * 0.6931471805599453, mask=i < Q)
+
+
+@triton.jit
+def _mla_attention_dq_kernel(
+    dout_ptr, q_ptr, kv_ptr, k_rope_ptr, out_ptr, lse_ptr, q_start_ptr, k_start_ptr, k_len_ptr, dq_ptr, delta_ptr,
+    scale, T, B, H,
+    N: tl.constexpr, R: tl.constexpr, V: tl.constexpr, PAD_N: tl.constexpr, PAD_R: tl.constexpr, PAD_V: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DOT_FLOAT32: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a block of queries of one head, and ``delta = rowsum(dout * out)`` for the kernel after it."""
+    begin, Q, key, K, i0 = _query_block(q_start_ptr, k_start_ptr, k_len_ptr, T, B, BLOCK_B, BLOCK_Q)
+    if i0 >= Q:
+        return
+    h = tl.program_id(1).to(tl.int64)
+    n, r, v = tl.arange(0, PAD_N), tl.arange(0, PAD_R), tl.arange(0, PAD_V)
+    i, js = i0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    row = (begin + i) * H + h
+    q_offsets, out_offsets = row[:, None] * (N + R), row[:, None] * V + v[None, :]
+    mask_n, mask_r = (i < Q)[:, None] & (n < N)[None, :], (i < Q)[:, None] & (r < R)[None, :]
+    mask_v = (i < Q)[:, None] & (v < V)[None, :]
+    dout = tl.load(dout_ptr + out_offsets, mask=mask_v, other=0.0)
+    out = tl.load(out_ptr + out_offsets, mask=mask_v, other=0.0)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + row, delta, mask=i < Q)
+    q_nope = tl.load(q_ptr + q_offsets + n[None, :], mask=mask_n, other=0.0)
+    q_rope = tl.load(q_ptr + q_offsets + N + r[None, :], mask=mask_r, other=0.0)
+    lse_log2 = tl.load(lse_ptr + row, mask=i < Q, other=0.0) * 1.4426950408889634
+    scale_log2 = scale.to(tl.float32) * 1.4426950408889634
+    dq_nope, dq_rope = tl.zeros((BLOCK_Q, PAD_N), tl.float32), tl.zeros((BLOCK_Q, PAD_R), tl.float32)
+    diagonal = min(max(i0 + K - Q + 1, 0), K) // BLOCK_K * BLOCK_K
+    for ON_DIAGONAL in tl.static_range(2):
+        for j0 in range(diagonal if ON_DIAGONAL else 0, min(i0 + BLOCK_Q + K - Q, K) if ON_DIAGONAL else diagonal, BLOCK_K):
+            j = j0 + js
+            kv_ptrs = kv_ptr + ((key + j)[:, None] * H + h) * (N + V)
+            k_rope_ptrs = k_rope_ptr + (key + j)[:, None] * R
+            k_nope = tl.load(kv_ptrs + n[None, :], mask=(j < K)[:, None] & (n < N)[None, :], other=0.0)
+            k_rope = tl.load(k_rope_ptrs + r[None, :], mask=(j < K)[:, None] & (r < R)[None, :], other=0.0)
+            value = tl.load(kv_ptrs + N + v[None, :], mask=(j < K)[:, None] & (v < V)[None, :], other=0.0)
+            s = _dot(q_nope, tl.trans(k_nope), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), DOT_FLOAT32)
+            s = _dot(q_rope, tl.trans(k_rope), s, DOT_FLOAT32)
+            p = tl.exp2(s * scale_log2 - lse_log2[:, None])
+            if ON_DIAGONAL:
+                p = tl.where(j[None, :] <= i[:, None] + K - Q, p, 0.0)
+            dp = _dot(dout, tl.trans(value), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), DOT_FLOAT32)
+            ds = (p * (dp - delta[:, None])).to(k_nope.dtype)
+            dq_nope = _dot(ds, k_nope, dq_nope, DOT_FLOAT32)
+            dq_rope = _dot(ds, k_rope, dq_rope, DOT_FLOAT32)
+    dtype = dq_ptr.dtype.element_ty
+    tl.store(dq_ptr + q_offsets + n[None, :], (dq_nope * scale).to(dtype), mask=mask_n)
+    tl.store(dq_ptr + q_offsets + N + r[None, :], (dq_rope * scale).to(dtype), mask=mask_r)
+
+
+@triton.jit
+def _mla_attention_dkv_kernel(
+    dout_ptr, q_ptr, kv_ptr, k_rope_ptr, lse_ptr, delta_ptr, q_start_ptr, k_start_ptr, k_len_ptr, dkv_ptr, dk_rope_ptr,
+    scale, S, B, H,
+    N: tl.constexpr, R: tl.constexpr, V: tl.constexpr, PAD_N: tl.constexpr, PAD_R: tl.constexpr, PAD_V: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DOT_FLOAT32: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a block of keys and values of one head; ``dk_rope [H, S, R]`` is left to be summed over heads."""
+    bs = tl.arange(0, BLOCK_B)
+    blocks = tl.cdiv(tl.load(k_len_ptr + bs, mask=bs < B, other=0).to(tl.int32), BLOCK_K)
+    b = tl.sum((tl.cumsum(blocks, 0) <= tl.program_id(0)).to(tl.int32), 0)
+    if b >= B:
+        return
+    j0 = (tl.program_id(0) - tl.sum(tl.where(bs < b, blocks, 0), 0)) * BLOCK_K
+    begin = tl.load(q_start_ptr + b).to(tl.int32)
+    Q = tl.load(q_start_ptr + b + 1).to(tl.int32) - begin
+    K = tl.load(k_len_ptr + b).to(tl.int32)
+    h = tl.program_id(1).to(tl.int64)
+    n, r, v = tl.arange(0, PAD_N), tl.arange(0, PAD_R), tl.arange(0, PAD_V)
+    i_s, j = tl.arange(0, BLOCK_Q), j0 + tl.arange(0, BLOCK_K)
+    key = tl.load(k_start_ptr + b).to(tl.int64) + j
+    kv_offsets = (key[:, None] * H + h) * (N + V)
+    mask_n, mask_r = (j < K)[:, None] & (n < N)[None, :], (j < K)[:, None] & (r < R)[None, :]
+    mask_v = (j < K)[:, None] & (v < V)[None, :]
+    k_nope = tl.load(kv_ptr + kv_offsets + n[None, :], mask=mask_n, other=0.0)
+    k_rope = tl.load(k_rope_ptr + key[:, None] * R + r[None, :], mask=mask_r, other=0.0)
+    value = tl.load(kv_ptr + kv_offsets + N + v[None, :], mask=mask_v, other=0.0)
+    scale_log2 = scale.to(tl.float32) * 1.4426950408889634
+    dk_nope, dk_rope = tl.zeros((BLOCK_K, PAD_N), tl.float32), tl.zeros((BLOCK_K, PAD_R), tl.float32)
+    dvalue = tl.zeros((BLOCK_K, PAD_V), tl.float32)
+    # key j is seen by the queries from j + Q - K on; blocks from `whole` on see all keys of this block
+    first = max(j0 + Q - K, 0) // BLOCK_Q * BLOCK_Q
+    whole = max(tl.cdiv(max(j0 + BLOCK_K - 1 + Q - K, 0), BLOCK_Q) * BLOCK_Q, first)
+    for WHOLE in tl.static_range(2):
+        for i0 in range(whole if WHOLE else first, Q if WHOLE else min(whole, Q), BLOCK_Q):
+            i = i0 + i_s
+            row = (begin.to(tl.int64) + i) * H + h
+            q_ptrs = q_ptr + row[:, None] * (N + R)
+            dout_ptrs = dout_ptr + row[:, None] * V
+            q_nope = tl.load(q_ptrs + n[None, :], mask=(i < Q)[:, None] & (n < N)[None, :], other=0.0)
+            q_rope = tl.load(q_ptrs + N + r[None, :], mask=(i < Q)[:, None] & (r < R)[None, :], other=0.0)
+            dout = tl.load(dout_ptrs + v[None, :], mask=(i < Q)[:, None] & (v < V)[None, :], other=0.0)
+            lse_log2 = tl.load(lse_ptr + row, mask=i < Q, other=0.0) * 1.4426950408889634
+            delta = tl.load(delta_ptr + row, mask=i < Q, other=0.0)
+            s = _dot(k_nope, tl.trans(q_nope), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), DOT_FLOAT32)
+            s = _dot(k_rope, tl.trans(q_rope), s, DOT_FLOAT32)
+            p = tl.exp2(s * scale_log2 - lse_log2[None, :])
+            if not WHOLE:
+                p = tl.where(j[:, None] <= i[None, :] + K - Q, p, 0.0)
+            dvalue = _dot(p.to(dout.dtype), dout, dvalue, DOT_FLOAT32)
+            dp = _dot(value, tl.trans(dout), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), DOT_FLOAT32)
+            ds = (p * (dp - delta[None, :])).to(q_nope.dtype)
+            dk_nope = _dot(ds, q_nope, dk_nope, DOT_FLOAT32)
+            dk_rope = _dot(ds, q_rope, dk_rope, DOT_FLOAT32)
+    dtype = dkv_ptr.dtype.element_ty
+    tl.store(dkv_ptr + kv_offsets + n[None, :], (dk_nope * scale).to(dtype), mask=mask_n)
+    tl.store(dkv_ptr + kv_offsets + N + v[None, :], dvalue.to(dtype), mask=mask_v)
+    tl.store(dk_rope_ptr + (h * S + key[:, None]) * R + r[None, :], dk_rope * scale, mask=mask_r)
 
 
 def _flash_cpu(
@@ -225,9 +411,7 @@ def _backward(ctx: Any, dout: Tensor, dlse: Any) -> tuple[Any, ...]:
     return *grads, None, None, None, None
 
 
-def _cost(
-    q: Tensor, kv: Tensor, k_rope: Tensor, q_start: Tensor, k_start: Tensor, k_len: Tensor, scale: float
-) -> Cost:
+def _cost(q: Tensor, kv: Tensor, k_rope: Tensor, q_start: Tensor, k_start: Tensor, k_len: Tensor, scale: float) -> Cost:
     T, H, D = q.shape
     V, B = _value_width(q, kv, k_rope), k_len.shape[0]
     # lengths are values, which a cost may not read: queries and keys are taken as spread evenly over the sequences
@@ -301,9 +485,7 @@ def _backward_fake(dout: Tensor, q: Tensor, kv: Tensor, k_rope: Tensor, *rest: A
     return q.new_empty(q.shape), kv.new_empty(kv.shape), k_rope.new_empty(k_rope.shape)
 
 
-def _backward_cost(
-    dout: Tensor, q: Tensor, kv: Tensor, k_rope: Tensor, out: Tensor, lse: Tensor, *rest: Any
-) -> Cost:
+def _backward_cost(dout: Tensor, q: Tensor, kv: Tensor, k_rope: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> Cost:
     forward = _cost(q, kv, k_rope, *rest)
     # five products of the forward's two: scores again, dP, dV, dQ, dK
     return Cost(flops=forward.flops * 5 // 2, bytes=2 * tensor_bytes(q, kv, k_rope, out) + tensor_bytes(lse))

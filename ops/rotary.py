@@ -3,7 +3,7 @@
     interleaved:  pairs are channels (2i, 2i+1)        (DeepSeek-V2 and V3)
     half-split:   pairs are channels (i, i + R/2)      (GPT-NeoX, Llama)
 
-The layout of the output is that of the input. Dims: T tokens, H heads, R rotary width.
+The layout of the output is that of the input. Dims: T tokens, H heads, R rotary width, P = R/2 pairs.
 Source: Su et al. 2021 (arXiv:2104.09864), eq. 34; tables with YaRN in ``blocks/rotary.py``.
 """
 
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
@@ -28,6 +30,79 @@ def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor
         a, b = x_THR.chunk(2, dim=-1)
         y = torch.cat((a * cos_T1P - b * sin_T1P, b * cos_T1P + a * sin_T1P), dim=-1)
     return y.to(x.dtype)
+
+
+@triton.jit
+def _rotary_kernel(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    y_ptr,
+    x_stride_t,
+    x_stride_h,
+    cos_stride,
+    sin_stride,
+    H,
+    P,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """One program per token and block of heads."""
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    p = tl.arange(0, BLOCK_P)
+    cos = tl.load(cos_ptr + t * cos_stride + p, mask=p < P, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + t * sin_stride + p, mask=p < P, other=0.0).to(tl.float32)
+    x_row = x_ptr + t * x_stride_t + h[:, None] * x_stride_h
+    y_row = y_ptr + (t * H + h[:, None]) * (2 * P)
+    if INTERLEAVED:
+        # whole rows, split in registers: neighbours would be two loads of every other element
+        r = tl.arange(0, 2 * BLOCK_P)
+        mask = (h[:, None] < H) & (r < 2 * P)
+        x = tl.load(x_row + r, mask=mask, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, (BLOCK_H, BLOCK_P, 2)))
+        y = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (BLOCK_H, 2 * BLOCK_P))
+        tl.store(y_row + r, y.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        mask = (h[:, None] < H) & (p < P)
+        a = tl.load(x_row + p, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x_row + P + p, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_row + p, (a * cos - b * sin).to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_row + P + p, (b * cos + a * sin).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    T, H, R = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
+    block_p = triton.next_power_of_2(R // 2)
+    # 16 channels a thread: all heads of a narrow model in one program, 32 of DeepSeek-V3's 128
+    block_h = min(triton.next_power_of_2(H), max(1024 // block_p, 1))
+    num_warps = min(max(block_h * block_p // 256, 1), 4)
+    _rotary_kernel[(T, triton.cdiv(H, block_h))](
+        x,
+        cos,
+        sin,
+        y,
+        x.stride(0),
+        x.stride(1),
+        cos.stride(0),
+        sin.stride(0),
+        H,
+        R // 2,
+        INTERLEAVED=interleaved,
+        BLOCK_H=block_h,
+        BLOCK_P=block_p,
+        num_warps=num_warps,
+    )
+    return y
+
+
+def _supports(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
+    return "computes in float32" if x.dtype == torch.float64 else None
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
@@ -65,9 +140,12 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor,
         for interleaved in (True, False):
             yield x, angle.cos(), angle.sin(), interleaved
     # the rotary part of a wider head: a strided view
-    yield torch.randn(4, 2, 24, device=device, dtype=dtype)[..., 8:], angle.cos()[:1, :8].expand(4, 8), angle.sin()[
-        :1, :8
-    ].expand(4, 8), True
+    yield (
+        torch.randn(4, 2, 24, device=device, dtype=dtype)[..., 8:],
+        angle.cos()[:1, :8].expand(4, 8),
+        angle.sin()[:1, :8].expand(4, 8),
+        True,
+    )
 
 
 rotary = define(
@@ -93,3 +171,5 @@ Returns:
 Raises:
     ValueError: shapes do not fit.
 """
+
+rotary.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)

@@ -1,9 +1,10 @@
 """Trace a function to a graph, and compare graphs by what they compute rather than by the names in them."""
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 
@@ -43,8 +44,7 @@ def _action(gm: fx.GraphModule, node: fx.Node) -> str:
     if node.op == "call_function":
         return str(node.target)
     if node.op == "get_attr":
-        value = gm
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        return f"get_attr {value}"
+        value = attrgetter(str(node.target))(gm)
+        # in full: str() of a large tensor leaves out its middle
+        return f"get_attr {value.dtype} {value.tolist()}" if isinstance(value, Tensor) else f"get_attr {value}"
     return node.op if node.op in ("placeholder", "output") else f"{node.op} {node.target}"

@@ -1,0 +1,75 @@
+"""The rules of the dialect, checked on a graph.
+
+    1. the graph is well formed (``fx.Graph.lint``) and has no attributes: parameters are inputs
+    2. every call has its value in ``meta["val"]``: a later pass decides by shapes and dtypes
+    3. a call of a dialect op has the arguments of its schema, and its shape rule gives what ``meta["val"]`` says
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from deepfuse.ir.op import NAMESPACE, OPS
+
+
+class GraphError(ValueError):
+    """A graph breaks a rule of the dialect."""
+
+
+def verify(graph: fx.Graph) -> None:
+    """Check all rules.
+
+    Raises:
+        GraphError: names the node, the rule and what was found.
+    """
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise GraphError(f"verify: want a well-formed graph, got {error}") from error
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module", "call_method"):
+            raise GraphError(f"verify: want placeholders and calls only, got {node.op} {node.target}")
+        if node.op == "call_function":
+            _verify_call(node)
+
+
+def _verify_call(node: fx.Node) -> None:
+    if "val" not in node.meta and not _gives_nothing(node):
+        raise GraphError(f"verify: want meta['val'] on every call, got none on {node.name} ({node.target})")
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != NAMESPACE:
+        return
+    op = OPS.get(target._opname)
+    if op is None:
+        raise GraphError(f"verify: want an op of the table, got {target} at {node.name}")
+    wanted = len(target._schema.arguments)
+    if len(node.args) != wanted or node.kwargs:
+        raise GraphError(
+            f"verify: want {wanted} positional arguments of {op.schema}, got {len(node.args)} and "
+            f"{sorted(node.kwargs)} at {node.name}"
+        )
+    _verify_value(node, op.fake(*fx.map_arg(list(node.args), lambda n: n.meta["val"])))
+
+
+def _gives_nothing(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns
+
+
+def _verify_value(node: fx.Node, expected: Any) -> None:
+    leaves = torch.utils._pytree.tree_leaves
+    got = [v for v in leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+    want = [v for v in leaves(expected) if isinstance(v, Tensor)]
+    same = len(got) == len(want) and all(g.dtype == w.dtype and g.ndim == w.ndim for g, w in zip(got, want, strict=True))
+    # symbolic sizes are compared as expressions: asking whether they are equal would add a guard
+    sizes = [
+        (g, w)
+        for a, b in zip(got, want, strict=False)
+        for g, w in zip(a.shape, b.shape, strict=False)
+        if isinstance(g, int) and isinstance(w, int)
+    ]
+    if not same or any(g != w for g, w in sizes):
+        raise GraphError(
+            f"verify: want {[(list(w.shape), w.dtype) for w in want]} from the shape rule of {node.target}, got "
+            f"{[(list(g.shape), g.dtype) for g in got]} in meta['val'] of {node.name}"
+        )

@@ -1,0 +1,342 @@
+"""Choose the next token of each sequence: temperature, top-k, top-p, and a draw that can be repeated.
+
+    top-k keeps the logits at or above the k-th largest (ties at the border are all kept)
+    top-p keeps, of those, token i if the p[j] above p[i] sum to less than top_p, p = softmax(logits / temperature) over
+        what top-k kept; the likeliest is always kept
+    token = argmax over the kept of logits / temperature + g; ties go to the lowest index
+
+``g = -log(-log(1 - v))`` is Gumbel noise, which makes the argmax a draw from the softmax. ``v = (bits + 1/2) / 2**32``,
+``bits`` the first word of Philox-4x32-10 with the seed as key at counter (token, position, 0): a draw depends on nothing
+but its row's logits, seed and position. Winners have a small ``v``: with ``u = 1 - v`` rounded to float32 instead,
+tokens of probability 1e-7 would come up too rarely, and ``u = 1`` would win whatever its logit.
+Dims: B sequences, V vocabulary.
+Source: Maddison et al. 2014 (arXiv:1411.0030), section 2; Holtzman et al. 2020 (arXiv:1904.09751), section 3.1; Salmon
+et al. 2011 (doi:10.1145/2063384.2063405), section 3.3.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deepfuse.ir.cost import Cost, tensor_bytes
+from deepfuse.ir.op import define
+
+WORD = 0xFFFFFFFF
+"""Mask of the low 32 bits."""
+
+
+def sample_ref(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor
+) -> Tensor:
+    x_BV = _ordered(logits)
+    greedy_B1 = temperature[:, None] <= 0
+    scaled_BV = _scaled(x_BV, temperature)
+    score_BV = scaled_BV + gumbel(seed, position, x_BV.shape[1], x_BV.dtype)
+    score_BV = score_BV.masked_fill(x_BV < _least_kept(x_BV, scaled_BV, top_k, top_p), float("-inf"))
+    return torch.where(greedy_B1, x_BV, score_BV).argmax(-1)
+
+
+def gumbel(seed: Tensor, position: Tensor, V: int, dtype: torch.dtype) -> Tensor:
+    """Noise ``[B, V]`` of seeds and positions ``[B]``."""
+    token_1V = torch.arange(V, device=seed.device)[None]
+    position_B1, seed_B1 = position[:, None], seed[:, None]
+    counter = (token_1V, position_B1 & WORD, (position_B1 >> 32) & WORD, torch.zeros_like(token_1V))
+    bits_BV = philox(counter, (seed_B1 & WORD, (seed_B1 >> 32) & WORD))[0]
+    v_BV = (bits_BV.to(dtype) + 0.5) * 2.0**-32
+    # the largest rounds up to 1, whose noise would be -inf
+    v_BV = v_BV.clamp(max=1 - torch.finfo(dtype).eps / 2)
+    return -torch.log(-torch.log1p(-v_BV))
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10; 32-bit words in int64 tensors, in and out."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 wraps, which leaves all 64 bits of the product right
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = (product1 >> 32) & WORD ^ c1 ^ k0, product1 & WORD
+        c2, c3 = (product0 >> 32) & WORD ^ c3 ^ k1, product0 & WORD
+        k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
+    return c0, c1, c2, c3
+
+
+def _ordered(logits: Tensor) -> Tensor:
+    """Logits in float32 at least, without NaN (which counts as -inf) and inf (as the largest finite)."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return x.nan_to_num(nan=float("-inf"), neginf=float("-inf"))
+
+
+def _scaled(x_BV: Tensor, temperature: Tensor) -> Tensor:
+    # not below the least finite, so that a row of -inf stays -inf
+    top_B1 = x_BV.amax(-1, keepdim=True).clamp(min=torch.finfo(x_BV.dtype).min)
+    return (x_BV - top_B1) / torch.where(temperature > 0, temperature, 1.0).to(x_BV.dtype)[:, None]
+
+
+def _least_kept(x_BV: Tensor, scaled_BV: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """``[B, 1]``, the smallest logit that both filters keep."""
+    V = x_BV.shape[1]
+    sorted_BV, order_BV = x_BV.sort(-1, descending=True)
+    k_B1 = torch.where(top_k > 0, top_k, V).clamp(max=V)[:, None]
+    by_top_k_BV = sorted_BV >= sorted_BV.gather(-1, k_B1 - 1)
+    p_BV = scaled_BV.gather(-1, order_BV).masked_fill(~by_top_k_BV, float("-inf")).softmax(-1)
+    # the first of equal logits: what lies before it is what is strictly likelier
+    first_BV = torch.searchsorted(-sorted_BV, -sorted_BV)
+    likelier_BV = torch.nn.functional.pad(p_BV.cumsum(-1), (1, -1)).gather(-1, first_BV)
+    top_p_B1 = top_p[:, None]
+    by_top_p_BV = (likelier_BV < top_p_B1) | (top_p_B1 >= 1) | (first_BV == 0)
+    return sorted_BV.masked_fill(~(by_top_k_BV & by_top_p_BV), float("inf")).amin(-1, keepdim=True)
+
+
+def _without_idle_filters(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor
+) -> Tensor:
+    """The reference less what no row asks for; reading that is free on a CPU."""
+    greedy_B, filtered = temperature <= 0, bool(((top_k > 0) | (top_p < 1)).any())
+    if filtered and not greedy_B.all():
+        return sample_ref(logits, temperature, top_k, top_p, seed, position)
+    x_BV = _ordered(logits)
+    if greedy_B.all():
+        return x_BV.argmax(-1)
+    score_BV = _scaled(x_BV, temperature) + gumbel(seed, position, x_BV.shape[1], x_BV.dtype)
+    return torch.where(greedy_B[:, None], x_BV, score_BV).argmax(-1)
+
+
+@triton.jit
+def _logits(row_ptr, v, V):
+    """In float32, without NaN and inf; -inf past the vocabulary."""
+    x = tl.load(row_ptr + v, mask=v < V, other=0.0).to(tl.float32)
+    x = tl.where((v < V) & (x == x), x, float("-inf"))
+    return tl.minimum(x, 3.4028234663852886e38)
+
+
+@triton.jit
+def _key(x):
+    """Unsigned integers in the order of the floats; one for both zeros."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
+    return tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+
+
+@triton.jit
+def _weight(x, top, temperature, floor, BY_MASS: tl.constexpr):
+    """What a token counts: its unnormalised probability or 1, and 0 below ``floor``."""
+    if BY_MASS:
+        w = tl.exp((x - top) / temperature)
+    else:
+        w = tl.full(x.shape, 1.0, tl.float32)
+    return tl.where(_key(x) >= floor, w, 0.0)
+
+
+@triton.jit
+def _mass(row_ptr, V, top, temperature, floor, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        x = _logits(row_ptr, start + tl.arange(0, BLOCK), V)
+        total += _weight(x, top, temperature, floor, True)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _threshold(row_ptr, V, top, temperature, floor, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """Largest key such that the tokens of this key and above weigh at least ``wanted``.
+
+    Two bits a pass, from the top. Sums in a fixed order never grow when terms become 0, so the search is exact.
+    """
+    threshold = tl.full([], 0, tl.uint32)
+    step = tl.full([], 1 << 30, tl.uint32)
+    for _ in range(16):
+        sum1 = tl.zeros([BLOCK], tl.float32)
+        sum2 = tl.zeros([BLOCK], tl.float32)
+        sum3 = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, V, BLOCK):
+            x = _logits(row_ptr, start + tl.arange(0, BLOCK), V)
+            key = _key(x)
+            w = _weight(x, top, temperature, floor, BY_MASS)
+            sum1 += tl.where(key >= threshold + step, w, 0.0)
+            sum2 += tl.where(key >= threshold + step * 2, w, 0.0)
+            sum3 += tl.where(key >= threshold + step * 3, w, 0.0)
+        steps = (
+            (tl.sum(sum1, 0) >= wanted).to(tl.uint32)
+            + (tl.sum(sum2, 0) >= wanted).to(tl.uint32)
+            + (tl.sum(sum3, 0) >= wanted).to(tl.uint32)
+        )
+        threshold += step * steps
+        step = step >> 2
+    return threshold
+
+
+@triton.jit
+def _first(best, best_v, V):
+    return tl.min(tl.where(best == tl.max(best, 0), best_v, V), 0)
+
+
+@triton.jit
+def _sample_kernel(
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    seed_ptr,
+    position_ptr,
+    token_ptr,
+    logits_stride,
+    V,
+    BLOCK: tl.constexpr,
+):
+    """One program per row; it reads the row once for the maximum, 16 times for a filter in use, once for the draw."""
+    b = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + b * logits_stride
+    lane = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    best_v = lane
+    for start in range(0, V, BLOCK):
+        x = _logits(row_ptr, start + lane, V)
+        best_v = tl.where(x > best, start + lane, best_v)
+        best = tl.maximum(best, x)
+    token = _first(best, best_v, V)
+
+    temperature = tl.load(temperature_ptr + b).to(tl.float32)
+    if temperature > 0:
+        top = tl.maximum(tl.max(best, 0), -3.4028234663852886e38)
+        top_k = tl.load(top_k_ptr + b)
+        top_p = tl.load(top_p_ptr + b).to(tl.float32)
+        floor = tl.full([], 0, tl.uint32)
+        if (top_k > 0) & (top_k < V):
+            floor = _threshold(row_ptr, V, top, temperature, floor, top_k.to(tl.float32), False, BLOCK)
+        if top_p < 1:
+            wanted = top_p * _mass(row_ptr, V, top, temperature, floor, BLOCK)
+            by_mass = _threshold(row_ptr, V, top, temperature, floor, wanted, True, BLOCK)
+            floor = tl.maximum(floor, tl.minimum(by_mass, _key(top)))
+
+        seed = tl.load(seed_ptr + b)
+        position = tl.load(position_ptr + b)
+        position_low = (position & 0xFFFFFFFF).to(tl.uint32)
+        position_high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+        best = tl.full([BLOCK], float("-inf"), tl.float32)
+        best_v = lane
+        for start in range(0, V, BLOCK):
+            v = start + lane
+            x = _logits(row_ptr, v, V)
+            bits, _, _, _ = tl.philox(seed, v.to(tl.uint32), position_low, position_high, position_low * 0)
+            score = tl.where(_key(x) >= floor, (x - top) / temperature + _gumbel(bits), float("-inf"))
+            best_v = tl.where(score > best, v, best_v)
+            best = tl.maximum(best, score)
+        token = _first(best, best_v, V)
+    tl.store(token_ptr + b, token.to(tl.int64))
+
+
+@triton.jit
+def _gumbel(bits):
+    # 1 - 2**-24, the largest float32 below 1
+    v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)
+    # the hardware's logarithm is exact to 2**-22 near 1, too little for a small v: there -log(1 - v) is
+    # 2 atanh(v / (2 - v)), and four terms of that series are enough below 1/4
+    s = v / (2.0 - v)
+    s2 = s * s
+    series = 2.0 * s * (1.0 + s2 * (1.0 / 3 + s2 * (1.0 / 5 + s2 * (1.0 / 7))))
+    return -tl.log(tl.where(v < 0.25, series, -tl.log(1.0 - v)))
+
+
+def _launch(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor
+) -> Tensor:
+    B, V = logits.shape
+    token = torch.empty(B, dtype=torch.int64, device=logits.device)
+    if B == 0:
+        return token
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    per_row = [t.contiguous() for t in (temperature, top_k, top_p, seed, position)]
+    # a row is one program's, so that needs many loads in flight: 16 warps with 8 elements a thread
+    block = min(triton.next_power_of_2(V), 4096)
+    num_warps = min(max(block // 256, 1), 16)
+    _sample_kernel[(B,)](logits, *per_row, token, logits.stride(0), V, BLOCK=block, num_warps=num_warps)
+    return token
+
+
+def _triton_supports(logits: Tensor, *rest: Tensor) -> str | None:
+    if logits.dtype == torch.float64:
+        return "computes in float32"
+    # ranks are counted in float32
+    return None if logits.shape[1] <= 2**24 else "vocabulary is larger than 2**24"
+
+
+def _check(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> None:
+    per_row = (temperature, top_k, top_p, seed, position)
+    if logits.ndim != 2 or logits.shape[1] < 1 or any(t.ndim != 1 for t in per_row):
+        raise ValueError(
+            "sample: want logits [B, V] with V >= 1 and temperature, top_k, top_p, seed and position [B], got "
+            f"{[list(t.shape) for t in (logits, *per_row)]}"
+        )
+    for t in per_row:
+        torch._check(t.shape[0] == logits.shape[0], lambda: f"sample: want {logits.shape[0]} rows, got {len(t)}")
+    if not logits.is_floating_point() or any(t.dtype != torch.int64 for t in (top_k, seed, position)):
+        raise TypeError(
+            "sample: want floating-point logits and int64 top_k, seed and position, got "
+            f"{[t.dtype for t in (logits, top_k, seed, position)]}"
+        )
+
+
+def _fake(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+def _cost(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Cost:
+    # scale, exponential and sum of the filters, noise, comparison
+    return Cost(flops=10 * logits.numel(), bytes=tensor_bytes(logits, temperature, top_k, top_p, seed, position, seed))
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
+    # temperature, top-k and top-p of each row; not a power of two; more than a block of the kernel
+    for settings, V in [
+        ([(0.0, 0, 1.0)], 1),
+        ([(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (2.0, 30, 0.9), (1.0, 1000, 0.0)], 100),
+        ([], 8),
+        ([(0.8, 50, 0.95)], 5000),
+    ]:
+        columns = list(zip(*settings, strict=True)) or [(), (), ()]
+        B = len(settings)
+        yield (
+            torch.randn(B, V, device=device).mul(3).to(dtype),
+            torch.tensor(columns[0], device=device, dtype=torch.float32),
+            torch.tensor(columns[1], device=device, dtype=torch.int64),
+            torch.tensor(columns[2], device=device, dtype=torch.float32),
+            torch.randint(-(2**63), 2**63 - 1, (B,), device=device),
+            torch.randint(0, 2**40, (B,), device=device),
+        )
+
+
+sample = define(
+    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, Tensor position) -> Tensor",
+    reference=sample_ref,
+    check=_check,
+    fake=_fake,
+    cost=_cost,
+    samples=_samples,
+)
+"""Draw one token a row.
+
+Args:
+    logits: ``[B, V]``, any floating dtype, computed in float32; NaN counts as -inf, and a row without any other logit
+        gives token 0.
+    temperature: ``[B]`` float32, finite; 0 (or less) is greedy: the largest logit, whatever the filters.
+    top_k: ``[B]`` int64; 0 (or less) is off.
+    top_p: ``[B]`` float32; 1 (or more) is off.
+    seed: ``[B]`` int64.
+    position: ``[B]`` int64: the same seed draws anew at each position.
+
+Returns:
+    ``[B]`` int64.
+
+Raises:
+    ValueError: shapes do not fit.
+    TypeError: ``logits`` are not floating point, or ``top_k``, ``seed`` or ``position`` not int64.
+"""
+
+sample.provide("torch", _without_idle_filters, priority={"cpu": 5})
+sample.provide("triton", _launch, priority={"cuda": 10}, supports=_triton_supports)

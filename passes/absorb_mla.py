@@ -1,0 +1,161 @@
+"""Attend in latent space where that is cheaper: decode does not expand the cache.
+
+    before:  kv = linear(gather_latent(cache)[:C], kv_b_proj);  out = mla_attention([q_nope | q_rope], kv, k_rope, ...)
+    after:   out = head_matmul(mla_decode(head_matmul(q_nope, W_UK), q_rope, cache, ...), W_UV)
+
+Why: expanding reads and multiplies every cached token by ``kv_b_proj`` at every step; absorbed, the step reads C + R
+numbers a token, whatever the number of heads.
+Requires: one query a sequence, keys from ``gather_latent``; the cost model must find it cheaper. Never in training,
+where there is no cache.
+Numerics: reassociating; ``(W_UK^T q) . c`` for ``q . (W_UK c)``.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from deepfuse.ir.cost import Cost
+from deepfuse.ir.device import Device
+from deepfuse.ir.printer import where
+from deepfuse.ops.append_latent import PAGE_SIZE
+from deepfuse.ops.gather_latent import gather_latent
+from deepfuse.ops.head_matmul import head_matmul
+from deepfuse.ops.linear import linear
+from deepfuse.ops.mla_attention import mla_attention
+from deepfuse.ops.mla_decode import mla_decode
+from deepfuse.passes.journal import note
+from deepfuse.passes.record import graph_pass
+from deepfuse.passes.splice import call
+
+aten = torch.ops.aten
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default)
+
+
+@graph_pass(stage="semantic", kind="reassociating")
+def absorb_mla(graph: fx.Graph, *, device: Device, max_seq_len: int) -> int:
+    """Rewrite in place; returns the number of attentions absorbed. Costs are taken at half of ``max_seq_len``."""
+    absorbed = 0
+    for attention in graph.find_nodes(op="call_function", target=mla_attention.overload):
+        site = _decode_site(attention)
+        if isinstance(site, str):
+            note(f"{where(attention)}: expanded: {site}")
+            continue
+        expand_us, absorb_us = _predict(attention, site, device, max_seq_len // 2)
+        text = f"absorbed {absorb_us:.1f} us, expanded {expand_us:.1f} us at {max_seq_len // 2} tokens, predicted"
+        if absorb_us >= expand_us:
+            note(f"{where(attention)}: expanded: {text}")
+            continue
+        note(f"{where(attention)}: absorbed: {text}")
+        _absorb(graph, attention, **site)
+        absorbed += 1
+    return absorbed
+
+
+def _decode_site(attention: fx.Node) -> dict[str, fx.Node] | str:
+    """The nodes around an attention over gathered pages with one query a sequence, or why it is none."""
+    q, kv, k_rope, q_start, k_start, k_len, _ = attention.args
+    expand = _behind_views(kv)
+    if expand.target is not linear.overload or expand.args[2] is not None:
+        return "keys do not come straight from a linear layer without bias"
+    latent, weight, _ = expand.args
+    gathered = [_getitem_source(n) for n in (_behind_views(latent), _behind_views(k_rope), k_start)]
+    if any(g is None for g in gathered):
+        return "keys come from the tokens of the call, not from the cache"
+    splits = [g for g, _ in gathered[:2]]
+    if splits[0] is not splits[1] or splits[0].target is not aten.split_with_sizes.default:
+        return "latent and rotary key are not the two parts of one row"
+    rows = _getitem_source(splits[0].args[0])
+    if rows is None or rows[0].target is not gather_latent.overload or gathered[2] != (rows[0], 1):
+        return "keys come from the tokens of the call, not from the cache"
+    cache, block_table = rows[0].args
+    if (gathered[0][1], gathered[1][1]) != (0, 1):
+        return "latent and rotary key are not the two parts of one row"
+    queries = q.meta["val"].shape[0]
+    if queries != block_table.meta["val"].shape[0] or not _counts_up(q_start, queries + 1):
+        return "several queries a sequence"
+    if len(attention.users) > 1 or any(u.args[1] != 0 for u in attention.users):
+        return "the statistics of the softmax are read"
+    return {"q": q, "weight": weight, "cache": cache, "block_table": block_table, "seqlens": k_len}
+
+
+def _absorb(
+    graph: fx.Graph, attention: fx.Node, q: fx.Node, weight: fx.Node, cache: fx.Node, block_table: fx.Node, seqlens: fx.Node
+) -> None:
+    H, C, N, R, V = _dims(attention)
+    (out,) = attention.users
+    with graph.inserting_before(attention):
+        q_nope = call(graph, attention, aten.slice.Tensor, q, 2, 0, N)
+        q_rope = call(graph, attention, aten.slice.Tensor, q, 2, N, N + R)
+        per_head = call(graph, attention, aten.view.default, weight, [H, N + V, C])
+        w_uk = call(graph, attention, aten.slice.Tensor, per_head, 1, 0, N)
+        w_uv = call(graph, attention, aten.slice.Tensor, per_head, 1, N, N + V)
+        w_uv = call(graph, attention, aten.transpose.int, w_uv, 1, 2)
+        q_latent = call(graph, attention, head_matmul.overload, q_nope, w_uk)
+        scale = attention.args[-1]
+        mixed = call(graph, attention, mla_decode.overload, q_latent, q_rope, cache, block_table, seqlens, scale)
+        new = call(graph, attention, head_matmul.overload, mixed, w_uv)
+    out.replace_all_uses_with(new)
+    graph.erase_node(out)
+    graph.erase_node(attention)
+
+
+def _predict(attention: fx.Node, site: dict[str, fx.Node], device: Device, tokens: int) -> tuple[float, float]:
+    """Microseconds of the expanded and of the absorbed step with ``tokens`` cached tokens a sequence."""
+    H, C, N, R, V = _dims(attention)
+    B = int(site["q"].meta["val"].shape[0])
+    like = site["weight"].meta["val"]
+
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=like.dtype, device="meta")
+
+    index = torch.empty(B, -(-tokens // PAGE_SIZE), dtype=torch.int64, device="meta")
+    S = index.numel() * PAGE_SIZE
+    lengths = torch.empty(B, dtype=torch.int32, device="meta")
+    q, cache, kv_b = meta(B, H, N + R), meta(index.numel() + 1, PAGE_SIZE, C + R), meta(H * (N + V), C)
+    expand = (
+        gather_latent.cost(cache, index)
+        + linear.cost(meta(S, C), kv_b, None)
+        + mla_attention.cost(q, meta(S, H, N + V), meta(S, R), lengths, lengths, lengths, 1.0)
+    )
+    absorb = (
+        head_matmul.cost(q[..., :N], meta(H, N, C))
+        + mla_decode.cost(meta(B, H, C), q[..., N:], cache, index, lengths, 1.0)
+        + head_matmul.cost(meta(B, H, C), meta(H, C, V))
+    )
+    return _us(expand, device, like.dtype), _us(absorb, device, like.dtype)
+
+
+def _us(cost: Cost, device: Device, dtype: torch.dtype) -> float:
+    return device.seconds(cost, dtype) * 1e6
+
+
+def _dims(attention: fx.Node) -> tuple[int, int, int, int, int]:
+    """H, C, N, R, V."""
+    q, kv, k_rope = (a.meta["val"] for a in attention.args[:3])
+    R = k_rope.shape[-1]
+    N = q.shape[-1] - R
+    expand = _behind_views(attention.args[1])
+    return q.shape[1], expand.args[0].meta["val"].shape[-1], N, R, kv.shape[-1] - N
+
+
+def _behind_views(node: Any) -> fx.Node:
+    while node.target in VIEWS:
+        node = node.args[0]
+    return node
+
+
+def _getitem_source(node: fx.Node) -> tuple[fx.Node, int] | None:
+    return (node.args[0], node.args[1]) if node.target is operator.getitem else None
+
+
+def _counts_up(node: fx.Node, length: Any) -> bool:
+    """Whether the node is ``0, 1, 2, ...`` of that length."""
+    if node.target is aten.arange.default:
+        return node.args[0] == length
+    if node.target is aten.arange.start_step:
+        return tuple(node.args[:2]) == (0, length) and (len(node.args) < 3 or node.args[2] == 1)
+    if node.target is torch.ops.prims.iota.default:
+        return node.args[0] == length and node.kwargs.get("start") == 0 and node.kwargs.get("step") == 1
+    return False
