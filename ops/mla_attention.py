@@ -143,12 +143,13 @@ def _mla_attention_kernel(
     denominator = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, PAD_V), tl.float32)
     # query i sees the keys up to i + K - Q; blocks before `diagonal` are seen whole and need no mask
+    kv_tile, k_rope_tile = js[:, None] * (H * (N + V)), js[:, None] * R
     diagonal = min(max(i0 + K - Q + 1, 0), K) // BLOCK_K * BLOCK_K
     for ON_DIAGONAL in tl.static_range(2):
         for j0 in range(diagonal if ON_DIAGONAL else 0, min(i0 + BLOCK_Q + K - Q, K) if ON_DIAGONAL else diagonal, BLOCK_K):
             j = j0 + js
-            kv_ptrs = kv_ptr + ((key + j)[:, None] * H + h) * (N + V)
-            k_rope_ptrs = k_rope_ptr + (key + j)[:, None] * R
+            kv_ptrs = kv_ptr + ((key + j0) * H + h) * (N + V) + kv_tile
+            k_rope_ptrs = k_rope_ptr + (key + j0) * R + k_rope_tile
             k_nope = tl.load(kv_ptrs + n[None, :], mask=(j < K)[:, None] & (n < N)[None, :], other=0.0)
             k_rope = tl.load(k_rope_ptrs + r[None, :], mask=(j < K)[:, None] & (r < R)[None, :], other=0.0)
             value = tl.load(kv_ptrs + N + v[None, :], mask=(j < K)[:, None] & (v < V)[None, :], other=0.0)
@@ -195,12 +196,13 @@ def _mla_attention_dq_kernel(
     lse_log2 = tl.load(lse_ptr + row, mask=i < Q, other=0.0) * 1.4426950408889634
     scale_log2 = scale.to(tl.float32) * 1.4426950408889634
     dq_nope, dq_rope = tl.zeros((BLOCK_Q, PAD_N), tl.float32), tl.zeros((BLOCK_Q, PAD_R), tl.float32)
+    kv_tile, k_rope_tile = js[:, None] * (H * (N + V)), js[:, None] * R
     diagonal = min(max(i0 + K - Q + 1, 0), K) // BLOCK_K * BLOCK_K
     for ON_DIAGONAL in tl.static_range(2):
         for j0 in range(diagonal if ON_DIAGONAL else 0, min(i0 + BLOCK_Q + K - Q, K) if ON_DIAGONAL else diagonal, BLOCK_K):
             j = j0 + js
-            kv_ptrs = kv_ptr + ((key + j)[:, None] * H + h) * (N + V)
-            k_rope_ptrs = k_rope_ptr + (key + j)[:, None] * R
+            kv_ptrs = kv_ptr + ((key + j0) * H + h) * (N + V) + kv_tile
+            k_rope_ptrs = k_rope_ptr + (key + j0) * R + k_rope_tile
             k_nope = tl.load(kv_ptrs + n[None, :], mask=(j < K)[:, None] & (n < N)[None, :], other=0.0)
             k_rope = tl.load(k_rope_ptrs + r[None, :], mask=(j < K)[:, None] & (r < R)[None, :], other=0.0)
             value = tl.load(kv_ptrs + N + v[None, :], mask=(j < K)[:, None] & (v < V)[None, :], other=0.0)
@@ -251,17 +253,18 @@ def _mla_attention_dkv_kernel(
     # key j is seen by the queries from j + Q - K on; blocks from `whole` on see all keys of this block
     first = max(j0 + Q - K, 0) // BLOCK_Q * BLOCK_Q
     whole = max(tl.cdiv(max(j0 + BLOCK_K - 1 + Q - K, 0), BLOCK_Q) * BLOCK_Q, first)
+    q_tile, dout_tile = i_s[:, None] * (H * (N + R)), i_s[:, None] * (H * V)
     for WHOLE in tl.static_range(2):
         for i0 in range(whole if WHOLE else first, Q if WHOLE else min(whole, Q), BLOCK_Q):
             i = i0 + i_s
-            row = (begin.to(tl.int64) + i) * H + h
-            q_ptrs = q_ptr + row[:, None] * (N + R)
-            dout_ptrs = dout_ptr + row[:, None] * V
+            row = (begin.to(tl.int64) + i0) * H + h
+            q_ptrs = q_ptr + row * (N + R) + q_tile
+            dout_ptrs = dout_ptr + row * V + dout_tile
             q_nope = tl.load(q_ptrs + n[None, :], mask=(i < Q)[:, None] & (n < N)[None, :], other=0.0)
             q_rope = tl.load(q_ptrs + N + r[None, :], mask=(i < Q)[:, None] & (r < R)[None, :], other=0.0)
             dout = tl.load(dout_ptrs + v[None, :], mask=(i < Q)[:, None] & (v < V)[None, :], other=0.0)
-            lse_log2 = tl.load(lse_ptr + row, mask=i < Q, other=0.0) * 1.4426950408889634
-            delta = tl.load(delta_ptr + row, mask=i < Q, other=0.0)
+            lse_log2 = tl.load(lse_ptr + row + i_s * H, mask=i < Q, other=0.0) * 1.4426950408889634
+            delta = tl.load(delta_ptr + row + i_s * H, mask=i < Q, other=0.0)
             s = _dot(k_nope, tl.trans(q_nope), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), DOT_FLOAT32)
             s = _dot(k_rope, tl.trans(q_rope), s, DOT_FLOAT32)
             p = tl.exp2(s * scale_log2 - lse_log2[None, :])

@@ -111,7 +111,8 @@ def _without_idle_filters(
 def _logits(row_ptr, v, V):
     """In float32, without NaN and inf; -inf past the vocabulary."""
     x = tl.load(row_ptr + v, mask=v < V, other=0.0).to(tl.float32)
-    x = tl.where((v < V) & (x == x), x, float("-inf"))
+    # false for NaN
+    x = tl.where((v < V) & (x > float("-inf")), x, float("-inf"))
     return tl.minimum(x, 3.4028234663852886e38)
 
 
@@ -125,11 +126,10 @@ def _key(x):
 @triton.jit
 def _weight(x, top, temperature, floor, BY_MASS: tl.constexpr):
     """What a token counts: its unnormalised probability or 1, and 0 below ``floor``."""
+    kept = _key(x) >= floor
     if BY_MASS:
-        w = tl.exp((x - top) / temperature)
-    else:
-        w = tl.full(x.shape, 1.0, tl.float32)
-    return tl.where(_key(x) >= floor, w, 0.0)
+        return tl.where(kept, tl.exp((x - top) / temperature), 0.0)
+    return kept.to(tl.float32)
 
 
 @triton.jit
@@ -273,8 +273,9 @@ def _check(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, se
             "sample: want logits [B, V] with V >= 1 and temperature, top_k, top_p, seed and position [B], got "
             f"{[list(t.shape) for t in (logits, *per_row)]}"
         )
-    for t in per_row:
-        torch._check(t.shape[0] == logits.shape[0], lambda: f"sample: want {logits.shape[0]} rows, got {len(t)}")
+    B = logits.shape[0]
+    for rows in (t.shape[0] for t in per_row):
+        torch._check(rows == B, lambda rows=rows: f"sample: want {B} temperatures, seeds and so on, got {rows}")
     if not logits.is_floating_point() or any(t.dtype != torch.int64 for t in (top_k, seed, position)):
         raise TypeError(
             "sample: want floating-point logits and int64 top_k, seed and position, got "
@@ -288,7 +289,10 @@ def _fake(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, see
 
 def _cost(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Cost:
     # scale, exponential and sum of the filters, noise, comparison
-    return Cost(flops=10 * logits.numel(), bytes=tensor_bytes(logits, temperature, top_k, top_p, seed, position, seed))
+    B = logits.shape[0]
+    return Cost(
+        flops=10 * logits.numel(), bytes=tensor_bytes(logits, temperature, top_k, top_p, seed, position) + 8 * B
+    )
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:

@@ -1,0 +1,250 @@
+"""A small trainer: next-token loss, AdamW with a cosine schedule, one compiled step, checkpoints to resume from.
+
+    weights and moments in float32; forward and backward on a copy in ``dtype``, gradients added up in float32
+    expert bias after each step: b_e += bias_update_speed * sign(mean load - load_e)     (no auxiliary loss)
+
+Dims: B sequences, L tokens a sequence, T = B * L.
+Source: DeepSeek-V3 (arXiv:2412.19437), section 2.1.2 (bias), 2.2 (multi-token prediction), 4.2 (optimizer).
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from deepfuse.blocks.model import CausalLM
+from deepfuse.blocks.moe import Router
+from deepfuse.ir.device import device_row
+from deepfuse.passes.journal import naming
+from deepfuse.passes.pipeline import Pipeline, default
+from deepfuse.passes.runner import Runner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """How a model is trained."""
+
+    steps: int
+    batch_size: int = 16
+    """Sequences a step."""
+    seq_len: int = 512
+    """Tokens a sequence; windows are drawn at random, across documents."""
+    lr: float = 3e-3
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 100
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    bias_update_speed: float = 1e-3
+    mtp_steps: int = 0
+    """Last steps, in which the multi-token-prediction module alone is trained, the rest of the model fixed."""
+    dtype: torch.dtype = torch.bfloat16
+    seed: int = 0
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training: want {name} >= 1, got {getattr(self, name)}")
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, then cosine down to ``min_lr_ratio`` of the peak; the same again for the last phase."""
+        begin, end = (0, self.steps) if step < self.steps else (self.steps, self.steps + self.mtp_steps)
+        done = step - begin
+        if done < self.warmup_steps:
+            return self.lr * (done + 1) / self.warmup_steps
+        progress = (done - self.warmup_steps) / max(end - begin - self.warmup_steps, 1)
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
+
+
+class Trainer:
+    """Trains a model on a stream of tokens."""
+
+    def __init__(self, model: CausalLM, tokens: np.ndarray, training: Training, *, compile: bool = True):
+        """Args:
+        model: trained in place; float32.
+        tokens: ``[N]`` integers, documents one after the other.
+        compile: with Inductor; otherwise the same graphs run as they are.
+        """
+        if len(tokens) < training.seq_len + 3:
+            raise ValueError(f"trainer: want at least seq_len + 3 = {training.seq_len + 3} tokens, got {len(tokens)}")
+        self.model, self.tokens, self.training = model, tokens, training
+        self.compute = CausalLM(model.config).to(training.dtype).train()
+        self.routers = [m for m in self.compute.modules() if isinstance(m, Router)]
+        for router in self.routers:
+            router.e_score_correction_bias = (
+                None if router.e_score_correction_bias is None else router.e_score_correction_bias.float()
+            )
+            router.tokens_per_expert = router.tokens_per_expert.float()
+        self.pairs = list(zip(model.parameters(), self.compute.parameters(), strict=True))
+        self.step = 0
+        self.optimizer = self._optimizer(model.parameters())
+        pipeline: Pipeline = default()
+        settings = {
+            "providers": {},
+            "device": device_row(next(model.parameters()).device),
+            "max_seq_len": training.seq_len,
+        }
+        self.runner = Runner(pipeline, settings)
+        kwargs: dict[str, Any] = (
+            {"options": self.runner.options()} if compile else {"backend": self.runner.backend()}
+        )
+        self.next_token_loss = torch.compile(self._next_token_loss, fullgraph=True, dynamic=False, **kwargs)
+        self.mtp_loss = torch.compile(self._mtp_loss, fullgraph=True, dynamic=False, **kwargs)
+
+    def _optimizer(self, parameters: Any) -> torch.optim.AdamW:
+        parameters = list(parameters)
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.training.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.training.lr, betas=self.training.betas, fused=True)
+
+    def _next_token_loss(self, tokens: Tensor, positions: Tensor, q_start: Tensor) -> Tensor:
+        """``tokens [B, L + 2]``: cross-entropy in nats of each token after the first ``L``."""
+        L = tokens.shape[1] - 2
+        logits = self.compute(tokens[:, :L].flatten(), positions, q_start)
+        return nn.functional.cross_entropy(logits, tokens[:, 1 : L + 1].flatten())
+
+    def _mtp_loss(self, tokens: Tensor, positions: Tensor, q_start: Tensor) -> Tensor:
+        """Cross-entropy of the token after the next, from the state and the next token (eq. 21-24, depth 1)."""
+        L, model = tokens.shape[1] - 2, self.compute
+        with torch.no_grad():
+            h, delta, batch = model.stream(tokens[:, :L].flatten(), positions, q_start)
+            embedding = model.model.embed_tokens(tokens[:, 1 : L + 1].flatten())
+        mtp: Any = model.model.layers[model.config.num_hidden_layers]
+        h = mtp.predict(h + delta, embedding, batch)
+        return nn.functional.cross_entropy(model.logits(mtp.shared_head.norm(h)), tokens[:, 2:].flatten())
+
+    def batch(self, step: int) -> Tensor:
+        """``[B, L + 2]`` tokens of a step; the same for the same seed and step, so that a resumed run sees no repeats."""
+        t = self.training
+        rng = np.random.default_rng((t.seed, step))
+        starts = rng.integers(0, len(self.tokens) - t.seq_len - 2, size=t.batch_size)
+        rows = np.stack([self.tokens[s : s + t.seq_len + 2] for s in starts]).astype(np.int64)
+        return torch.from_numpy(rows)
+
+    def train_step(self) -> float:
+        """One step; returns the loss in nats a token."""
+        t = self.training
+        L = t.seq_len
+        positions = torch.arange(L).repeat(t.batch_size)
+        q_start = torch.arange(0, (t.batch_size + 1) * L, L, dtype=torch.int32)
+        if self.step == t.steps:
+            self._fix_all_but_mtp()
+        with torch.no_grad():
+            for master, working in self.pairs:
+                working.copy_(master)
+        loss_fn: Callable[..., Tensor] = self.next_token_loss if self.step < t.steps else self.mtp_loss
+        with naming("train"):
+            loss = loss_fn(self.batch(self.step), positions, q_start)
+            loss.backward()
+        for master, working in self.pairs:
+            master.grad = None if working.grad is None else working.grad.float()
+            working.grad = None
+        nn.utils.clip_grad_norm_([m for m, _ in self.pairs if m.grad is not None], t.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = t.lr_at(self.step)
+        self.optimizer.step()
+        self._balance()
+        self.step += 1
+        return float(loss)
+
+    def _fix_all_but_mtp(self) -> None:
+        L = self.model.config.num_hidden_layers
+        for name, parameter in self.compute.named_parameters():
+            parameter.requires_grad_(name.startswith(f"model.layers.{L}."))
+
+    @torch.no_grad()
+    def _balance(self) -> None:
+        """Raise the bias of experts with less than the mean load, lower that of the others."""
+        masters = [m for m in self.model.modules() if isinstance(m, Router)]
+        for master, router in zip(masters, self.routers, strict=True):
+            load = router.tokens_per_expert
+            if master.e_score_correction_bias is not None and load.any():
+                master.e_score_correction_bias += self.training.bias_update_speed * (load.mean() - load).sign()
+                router.e_score_correction_bias.copy_(master.e_score_correction_bias)  # type: ignore[union-attr]
+            load.zero_()
+
+    @torch.no_grad()
+    def evaluate(self, tokens: np.ndarray) -> float:
+        """Mean cross-entropy in nats of all tokens but each window's first, over windows of ``seq_len``, no overlap."""
+        total, count, L = 0.0, 0, self.training.seq_len
+        was_training = self.model.training
+        self.model.eval()
+        for start in range(0, len(tokens) - 1, L):
+            window = torch.from_numpy(tokens[start : start + L + 1].astype(np.int64))
+            n = len(window) - 1
+            logits = self.model(window[:-1], torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
+            total += float(nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+            count += n
+        self.model.train(was_training)
+        return total / count
+
+    def run(self, folder: Path, heldout: np.ndarray | None = None) -> Iterator[dict[str, float]]:
+        """Train to the end, resuming from ``folder`` where it holds a checkpoint; yields a row at each checkpoint."""
+        t = self.training
+        self.resume(folder)
+        last = t.steps + t.mtp_steps
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns) as progress:
+            task = progress.add_task("train", total=last, completed=self.step)
+            losses: list[float] = []
+            began, begun_at = time.perf_counter(), self.step
+            while self.step < last:
+                losses.append(self.train_step())
+                speed = (self.step - begun_at) * t.batch_size * t.seq_len / (time.perf_counter() - began)
+                progress.update(task, completed=self.step, description=f"loss {losses[-1]:.3f}  {speed:,.0f} tokens/s")
+                if self.step % t.checkpoint_every == 0 or self.step == last:
+                    row = {"step": self.step, "loss": sum(losses) / len(losses), "tokens_per_second": speed}
+                    if heldout is not None:
+                        row["heldout_loss"] = self.evaluate(heldout)
+                    losses = []
+                    self.save(folder)
+                    with (folder / "log.jsonl").open("a") as log:
+                        log.write(json.dumps(row) + "\n")
+                    yield row
+
+    def save(self, folder: Path) -> None:
+        """Write weights, moments and step; a kill while writing leaves the checkpoint before it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [n for n, _ in self.model.named_parameters()]
+        state = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
+        for name, parameter in zip(names, self.model.parameters(), strict=True):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                state[f"optimizer.{name}.{key}"] = value
+        settings = {k: str(v) for k, v in asdict(self.training).items()}
+        temporary = folder / "trainer.safetensors.tmp"
+        save_file(state, temporary, {"step": str(self.step), "training": json.dumps(settings)})
+        temporary.replace(folder / "trainer.safetensors")
+
+    def resume(self, folder: Path) -> None:
+        """Continue from ``folder``, if there is a checkpoint."""
+        path = folder / "trainer.safetensors"
+        if not path.exists():
+            return
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as f:
+            self.step = int(f.metadata()["step"])
+        state = load_file(path)
+        self.model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+        for name, parameter in self.model.named_parameters():
+            prefix = f"optimizer.{name}."
+            moments = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            if moments:
+                self.optimizer.state[parameter] = moments
+        for master, working in zip(self.model.buffers(), self.compute.buffers(), strict=True):
+            working.copy_(master)
+        if self.step > self.training.steps:
+            self._fix_all_but_mtp()
