@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
@@ -19,6 +21,45 @@ def expert_unpermute_ref(y: Tensor, order: Tensor, inverse: Tensor, weights: Ten
     compute = torch.promote_types(y.dtype, torch.float32)
     y_TKD = y[inverse].unflatten(0, weights.shape).to(compute)
     return (y_TKD * weights.to(compute)[..., None]).sum(1).to(y.dtype)
+
+
+@triton.jit
+def _expert_unpermute_kernel(
+    y_ptr, inverse_ptr, weights_ptr, out_ptr, y_stride, D, K: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """One program per token and piece of its row; the sum is held in registers."""
+    t = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = d < D
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for k in range(K):
+        row = tl.load(inverse_ptr + t * K + k)
+        weight = tl.load(weights_ptr + t * K + k).to(tl.float32)
+        acc += weight * tl.load(y_ptr + row * y_stride + d, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + t * D + d, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
+    (T, K), D = weights.shape, y.shape[1]
+    out = y.new_empty(T, D)
+    if out.numel() == 0:
+        return out
+    if y.stride(1) != 1:
+        y = y.contiguous()
+    # eight elements a thread, which is 16 bytes of bfloat16; wider rows go to several programs
+    block_d = min(triton.next_power_of_2(D), 1024)
+    _expert_unpermute_kernel[(T, triton.cdiv(D, block_d))](
+        y,
+        inverse.contiguous(),
+        weights.contiguous(),
+        out,
+        y.stride(0),
+        D,
+        K=K,
+        BLOCK_D=block_d,
+        num_warps=max(block_d // 256, 1),
+    )
+    return out
 
 
 def _check(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor) -> None:
@@ -85,3 +126,5 @@ Returns:
 Raises:
     ValueError: shapes do not fit.
 """
+
+expert_unpermute.provide("triton", _launch, priority={"cuda": 10})

@@ -133,11 +133,9 @@ def _launch(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         return y
     if x.stride(1) != 1:
         x = x.contiguous()
-    narrow = x.element_size() < 4
+    block_m, block_n, block_k, num_stages = _largest_tile(x, N, K)
     # of the rows a group has on average, so that few rows of a tile are padding
-    block_m = min(max(triton.next_power_of_2(triton.cdiv(M, E)), 16), 128 if narrow else 64)
-    # 32 accumulators a thread for float32, which is summed without tensor cores; else at most 64
-    block_n, block_k, num_stages = (128, 64, 4) if narrow else (64, 32, 3)
+    block_m = min(max(triton.next_power_of_2(triton.cdiv(M, E)), 16), block_m)
     # a group wastes less than one tile
     row_tiles = M // block_m + min(E, M)
     _grouped_matmul_kernel[(row_tiles * triton.cdiv(N, block_n),)](
@@ -157,7 +155,7 @@ def _launch(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         BLOCK_K=block_k,
         RASTER=8,
         DOT_FLOAT32=interpreted(),
-        num_warps=8 if block_m == 128 else 4,
+        num_warps=8 if block_m * block_n > 64 * 128 else 4,
         num_stages=num_stages,
     )
     return y
@@ -200,6 +198,18 @@ def _grouped_matmul_wgrad_kernel(
     tl.store(dweight_ptrs, acc.to(dweight_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
 
 
+def _largest_tile(x: Tensor, N: int, K: int) -> tuple[int, int, int, int]:
+    """Tile of the result, depth of its sum, and number of stages."""
+    if x.element_size() >= 4:
+        # summed without tensor cores: 32 accumulators a thread of four warps
+        return 64, 64, 32, 3
+    if N % 8 or K % 8:
+        # rows do not begin at 16 bytes: no asynchronous copies, the next tiles wait in registers
+        return 64, 64, 32, 2
+    # 64 accumulators a thread of eight warps, 128 KiB of shared memory
+    return 128, 128, 64, 4
+
+
 def _launch_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     E, N, K = offsets.shape[0], dy.shape[1], x.shape[1]
     dweight = x.new_empty(E, N, K)
@@ -209,9 +219,9 @@ def _launch_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
         dy = dy.contiguous()
     if x.stride(1) != 1:
         x = x.contiguous()
-    # as in _launch; the rows are now what is summed over
-    block_m, block_nk, num_warps, num_stages = (64, 128, 8, 4) if x.element_size() < 4 else (32, 64, 4, 3)
-    _grouped_matmul_wgrad_kernel[(triton.cdiv(N, block_nk), triton.cdiv(K, block_nk), E)](
+    # the rows are what is summed over
+    block_n, block_k, block_m, num_stages = _largest_tile(x, N, K)
+    _grouped_matmul_wgrad_kernel[(triton.cdiv(N, block_n), triton.cdiv(K, block_k), E)](
         dy,
         x,
         offsets.contiguous(),
@@ -221,10 +231,10 @@ def _launch_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
         N,
         K,
         BLOCK_M=block_m,
-        BLOCK_N=block_nk,
-        BLOCK_K=block_nk,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
         DOT_FLOAT32=interpreted(),
-        num_warps=num_warps,
+        num_warps=8 if block_n * block_k > 64 * 128 else 4,
         num_stages=num_stages,
     )
     return dweight

@@ -81,11 +81,11 @@ def _launch(x: Tensor, weight: Tensor) -> Tensor:
     y = x.new_empty(T, H, N)
     if y.numel() == 0:
         return y
-    # a decode step reads the weight once and little else: tokens share a tile as far as they go. Past 64 the tensor
-    # cores' widest instruction applies, and float32, without tensor cores, keeps to what its registers hold
+    # the weight is what is read: few tokens share one tile of it, in small blocks, so that all processors read. From 64
+    # tokens on the tensor cores' widest instruction applies; float32 has none, and keeps to what registers hold
     narrow = x.dtype != torch.float32
     block_t = min(max(triton.next_power_of_2(T), 16), 128 if narrow else 32)
-    block_n = min(max(triton.next_power_of_2(N), 16), 128 if narrow else 64)
+    block_n = min(max(triton.next_power_of_2(N), 16), 128 if block_t >= 64 else 64)
     block_k = min(max(triton.next_power_of_2(K), 16), 64 if narrow else 32)
     _head_matmul_kernel[(H, triton.cdiv(T, block_t), triton.cdiv(N, block_n))](
         x,

@@ -142,27 +142,26 @@ def _mla_attention_kernel(
     m = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     denominator = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, PAD_V), tl.float32)
-    # query i sees the keys up to i + K - Q; blocks before `diagonal` are seen whole and need no mask
+    # query i sees the keys up to i + K - Q. At least one turn, also without keys: were the loop left out, registers that
+    # a product still writes to would be set by other instructions, and ptxas would run all products one by one
     kv_tile, k_rope_tile = js[:, None] * (H * (N + V)), js[:, None] * R
-    diagonal = min(max(i0 + K - Q + 1, 0), K) // BLOCK_K * BLOCK_K
-    for ON_DIAGONAL in tl.static_range(2):
-        for j0 in range(diagonal if ON_DIAGONAL else 0, min(i0 + BLOCK_Q + K - Q, K) if ON_DIAGONAL else diagonal, BLOCK_K):
-            j = j0 + js
-            kv_ptrs = kv_ptr + ((key + j0) * H + h) * (N + V) + kv_tile
-            k_rope_ptrs = k_rope_ptr + (key + j0) * R + k_rope_tile
-            k_nope = tl.load(kv_ptrs + n[None, :], mask=(j < K)[:, None] & (n < N)[None, :], other=0.0)
-            k_rope = tl.load(k_rope_ptrs + r[None, :], mask=(j < K)[:, None] & (r < R)[None, :], other=0.0)
-            value = tl.load(kv_ptrs + N + v[None, :], mask=(j < K)[:, None] & (v < V)[None, :], other=0.0)
-            s = _dot(q_nope, tl.trans(k_nope), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), DOT_FLOAT32)
-            s = _dot(q_rope, tl.trans(k_rope), s, DOT_FLOAT32) * scale_log2
-            if ON_DIAGONAL:
-                s = tl.where(j[None, :] <= i[:, None] + K - Q, s, float("-inf"))
-            m_next = tl.maximum(m, tl.max(s, 1))
-            p = tl.exp2(s - m_next[:, None])
-            shrink = tl.exp2(m - m_next)
-            denominator = denominator * shrink + tl.sum(p, 1)
-            acc = _dot(p.to(value.dtype), value, acc * shrink[:, None], DOT_FLOAT32)
-            m = m_next
+    for j0 in range(0, max(min(i0 + BLOCK_Q + K - Q, K), 1), BLOCK_K):
+        j = j0 + js
+        kv_ptrs = kv_ptr + ((key + j0) * H + h) * (N + V) + kv_tile
+        k_rope_ptrs = k_rope_ptr + (key + j0) * R + k_rope_tile
+        k_nope = tl.load(kv_ptrs + n[None, :], mask=(j < K)[:, None] & (n < N)[None, :], other=0.0)
+        k_rope = tl.load(k_rope_ptrs + r[None, :], mask=(j < K)[:, None] & (r < R)[None, :], other=0.0)
+        value = tl.load(kv_ptrs + N + v[None, :], mask=(j < K)[:, None] & (v < V)[None, :], other=0.0)
+        s = _dot(q_nope, tl.trans(k_nope), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), DOT_FLOAT32)
+        s = _dot(q_rope, tl.trans(k_rope), s, DOT_FLOAT32) * scale_log2
+        if j0 + BLOCK_K > i0 + K - Q + 1:  # on the diagonal; blocks before it are seen whole
+            s = tl.where(j[None, :] <= i[:, None] + K - Q, s, float("-inf"))
+        m_next = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(s - m_next[:, None])
+        shrink = tl.exp2(m - m_next)
+        denominator = denominator * shrink + tl.sum(p, 1)
+        acc = _dot(p.to(value.dtype), value, acc * shrink[:, None], DOT_FLOAT32)
+        m = m_next
     out = acc / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
     out_ptrs = out_ptr + row[:, None] * V + v[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(i < Q)[:, None] & (v < V)[None, :])
@@ -171,7 +170,7 @@ def _mla_attention_kernel(
 
 @triton.jit
 def _mla_attention_dq_kernel(
-    dout_ptr, q_ptr, kv_ptr, k_rope_ptr, out_ptr, lse_ptr, q_start_ptr, k_start_ptr, k_len_ptr, dq_ptr, delta_ptr,
+    dout_ptr, q_ptr, kv_ptr, k_rope_ptr, out_ptr, lse_ptr, q_start_ptr, k_start_ptr, k_len_ptr, dq_ptr, stats_ptr,
     scale, T, B, H,
     N: tl.constexpr, R: tl.constexpr, V: tl.constexpr, PAD_N: tl.constexpr, PAD_R: tl.constexpr, PAD_V: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DOT_FLOAT32: tl.constexpr,
@@ -190,31 +189,31 @@ def _mla_attention_dq_kernel(
     dout = tl.load(dout_ptr + out_offsets, mask=mask_v, other=0.0)
     out = tl.load(out_ptr + out_offsets, mask=mask_v, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + row, delta, mask=i < Q)
     q_nope = tl.load(q_ptr + q_offsets + n[None, :], mask=mask_n, other=0.0)
     q_rope = tl.load(q_ptr + q_offsets + N + r[None, :], mask=mask_r, other=0.0)
     lse_log2 = tl.load(lse_ptr + row, mask=i < Q, other=0.0) * 1.4426950408889634
+    stats_ptrs = stats_ptr + h * T + begin + i
+    tl.store(stats_ptrs, lse_log2, mask=i < Q)
+    tl.store(stats_ptrs + H.to(tl.int64) * T, delta, mask=i < Q)
     scale_log2 = scale.to(tl.float32) * 1.4426950408889634
     dq_nope, dq_rope = tl.zeros((BLOCK_Q, PAD_N), tl.float32), tl.zeros((BLOCK_Q, PAD_R), tl.float32)
     kv_tile, k_rope_tile = js[:, None] * (H * (N + V)), js[:, None] * R
-    diagonal = min(max(i0 + K - Q + 1, 0), K) // BLOCK_K * BLOCK_K
-    for ON_DIAGONAL in tl.static_range(2):
-        for j0 in range(diagonal if ON_DIAGONAL else 0, min(i0 + BLOCK_Q + K - Q, K) if ON_DIAGONAL else diagonal, BLOCK_K):
-            j = j0 + js
-            kv_ptrs = kv_ptr + ((key + j0) * H + h) * (N + V) + kv_tile
-            k_rope_ptrs = k_rope_ptr + (key + j0) * R + k_rope_tile
-            k_nope = tl.load(kv_ptrs + n[None, :], mask=(j < K)[:, None] & (n < N)[None, :], other=0.0)
-            k_rope = tl.load(k_rope_ptrs + r[None, :], mask=(j < K)[:, None] & (r < R)[None, :], other=0.0)
-            value = tl.load(kv_ptrs + N + v[None, :], mask=(j < K)[:, None] & (v < V)[None, :], other=0.0)
-            s = _dot(q_nope, tl.trans(k_nope), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), DOT_FLOAT32)
-            s = _dot(q_rope, tl.trans(k_rope), s, DOT_FLOAT32)
-            p = tl.exp2(s * scale_log2 - lse_log2[:, None])
-            if ON_DIAGONAL:
-                p = tl.where(j[None, :] <= i[:, None] + K - Q, p, 0.0)
-            dp = _dot(dout, tl.trans(value), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), DOT_FLOAT32)
-            ds = (p * (dp - delta[:, None])).to(k_nope.dtype)
-            dq_nope = _dot(ds, k_nope, dq_nope, DOT_FLOAT32)
-            dq_rope = _dot(ds, k_rope, dq_rope, DOT_FLOAT32)
+    for j0 in range(0, max(min(i0 + BLOCK_Q + K - Q, K), 1), BLOCK_K):
+        j = j0 + js
+        kv_ptrs = kv_ptr + ((key + j0) * H + h) * (N + V) + kv_tile
+        k_rope_ptrs = k_rope_ptr + (key + j0) * R + k_rope_tile
+        k_nope = tl.load(kv_ptrs + n[None, :], mask=(j < K)[:, None] & (n < N)[None, :], other=0.0)
+        k_rope = tl.load(k_rope_ptrs + r[None, :], mask=(j < K)[:, None] & (r < R)[None, :], other=0.0)
+        value = tl.load(kv_ptrs + N + v[None, :], mask=(j < K)[:, None] & (v < V)[None, :], other=0.0)
+        s = _dot(q_nope, tl.trans(k_nope), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), DOT_FLOAT32)
+        s = _dot(q_rope, tl.trans(k_rope), s, DOT_FLOAT32)
+        p = tl.exp2(s * scale_log2 - lse_log2[:, None])
+        if j0 + BLOCK_K > i0 + K - Q + 1:
+            p = tl.where(j[None, :] <= i[:, None] + K - Q, p, 0.0)
+        dp = _dot(dout, tl.trans(value), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), DOT_FLOAT32)
+        ds = (p * (dp - delta[:, None])).to(k_nope.dtype)
+        dq_nope = _dot(ds, k_nope, dq_nope, DOT_FLOAT32)
+        dq_rope = _dot(ds, k_rope, dq_rope, DOT_FLOAT32)
     dtype = dq_ptr.dtype.element_ty
     tl.store(dq_ptr + q_offsets + n[None, :], (dq_nope * scale).to(dtype), mask=mask_n)
     tl.store(dq_ptr + q_offsets + N + r[None, :], (dq_rope * scale).to(dtype), mask=mask_r)
@@ -222,8 +221,8 @@ def _mla_attention_dq_kernel(
 
 @triton.jit
 def _mla_attention_dkv_kernel(
-    dout_ptr, q_ptr, kv_ptr, k_rope_ptr, lse_ptr, delta_ptr, q_start_ptr, k_start_ptr, k_len_ptr, dkv_ptr, dk_rope_ptr,
-    scale, S, B, H,
+    dout_ptr, q_ptr, kv_ptr, k_rope_ptr, stats_ptr, q_start_ptr, k_start_ptr, k_len_ptr, dkv_ptr, dk_rope_ptr, scale,
+    T, S, B, H,
     N: tl.constexpr, R: tl.constexpr, V: tl.constexpr, PAD_N: tl.constexpr, PAD_R: tl.constexpr, PAD_V: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DOT_FLOAT32: tl.constexpr,
 ):  # fmt: skip
@@ -250,31 +249,29 @@ def _mla_attention_dkv_kernel(
     scale_log2 = scale.to(tl.float32) * 1.4426950408889634
     dk_nope, dk_rope = tl.zeros((BLOCK_K, PAD_N), tl.float32), tl.zeros((BLOCK_K, PAD_R), tl.float32)
     dvalue = tl.zeros((BLOCK_K, PAD_V), tl.float32)
-    # key j is seen by the queries from j + Q - K on; blocks from `whole` on see all keys of this block
+    # key j is seen by the queries from j + Q - K on
     first = max(j0 + Q - K, 0) // BLOCK_Q * BLOCK_Q
-    whole = max(tl.cdiv(max(j0 + BLOCK_K - 1 + Q - K, 0), BLOCK_Q) * BLOCK_Q, first)
     q_tile, dout_tile = i_s[:, None] * (H * (N + R)), i_s[:, None] * (H * V)
-    for WHOLE in tl.static_range(2):
-        for i0 in range(whole if WHOLE else first, Q if WHOLE else min(whole, Q), BLOCK_Q):
-            i = i0 + i_s
-            row = (begin.to(tl.int64) + i0) * H + h
-            q_ptrs = q_ptr + row * (N + R) + q_tile
-            dout_ptrs = dout_ptr + row * V + dout_tile
-            q_nope = tl.load(q_ptrs + n[None, :], mask=(i < Q)[:, None] & (n < N)[None, :], other=0.0)
-            q_rope = tl.load(q_ptrs + N + r[None, :], mask=(i < Q)[:, None] & (r < R)[None, :], other=0.0)
-            dout = tl.load(dout_ptrs + v[None, :], mask=(i < Q)[:, None] & (v < V)[None, :], other=0.0)
-            lse_log2 = tl.load(lse_ptr + row + i_s * H, mask=i < Q, other=0.0) * 1.4426950408889634
-            delta = tl.load(delta_ptr + row + i_s * H, mask=i < Q, other=0.0)
-            s = _dot(k_nope, tl.trans(q_nope), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), DOT_FLOAT32)
-            s = _dot(k_rope, tl.trans(q_rope), s, DOT_FLOAT32)
-            p = tl.exp2(s * scale_log2 - lse_log2[None, :])
-            if not WHOLE:
-                p = tl.where(j[:, None] <= i[None, :] + K - Q, p, 0.0)
-            dvalue = _dot(p.to(dout.dtype), dout, dvalue, DOT_FLOAT32)
-            dp = _dot(value, tl.trans(dout), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), DOT_FLOAT32)
-            ds = (p * (dp - delta[None, :])).to(q_nope.dtype)
-            dk_nope = _dot(ds, q_nope, dk_nope, DOT_FLOAT32)
-            dk_rope = _dot(ds, q_rope, dk_rope, DOT_FLOAT32)
+    for i0 in range(first, max(Q, first + 1), BLOCK_Q):
+        i = i0 + i_s
+        row = (begin.to(tl.int64) + i0) * H + h
+        q_ptrs = q_ptr + row * (N + R) + q_tile
+        dout_ptrs = dout_ptr + row * V + dout_tile
+        q_nope = tl.load(q_ptrs + n[None, :], mask=(i < Q)[:, None] & (n < N)[None, :], other=0.0)
+        q_rope = tl.load(q_ptrs + N + r[None, :], mask=(i < Q)[:, None] & (r < R)[None, :], other=0.0)
+        dout = tl.load(dout_ptrs + v[None, :], mask=(i < Q)[:, None] & (v < V)[None, :], other=0.0)
+        stats_ptrs = stats_ptr + h * T + begin + i
+        lse_log2 = tl.load(stats_ptrs, mask=i < Q, other=0.0)
+        delta = tl.load(stats_ptrs + H.to(tl.int64) * T, mask=i < Q, other=0.0)
+        s = _dot(k_nope, tl.trans(q_nope), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), DOT_FLOAT32)
+        s = _dot(k_rope, tl.trans(q_rope), s, DOT_FLOAT32)
+        p = tl.exp2(s * scale_log2 - lse_log2[None, :])
+        p = tl.where(j[:, None] <= i[None, :] + K - Q, p, 0.0)
+        dvalue = _dot(p.to(dout.dtype), dout, dvalue, DOT_FLOAT32)
+        dp = _dot(value, tl.trans(dout), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), DOT_FLOAT32)
+        ds = (p * (dp - delta[None, :])).to(q_nope.dtype)
+        dk_nope = _dot(ds, q_nope, dk_nope, DOT_FLOAT32)
+        dk_rope = _dot(ds, q_rope, dk_rope, DOT_FLOAT32)
     dtype = dkv_ptr.dtype.element_ty
     tl.store(dkv_ptr + kv_offsets + n[None, :], (dk_nope * scale).to(dtype), mask=mask_n)
     tl.store(dkv_ptr + kv_offsets + N + v[None, :], dvalue.to(dtype), mask=mask_v)

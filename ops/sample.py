@@ -252,9 +252,9 @@ def _launch(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     per_row = [t.contiguous() for t in (temperature, top_k, top_p, seed, position)]
-    # a row is one program's, so that needs many loads in flight: 16 warps with 8 elements a thread
-    block = min(triton.next_power_of_2(V), 4096)
-    num_warps = min(max(block // 256, 1), 16)
+    # one processor reads a row, for which it needs many loads in flight: 16 elements a thread, as many as do not spill
+    block = min(triton.next_power_of_2(V), 8192)
+    num_warps = max(block // 512, 1)
     _sample_kernel[(B,)](logits, *per_row, token, logits.stride(0), V, BLOCK=block, num_warps=num_warps)
     return token
 

@@ -79,13 +79,11 @@ class Trainer:
         if len(tokens) < training.seq_len + 3:
             raise ValueError(f"trainer: want at least seq_len + 3 = {training.seq_len + 3} tokens, got {len(tokens)}")
         self.model, self.tokens, self.training = model, tokens, training
-        self.compute = CausalLM(model.config).to(training.dtype).train()
+        # parameters alone are narrowed: the buffers (rotary frequencies, expert biases) mean what they are
+        self.compute = CausalLM(model.config).train()
+        for parameter in self.compute.parameters():
+            parameter.data = parameter.data.to(training.dtype)
         self.routers = [m for m in self.compute.modules() if isinstance(m, Router)]
-        for router in self.routers:
-            router.e_score_correction_bias = (
-                None if router.e_score_correction_bias is None else router.e_score_correction_bias.float()
-            )
-            router.tokens_per_expert = router.tokens_per_expert.float()
         self.pairs = list(zip(model.parameters(), self.compute.parameters(), strict=True))
         self.step = 0
         self.optimizer = self._optimizer(model.parameters())
@@ -158,7 +156,7 @@ class Trainer:
         self.optimizer.step()
         self._balance()
         self.step += 1
-        return float(loss)
+        return float(loss.detach())
 
     def _fix_all_but_mtp(self) -> None:
         L = self.model.config.num_hidden_layers

@@ -1,32 +1,39 @@
 """Compile every Triton kernel of the op table to sm_90 machine code, on a machine without a GPU, and read it.
 
-A launcher is called on its arguments while the launch itself is replaced by a compilation for the target, with the
-specialization (alignment, arguments that are 1) a launch would have had. Nothing is run, so arguments of DeepSeek-V3's
-size are ``meta`` tensors, and outputs hold anything.
+A launcher is called on its arguments while the launch itself is replaced by a compilation, specialized (alignment,
+arguments that are 1) as the launch would have been. Nothing runs, so DeepSeek-V3's sizes are ``meta`` tensors, and what
+a launcher returns holds anything.
 
-Run as a script it prints what :func:`compile_all` returns: where tests run kernels in Triton's interpreter, only a
-process of its own can compile them.
+Run as a script it prints what it found: where kernels run in Triton's interpreter, only another process can compile.
 """
 
+import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import pkgutil
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+import deepfuse.ops
+from deepfuse.ir.op import OPS, Op
+from deepfuse.ir.provider import Provider
 
 SHARED_BYTES = 227 * 1024
 """Shared memory a program may have on sm_90."""
-PROVIDER = "triton"
 PROCESSES = 2
 
 
@@ -36,49 +43,186 @@ class MachineCode:
 
     Attributes:
         op, kernel: who launched, and what.
-        arguments: types and compile-time values of the kernel's parameters.
+        arguments: types of the arguments, and the values that were compiled in.
         num_warps: warps of a program.
         registers: of a thread.
-        spill_bytes: local memory of a thread.
+        spill_bytes: stack and local memory of a thread.
         shared_bytes: of a program.
-        wgmma: whether it uses Hopper's tensor core instructions.
-        deepseek_v3: whether launched at DeepSeek-V3's widths (else by a sample).
+        wgmma: whether Hopper's tensor core instructions are in it.
     """
 
     op: str
     kernel: str
-    arguments: str
+    arguments: Mapping[str, str]
     num_warps: int
     registers: int
     spill_bytes: int
     shared_bytes: int
     wgmma: bool
-    deepseek_v3: bool
 
 
-def compile_in_subprocess(cache: Path) -> list[MachineCode]:
-    """:func:`compile_all` in a process where Triton compiles; ``cache`` is a folder for what it keeps."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+def import_ops() -> None:
+    """Fill the table of ops."""
+    for module in pkgutil.iter_modules(deepfuse.ops.__path__, "deepfuse.ops."):
+        importlib.import_module(module.name)
+
+
+def triton_providers() -> Iterator[tuple[Op, Provider]]:
+    for op in OPS.values():
+        for provider in op.providers:
+            if provider.name.startswith("triton"):
+                yield op, provider
+
+
+def read_machine_code(cache: Path) -> list[MachineCode]:
+    """What this module prints when run; ``cache`` is a folder for Triton's files."""
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(cache),
+        # what is unset warns in triton 3.9
+        "TRITON_DEFAULT_FP_FUSION": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"machine_code: want an exit status of 0, got {done.returncode}:\n{done.stderr}")
+        raise RuntimeError(f"machine_code: want exit status 0, got {done.returncode}\n{done.stderr[-4000:]}")
     return [MachineCode(**fields) for fields in json.loads(done.stdout)]
 
 
-def compile_all() -> list[MachineCode]:
-    """Compile each kernel of each op for its samples in float32 and bfloat16 and at DeepSeek-V3's widths."""
-    launches: dict[str, _Launch] = {}
-    with _captured() as captured:
+def deepseek_v3_arguments() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments of DeepSeek-V3's widths for each op: one token, a batch of decoding sequences, a prompt."""
+    found: dict[str, list[tuple[Any, ...]]] = {}
+    for T in (1, 64, 4096):
+        for name, argument_tuples in _deepseek_v3_arguments(T).items():
+            found.setdefault(name, []).extend(argument_tuples)
+    return found
+
+
+def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
+    D, H, C, Q, R, N, E, K, F, V, P = 7168, 128, 512, 1536, 64, 128, 256, 8, 2048, 129280, 64
+    M, scale, eps = T * K, (N + R) ** -0.5, 1e-6
+
+    def t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def f(*shape: int) -> torch.Tensor:
+        return t(*shape, dtype=torch.float32)
+
+    def i(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return t(*shape, dtype=dtype)
+
+    starts = (i(2, dtype=torch.int32), i(1, dtype=torch.int32), i(1, dtype=torch.int32))
+    attention = (t(T, H, N + R), t(T, H, 2 * N), t(T, R))
+    cache, table = t(T * P + 1, 64, C + R), i(T, P)
+    experts_up, experts_down, offsets = t(E, 2 * F, D), t(E, D, F), i(E, dtype=torch.int32)
+    per_row = (f(T), i(T), f(T), i(T), i(T))
+    router = ("sigmoid", "top2_sum", 8, 4, K, True, 2.5)
+    return {
+        "rms_norm": [(t(T, width), t(width), eps) for width in (D, Q, C)],
+        "add_rms_norm": [(t(T, D), t(T, D), t(D), eps)],
+        "append_latent": [(cache, t(T, C), t(T, R), i(T))],
+        "gather_latent": [(cache, table)],
+        "expert_permute": [(t(T, D), i(T, K), E)],
+        "expert_unpermute": [(t(M, D), i(M), i(M), f(T, K))],
+        "grouped_matmul": [
+            (t(M, D), experts_up, offsets),
+            (t(M, F), experts_down, offsets),
+            # the gradients with respect to the rows
+            (t(M, 2 * F), experts_up.mT, offsets),
+            (t(M, D), experts_down.mT, offsets),
+        ],
+        "grouped_matmul_wgrad": [(t(M, 2 * F), t(M, D), offsets), (t(M, D), t(M, F), offsets)],
+        # the two sides of kv_b_proj, [H, N + V, C]
+        "head_matmul": [
+            (t(T, H, N + R)[..., :N], t(H, 2 * N, C)[:, :N]),
+            (t(T, H, C), t(H, 2 * N, C)[:, N:].mT),
+        ],
+        "mla_attention": [(*attention, *starts, scale)],
+        "mla_attention_backward": [(t(T, H, N), *attention, t(T, H, N), f(T, H), *starts, scale)],
+        "mla_decode": [(t(T, H, C), t(T, H, R), cache, table, i(T, dtype=torch.int32), scale)],
+        "rotary": [(t(T, heads, R), f(T, R // 2), f(T, R // 2), True) for heads in (H, 1)],
+        "route": [(f(T, E), f(E), *router)],
+        "sample": [(f(T, V), *per_row), (t(T, V), *per_row)],
+        "swiglu": [tuple(t(T, 2 * width).chunk(2, -1)) for width in (9 * F, F)],
+    }
+
+
+def _argument_tuples(op: Op) -> Iterator[tuple[Any, ...]]:
+    for dtype in (torch.float32, torch.bfloat16):
+        yield from op.samples(torch.device("cpu"), dtype)
+    yield from deepseek_v3_arguments().get(op.name, [])
+
+
+class _Launches:
+    """Kernels to compile: each once, however often it was launched."""
+
+    def __init__(self) -> None:
+        self.target = GPUTarget("cuda", 90, 32)
+        self.backend = make_backend(self.target)
+        self.pending: dict[str, tuple[str, ASTSource, Any]] = {}
+        self.op = ""
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Within, a launch is only noted."""
+
+        def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+            # as JITFunction.run does it, but for a target that is not there
+            bind = create_function_from_signature(kernel.signature, kernel.params, self.backend)
+            bound, specialization, options = bind(*args, **kwargs)
+            options, *source = kernel._pack_args(self.backend, kwargs, bound, specialization, options)
+            self.pending.setdefault(f"{kernel} {source} {options}", (self.op, ASTSource(kernel, *source), options))
+
+        original, JITFunction.run = JITFunction.run, run
+        try:
+            yield
+        finally:
+            JITFunction.run = original
+
+    def compile(self, key: str) -> MachineCode:
+        op, source, options = self.pending[key]
+        kernel = triton.compile(source, target=self.target, options=options.__dict__)
+        names = list(source.signature)
+        values = {names[path[0]]: str(value) for path, value in source.constants.items()}
+        usage = _resource_usage(kernel.asm["cubin"])
+        return MachineCode(
+            op=op,
+            kernel=source.name,
+            arguments={**source.signature, **values},
+            num_warps=kernel.metadata.num_warps,
+            registers=usage["REG"],
+            spill_bytes=usage["STACK"] + usage["LOCAL"],
+            shared_bytes=kernel.metadata.shared,
+            wgmma="wgmma.mma_async" in kernel.asm["ptx"],
+        )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def _compile_all() -> list[MachineCode]:
+    launches = _Launches()
+    torch.manual_seed(0)
+    with launches.recorded():
         for op, provider in triton_providers():
-            for deepseek_v3, args in _arguments(op):
+            launches.op = op.name
+            for args in _argument_tuples(op):
                 op.check(*args)
                 if provider.supports(*args) is None:
                     provider.fn(*args)
-                for key, compile_kernel in captured:
-                    launches.setdefault(key, _Launch(op.name, deepseek_v3, compile_kernel))
-                captured.clear()
-    global _pending
-    _pending = list(launches.values())
-    # forked, so that they find the pending launches: kernels cannot be sent
-    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("fork")) as pool:
-        return list(pool.map(_compile_pending, range(len(_pending))))
+    # forked, as kernels cannot be pickled: the children find them in their copy of this process
+    with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
+        return pool.map(launches.compile, launches.pending, chunksize=1)
+
+
+if __name__ == "__main__":
+    import_ops()
+    json.dump([asdict(code) for code in _compile_all()], sys.stdout)

@@ -1,0 +1,44 @@
+"""Pretrain a small model on the prepared corpus and save it as a checkpoint.
+
+    python -m deepfuse.recipes.corpus --folder data
+    python -m deepfuse.recipes.tokenizer --folder data
+    python -m deepfuse.recipes.pretrain --data data --out runs/v3-tiny
+
+Killed and started again with the same arguments, it goes on from its last checkpoint.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+
+from deepfuse.blocks.model import CausalLM
+from deepfuse.blocks.presets import PRESETS
+from deepfuse.runtime.trainer import Trainer, Training
+
+
+def v3_tiny_training() -> Training:
+    """What the shipped model was trained with: 3.8 passes over the corpus, about 75 minutes on one core with AMX."""
+    return Training(steps=3600, mtp_steps=300, batch_size=8, seq_len=512, lr=2.5e-3, checkpoint_every=300)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with train.npy and heldout.npy")
+    parser.add_argument("--out", type=Path, default=Path("runs/v3-tiny"), help="folder for checkpoints")
+    parser.add_argument("--preset", default="v3-tiny", choices=sorted(PRESETS))
+    args = parser.parse_args()
+
+    model = CausalLM(PRESETS[args.preset]())
+    model.initialize()
+    tokens, heldout = np.load(args.data / "train.npy"), np.load(args.data / "heldout.npy")
+    heldout_bytes = len((args.data / "heldout.txt").read_bytes())
+    trainer = Trainer(model, tokens, v3_tiny_training())
+    for row in trainer.run(args.out, heldout):
+        bits_per_byte = row["heldout_loss"] * (len(heldout) - 1) / math.log(2) / heldout_bytes
+        print(f"step {row['step']}: loss {row['loss']:.4f}, held out {bits_per_byte:.4f} bits per byte", flush=True)
+
+
+if __name__ == "__main__":
+    main()
