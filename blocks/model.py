@@ -18,12 +18,12 @@ from deepfuse.ops.linear import linear
 class Decoder(nn.Module):
     """Embedding, layers, multi-token-prediction modules (behind the layers, as in the checkpoints) and final norm."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, mtp_layers: int):
         super().__init__()
         L = config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers: list[nn.Module] = [DecoderLayer(config, moe=config.is_moe_layer(i)) for i in range(L)]
-        layers += [MTP(config) for _ in range(config.num_nextn_predict_layers)]
+        layers += [MTP(config) for _ in range(mtp_layers)]
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = Rotary(config)
@@ -32,10 +32,11 @@ class Decoder(nn.Module):
 class CausalLM(nn.Module):
     """Tokens to logits; parameter names are those of the checkpoints."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, *, mtp_layers: int | None = None):
+        """``mtp_layers`` may be fewer than the configuration names: some checkpoints leave these modules out."""
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = Decoder(config, config.num_nextn_predict_layers if mtp_layers is None else mtp_layers)
         # tied: the head reads the embedding's weight
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
 

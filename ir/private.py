@@ -4,6 +4,7 @@
 must not pay for them. :func:`check` says in one place what a torch lacks.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -116,6 +117,20 @@ def mark_unbacked(tensor: Tensor, dim: int) -> None:
     torch._dynamo.decorators.mark_unbacked(tensor, dim)
 
 
+def allow_graphs(number: int) -> contextlib.AbstractContextManager[None]:
+    """Inside, one function may be captured for so many sets of shapes (torch gives up after 8)."""
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=number)
+
+
+def without_inductor_cache() -> contextlib.AbstractContextManager[None]:
+    """Inside, Inductor compiles anew."""
+    import torch._inductor.config
+
+    return torch._inductor.config.patch(force_disable_caches=True)
+
+
 def dynamo_counters() -> dict[str, int]:
     """Since the process began: graphs captured, graph breaks, and recompilations."""
     from torch._dynamo.utils import counters
@@ -126,3 +141,33 @@ def dynamo_counters() -> dict[str, int]:
         "cache_hits": counters["inductor"]["fxgraph_cache_hit"],
         "cache_misses": counters["inductor"]["fxgraph_cache_miss"],
     }
+
+
+def capture(fn: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Callable[..., Any], bytes]:
+    """Capture and compile ``fn`` for these arguments, ahead of its first call.
+
+    The result makes no checks at a call: the caller answers for shapes and dtypes. Sizes marked with
+    :func:`mark_unbacked` are free.
+
+    Returns:
+        The compiled function and its bytes for :func:`load_captured`.
+    """
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(enable_aot_compile=True):
+        compiled = torch.compile(fn, fullgraph=True, dynamic=False, options=dict(options)).aot_compile((args, {}))
+    compiled.disable_guard_check()
+    return compiled, type(compiled).serialize(compiled).serialized_data
+
+
+def load_captured(data: bytes) -> Callable[..., Any]:
+    """The function that :func:`capture` compiled, in another process.
+
+    Raises:
+        Exception: of any kind, where the bytes are damaged or come from another torch.
+    """
+    from torch._dynamo.aot_compile import AOTCompiledFunction
+
+    compiled = AOTCompiledFunction.deserialize(data)
+    compiled.disable_guard_check()
+    return compiled

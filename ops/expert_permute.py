@@ -63,12 +63,12 @@ def _expert_permute_compare_kernel(
     # keys in order of (expert, row); an expert ends where the key of the next one's first row would be
     bound = tl.load(expert_ptr + i, mask=is_row, other=0).to(tl.int32) * M + i
     bound = tl.where(is_row, bound, (i - M + 1) * M)
-    place = tl.zeros((BLOCK,), tl.int32)
+    smaller = tl.zeros((BLOCK, BLOCK_KEYS), tl.int32)
     for first in range(0, M, BLOCK_KEYS):
         j = first + tl.arange(0, BLOCK_KEYS)
         key = tl.load(expert_ptr + j, mask=j < M, other=0).to(tl.int32) * M + j
-        before = (key[None, :] < bound[:, None]) & (j < M)[None, :]
-        place += tl.sum(before.to(tl.int32), 1)
+        smaller += ((key[None, :] < bound[:, None]) & (j < M)[None, :]).to(tl.int32)
+    place = tl.sum(smaller, 1)
     tl.store(inverse_ptr + i, place.to(tl.int64), mask=is_row)
     tl.store(order_ptr + place, i.to(tl.int64), mask=is_row)
     tl.store(offsets_ptr + i - M, place, mask=(i >= M) & (i < M + E))

@@ -133,20 +133,20 @@ def _mla_attention_kernel(
         return
     h = tl.program_id(1).to(tl.int64)
     n, r, v = tl.arange(0, PAD_N), tl.arange(0, PAD_R), tl.arange(0, PAD_V)
-    i, js = i0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    i, j_s = i0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     row = (begin + i) * H + h
     q_ptrs = q_ptr + row[:, None] * (N + R)
     q_nope = tl.load(q_ptrs + n[None, :], mask=(i < Q)[:, None] & (n < N)[None, :], other=0.0)
     q_rope = tl.load(q_ptrs + N + r[None, :], mask=(i < Q)[:, None] & (r < R)[None, :], other=0.0)
-    scale_log2 = scale.to(tl.float32) * 1.4426950408889634
-    m = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    scale_log2 = scale * 1.4426950408889634
+    m = tl.full((BLOCK_Q,), -1e30, tl.float32)  # finite: no NaN from a block without a visible key
     denominator = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, PAD_V), tl.float32)
     # query i sees the keys up to i + K - Q. At least one turn, also without keys: were the loop left out, registers that
     # a product still writes to would be set by other instructions, and ptxas would run all products one by one
-    kv_tile, k_rope_tile = js[:, None] * (H * (N + V)), js[:, None] * R
+    kv_tile, k_rope_tile = j_s[:, None] * (H * (N + V)), j_s[:, None] * R
     for j0 in range(0, max(min(i0 + BLOCK_Q + K - Q, K), 1), BLOCK_K):
-        j = j0 + js
+        j = j0 + j_s
         kv_ptrs = kv_ptr + ((key + j0) * H + h) * (N + V) + kv_tile
         k_rope_ptrs = k_rope_ptr + (key + j0) * R + k_rope_tile
         k_nope = tl.load(kv_ptrs + n[None, :], mask=(j < K)[:, None] & (n < N)[None, :], other=0.0)
@@ -170,8 +170,8 @@ def _mla_attention_kernel(
 
 @triton.jit
 def _mla_attention_dq_kernel(
-    dout_ptr, q_ptr, kv_ptr, k_rope_ptr, out_ptr, lse_ptr, q_start_ptr, k_start_ptr, k_len_ptr, dq_ptr, stats_ptr,
-    scale, T, B, H,
+    dout_ptr, q_ptr, kv_ptr, k_rope_ptr, out_ptr, lse_ptr, q_start_ptr, k_start_ptr, k_len_ptr, dq_ptr, lse_log2_ptr,
+    delta_ptr, scale, T, B, H,
     N: tl.constexpr, R: tl.constexpr, V: tl.constexpr, PAD_N: tl.constexpr, PAD_R: tl.constexpr, PAD_V: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DOT_FLOAT32: tl.constexpr,
 ):  # fmt: skip
@@ -181,25 +181,25 @@ def _mla_attention_dq_kernel(
         return
     h = tl.program_id(1).to(tl.int64)
     n, r, v = tl.arange(0, PAD_N), tl.arange(0, PAD_R), tl.arange(0, PAD_V)
-    i, js = i0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
-    row = (begin + i) * H + h
-    q_offsets, out_offsets = row[:, None] * (N + R), row[:, None] * V + v[None, :]
+    i_s, j_s = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    i = i0 + i_s
+    row = (begin + i0) * H + h
+    q_tile, out_tile = i_s[:, None] * (H * (N + R)), i_s[:, None] * (H * V) + v[None, :]
     mask_n, mask_r = (i < Q)[:, None] & (n < N)[None, :], (i < Q)[:, None] & (r < R)[None, :]
     mask_v = (i < Q)[:, None] & (v < V)[None, :]
-    dout = tl.load(dout_ptr + out_offsets, mask=mask_v, other=0.0)
-    out = tl.load(out_ptr + out_offsets, mask=mask_v, other=0.0)
+    q_nope = tl.load(q_ptr + row * (N + R) + q_tile + n[None, :], mask=mask_n, other=0.0)
+    q_rope = tl.load(q_ptr + row * (N + R) + N + q_tile + r[None, :], mask=mask_r, other=0.0)
+    dout = tl.load(dout_ptr + row * V + out_tile, mask=mask_v, other=0.0)
+    out = tl.load(out_ptr + row * V + out_tile, mask=mask_v, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    q_nope = tl.load(q_ptr + q_offsets + n[None, :], mask=mask_n, other=0.0)
-    q_rope = tl.load(q_ptr + q_offsets + N + r[None, :], mask=mask_r, other=0.0)
-    lse_log2 = tl.load(lse_ptr + row, mask=i < Q, other=0.0) * 1.4426950408889634
-    stats_ptrs = stats_ptr + h * T + begin + i
-    tl.store(stats_ptrs, lse_log2, mask=i < Q)
-    tl.store(stats_ptrs + H.to(tl.int64) * T, delta, mask=i < Q)
-    scale_log2 = scale.to(tl.float32) * 1.4426950408889634
+    lse_log2 = tl.load(lse_ptr + row + i_s * H, mask=i < Q, other=0.0) * 1.4426950408889634
+    tl.store(lse_log2_ptr + h * T + begin + i, lse_log2, mask=i < Q)
+    tl.store(delta_ptr + h * T + begin + i, delta, mask=i < Q)
+    scale_log2 = scale * 1.4426950408889634
     dq_nope, dq_rope = tl.zeros((BLOCK_Q, PAD_N), tl.float32), tl.zeros((BLOCK_Q, PAD_R), tl.float32)
-    kv_tile, k_rope_tile = js[:, None] * (H * (N + V)), js[:, None] * R
+    kv_tile, k_rope_tile = j_s[:, None] * (H * (N + V)), j_s[:, None] * R
     for j0 in range(0, max(min(i0 + BLOCK_Q + K - Q, K), 1), BLOCK_K):
-        j = j0 + js
+        j = j0 + j_s
         kv_ptrs = kv_ptr + ((key + j0) * H + h) * (N + V) + kv_tile
         k_rope_ptrs = k_rope_ptr + (key + j0) * R + k_rope_tile
         k_nope = tl.load(kv_ptrs + n[None, :], mask=(j < K)[:, None] & (n < N)[None, :], other=0.0)
@@ -209,24 +209,29 @@ def _mla_attention_dq_kernel(
         s = _dot(q_rope, tl.trans(k_rope), s, DOT_FLOAT32)
         p = tl.exp2(s * scale_log2 - lse_log2[:, None])
         if j0 + BLOCK_K > i0 + K - Q + 1:
-            p = tl.where(j[None, :] <= i[:, None] + K - Q, p, 0.0)
+            p = tl.where(j_s[None, :] <= i_s[:, None] + (i0 + K - Q - j0), p, 0.0)
         dp = _dot(dout, tl.trans(value), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), DOT_FLOAT32)
         ds = (p * (dp - delta[:, None])).to(k_nope.dtype)
         dq_nope = _dot(ds, k_nope, dq_nope, DOT_FLOAT32)
         dq_rope = _dot(ds, k_rope, dq_rope, DOT_FLOAT32)
     dtype = dq_ptr.dtype.element_ty
-    tl.store(dq_ptr + q_offsets + n[None, :], (dq_nope * scale).to(dtype), mask=mask_n)
-    tl.store(dq_ptr + q_offsets + N + r[None, :], (dq_rope * scale).to(dtype), mask=mask_r)
+    tl.store(dq_ptr + row * (N + R) + q_tile + n[None, :], (dq_nope * scale).to(dtype), mask=mask_n)
+    tl.store(dq_ptr + row * (N + R) + N + q_tile + r[None, :], (dq_rope * scale).to(dtype), mask=mask_r)
 
 
 @triton.jit
 def _mla_attention_dkv_kernel(
-    dout_ptr, q_ptr, kv_ptr, k_rope_ptr, stats_ptr, q_start_ptr, k_start_ptr, k_len_ptr, dkv_ptr, dk_rope_ptr, scale,
-    T, S, B, H,
+    dout_ptr, q_ptr, kv_ptr, k_rope_ptr, lse_log2_ptr, delta_ptr, q_start_ptr, k_start_ptr, k_len_ptr, dkv_ptr,
+    dk_rope_ptr, scale, T, S, B, H,
     N: tl.constexpr, R: tl.constexpr, V: tl.constexpr, PAD_N: tl.constexpr, PAD_R: tl.constexpr, PAD_V: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DOT_FLOAT32: tl.constexpr,
+    OF_VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a block of keys and values of one head; ``dk_rope [H, S, R]`` is left to be summed over heads."""
+    """Gradient of a block of values, or of keys, of one head; ``dk_rope [H, S, R]`` is left to be summed over heads.
+
+    Values and keys take a launch each, which computes the scores twice (a sixth more work in the backward pass): the
+    accumulators of both, [BLOCK_K, 320] for DeepSeek-V3, leave no registers for blocks the tensor cores like.
+    """
     bs = tl.arange(0, BLOCK_B)
     blocks = tl.cdiv(tl.load(k_len_ptr + bs, mask=bs < B, other=0).to(tl.int32), BLOCK_K)
     b = tl.sum((tl.cumsum(blocks, 0) <= tl.program_id(0)).to(tl.int32), 0)
@@ -238,15 +243,16 @@ def _mla_attention_dkv_kernel(
     K = tl.load(k_len_ptr + b).to(tl.int32)
     h = tl.program_id(1).to(tl.int64)
     n, r, v = tl.arange(0, PAD_N), tl.arange(0, PAD_R), tl.arange(0, PAD_V)
-    i_s, j = tl.arange(0, BLOCK_Q), j0 + tl.arange(0, BLOCK_K)
-    key = tl.load(k_start_ptr + b).to(tl.int64) + j
-    kv_offsets = (key[:, None] * H + h) * (N + V)
+    i_s, j_s = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    j = j0 + j_s
+    key = tl.load(k_start_ptr + b).to(tl.int64) + j0
+    kv_row, kv_tile, k_rope_tile = (key * H + h) * (N + V), j_s[:, None] * (H * (N + V)), j_s[:, None] * R
     mask_n, mask_r = (j < K)[:, None] & (n < N)[None, :], (j < K)[:, None] & (r < R)[None, :]
     mask_v = (j < K)[:, None] & (v < V)[None, :]
-    k_nope = tl.load(kv_ptr + kv_offsets + n[None, :], mask=mask_n, other=0.0)
-    k_rope = tl.load(k_rope_ptr + key[:, None] * R + r[None, :], mask=mask_r, other=0.0)
-    value = tl.load(kv_ptr + kv_offsets + N + v[None, :], mask=mask_v, other=0.0)
-    scale_log2 = scale.to(tl.float32) * 1.4426950408889634
+    k_nope = tl.load(kv_ptr + kv_row + kv_tile + n[None, :], mask=mask_n, other=0.0)
+    value = tl.load(kv_ptr + kv_row + N + kv_tile + v[None, :], mask=mask_v, other=0.0)
+    k_rope = tl.load(k_rope_ptr + key * R + k_rope_tile + r[None, :], mask=mask_r, other=0.0)
+    scale_log2 = scale * 1.4426950408889634
     dk_nope, dk_rope = tl.zeros((BLOCK_K, PAD_N), tl.float32), tl.zeros((BLOCK_K, PAD_R), tl.float32)
     dvalue = tl.zeros((BLOCK_K, PAD_V), tl.float32)
     # key j is seen by the queries from j + Q - K on
@@ -260,22 +266,111 @@ def _mla_attention_dkv_kernel(
         q_nope = tl.load(q_ptrs + n[None, :], mask=(i < Q)[:, None] & (n < N)[None, :], other=0.0)
         q_rope = tl.load(q_ptrs + N + r[None, :], mask=(i < Q)[:, None] & (r < R)[None, :], other=0.0)
         dout = tl.load(dout_ptrs + v[None, :], mask=(i < Q)[:, None] & (v < V)[None, :], other=0.0)
-        stats_ptrs = stats_ptr + h * T + begin + i
-        lse_log2 = tl.load(stats_ptrs, mask=i < Q, other=0.0)
-        delta = tl.load(stats_ptrs + H.to(tl.int64) * T, mask=i < Q, other=0.0)
+        lse_log2 = tl.load(lse_log2_ptr + h * T + begin + i0 + i_s, mask=i < Q, other=0.0)
         s = _dot(k_nope, tl.trans(q_nope), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), DOT_FLOAT32)
         s = _dot(k_rope, tl.trans(q_rope), s, DOT_FLOAT32)
         p = tl.exp2(s * scale_log2 - lse_log2[None, :])
-        p = tl.where(j[:, None] <= i[None, :] + K - Q, p, 0.0)
-        dvalue = _dot(p.to(dout.dtype), dout, dvalue, DOT_FLOAT32)
-        dp = _dot(value, tl.trans(dout), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), DOT_FLOAT32)
-        ds = (p * (dp - delta[None, :])).to(q_nope.dtype)
-        dk_nope = _dot(ds, q_nope, dk_nope, DOT_FLOAT32)
-        dk_rope = _dot(ds, q_rope, dk_rope, DOT_FLOAT32)
+        p = tl.where(j_s[:, None] <= i_s[None, :] + (i0 + K - Q - j0), p, 0.0)
+        if OF_VALUES:
+            dvalue = _dot(p.to(dout.dtype), dout, dvalue, DOT_FLOAT32)
+        else:
+            delta = tl.load(delta_ptr + h * T + begin + i0 + i_s, mask=i < Q, other=0.0)
+            dp = _dot(value, tl.trans(dout), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), DOT_FLOAT32)
+            ds = (p * (dp - delta[None, :])).to(q_nope.dtype)
+            dk_nope = _dot(ds, q_nope, dk_nope, DOT_FLOAT32)
+            dk_rope = _dot(ds, q_rope, dk_rope, DOT_FLOAT32)
     dtype = dkv_ptr.dtype.element_ty
-    tl.store(dkv_ptr + kv_offsets + n[None, :], (dk_nope * scale).to(dtype), mask=mask_n)
-    tl.store(dkv_ptr + kv_offsets + N + v[None, :], dvalue.to(dtype), mask=mask_v)
-    tl.store(dk_rope_ptr + (h * S + key[:, None]) * R + r[None, :], dk_rope * scale, mask=mask_r)
+    if OF_VALUES:
+        tl.store(dkv_ptr + kv_row + N + kv_tile + v[None, :], dvalue.to(dtype), mask=mask_v)
+    else:
+        tl.store(dkv_ptr + kv_row + kv_tile + n[None, :], (dk_nope * scale).to(dtype), mask=mask_n)
+        tl.store(dk_rope_ptr + (h * S + key) * R + k_rope_tile + r[None, :], dk_rope * scale, mask=mask_r)
+
+
+def _launch(
+    q: Tensor, kv: Tensor, k_rope: Tensor, q_start: Tensor, k_start: Tensor, k_len: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    (T, H, _), B = q.shape, k_len.shape[0]
+    out = torch.empty((T, H, _value_width(q, kv, k_rope)), dtype=q.dtype, device=q.device)
+    lse = torch.empty((T, H), dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    widths = _widths(q, kv, k_rope)
+    if q.element_size() == 4 or _padded_width(widths) > 320:
+        block_q, block_k, num_warps, num_stages = 32, 32, 8, 1
+    elif T > 64 * B:
+        # two warpgroups of 64 rows; at the widths of DeepSeek-V3 215 registers and 168 KiB of shared memory
+        block_q, block_k, num_warps, num_stages = 128, 64, 8, 3
+    else:
+        block_q, block_k, num_warps, num_stages = (64 if T > 16 * B else 16), 64, 4, 2
+    _mla_attention_kernel[(triton.cdiv(T, block_q) + B, H)](
+        q.contiguous(), kv.contiguous(), k_rope.contiguous(), q_start, k_start, k_len, out, lse, scale, T, B, H,
+        **widths, **_constants(B, block_q, block_k), num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def _launch_backward(
+    dout: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_start: Tensor,
+    k_start: Tensor,
+    k_len: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (T, H, _), S, B = q.shape, kv.shape[0], k_len.shape[0]
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # zeros for the keys of no sequence
+    dkv = torch.zeros(kv.shape, dtype=kv.dtype, device=kv.device)
+    # every head adds to the same rotary keys: each writes its own, summed below in one order, as atomics would not be.
+    # In bfloat16 at the widths of DeepSeek-V3 this takes half the memory of dkv
+    dk_rope = torch.zeros((H, *k_rope.shape), dtype=torch.float32, device=k_rope.device)
+    if 0 in (T, H, S, B):
+        return dq.zero_(), dkv, dk_rope.sum(0).to(k_rope.dtype)
+    stats = torch.empty((2, H, T), dtype=torch.float32, device=q.device)
+    widths = _widths(q, kv, k_rope)
+    narrow = q.element_size() == 2 and _padded_width(widths) <= 320
+    # block of queries, block of keys, warps, stages; the largest that keep DeepSeek-V3's widths in registers
+    for_queries = (128, 64, 8, 2) if narrow else (32, 32, 8, 1)
+    for_keys = (32, 128, 8, 3) if narrow else (32, 32, 8, 1)
+    for_values = (64, 128, 8, 2) if narrow else (32, 32, 8, 1)
+    dout, q, kv, k_rope = dout.contiguous(), q.contiguous(), kv.contiguous(), k_rope.contiguous()
+    sequences = q_start, k_start, k_len
+
+    block_q, block_k, num_warps, num_stages = for_queries
+    _mla_attention_dq_kernel[(triton.cdiv(T, block_q) + B, H)](
+        dout, q, kv, k_rope, out.contiguous(), lse.contiguous(), *sequences, dq, *stats, scale, T, B, H,
+        **widths, **_constants(B, block_q, block_k), num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    for of_values, (block_q, block_k, num_warps, num_stages) in ((False, for_keys), (True, for_values)):
+        _mla_attention_dkv_kernel[(triton.cdiv(S, block_k) + B, H)](
+            dout, q, kv, k_rope, *stats, *sequences, dkv, dk_rope, scale, T, S, B, H, OF_VALUES=of_values,
+            **widths, **_constants(B, block_q, block_k), num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+    return dq, dkv, dk_rope.sum(0).to(k_rope.dtype)
+
+
+def _widths(q: Tensor, kv: Tensor, k_rope: Tensor) -> dict[str, int]:
+    widths = {"N": q.shape[2] - k_rope.shape[1], "R": k_rope.shape[1], "V": _value_width(q, kv, k_rope)}
+    # tl.dot wants powers of two, 16 at least
+    return widths | {f"PAD_{name}": max(triton.next_power_of_2(width), 16) for name, width in widths.items()}
+
+
+def _padded_width(widths: dict[str, int]) -> int:
+    return widths["PAD_N"] + widths["PAD_R"] + widths["PAD_V"]
+
+
+def _constants(B: int, block_q: int, block_k: int) -> dict[str, Any]:
+    return {
+        "BLOCK_B": triton.next_power_of_2(B + 1),
+        "BLOCK_Q": block_q,
+        "BLOCK_K": block_k,
+        "DOT_FLOAT32": interpreted(),
+    }
 
 
 def _flash_cpu(
@@ -370,6 +465,17 @@ def _stats_dtype(q: Tensor) -> torch.dtype:
 
 def _float32_at_most(*args: Any) -> str | None:
     return "computes in float32 at most" if args[0].dtype == torch.float64 else None
+
+
+def _fits(q: Tensor, kv: Tensor, k_rope: Tensor, *rest: Any) -> str | None:
+    width = _padded_width(_widths(q, kv, k_rope)) * q.element_size()
+    if width > 2560:
+        return f"32 queries and keys must fit shared memory: at most 2560 bytes a head (padded), not {width}"
+    return _float32_at_most(q)
+
+
+def _backward_fits(dout: Tensor, *rest: Any) -> str | None:
+    return _fits(*rest)
 
 
 def _check(
@@ -511,3 +617,5 @@ mla_attention_backward = define(
 
 mla_attention.provide("torch", _flash_cpu, priority={"cpu": 5}, supports=_float32_at_most)
 mla_attention_backward.provide("torch", _flash_cpu_backward, priority={"cpu": 5}, supports=_float32_at_most)
+mla_attention.provide("triton", _launch, priority={"cuda": 10}, supports=_fits)
+mla_attention_backward.provide("triton", _launch_backward, priority={"cuda": 10}, supports=_backward_fits)

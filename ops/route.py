@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import at_most
 
 SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -29,6 +32,8 @@ GROUP_SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 TINY = 1e-20
 """Keeps the normalisation of weights finite when every chosen affinity underflows (transformers' value)."""
+COMPARE_PAIRS = 2**18
+"""Up to so many pairs of experts over all tokens, ranks by comparison (fused) beat the calls of a sort on a CPU."""
 
 
 def route_ref(
@@ -65,6 +70,175 @@ def _weights(scores_TE: Tensor, experts_TK: Tensor, norm_topk_prob: bool, routed
     if norm_topk_prob:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + TINY)
     return weights_TK * routed_scaling_factor
+
+
+def _compare(
+    logits: Tensor,
+    bias: Tensor | None,
+    scoring_func: str,
+    group_score: str,
+    n_group: int,
+    topk_group: int,
+    num_experts_per_tok: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """The same without a sort: the k-th best is the one that k others go before."""
+    scores_TE = SCORES[scoring_func](logits)
+    choice_TE = scores_TE if bias is None else scores_TE + bias
+    if topk_group < n_group:
+        groups_TGE = choice_TE.unflatten(-1, (n_group, -1))
+        if group_score == "top2_sum":
+            # zeros beside the two leave their sum exact
+            best_TG = groups_TGE.where(_ranks(groups_TGE) < 2, 0).sum(-1)
+        else:
+            best_TG = groups_TGE.amax(-1)
+        kept_TG = _ranks(best_TG) < topk_group
+        choice_TE = groups_TGE.masked_fill(~kept_TG[..., None], float("-inf")).flatten(-2)
+    slot_K1 = torch.arange(num_experts_per_tok, device=logits.device)[:, None]
+    chosen_TKE = _ranks(choice_TE)[:, None] == slot_K1
+    experts_TK = (chosen_TKE * torch.arange(logits.shape[1], device=logits.device)).sum(-1)
+    weights_TK = scores_TE[:, None].where(chosen_TKE, 0).sum(-1)
+    if norm_topk_prob:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + TINY)
+    return weights_TK * routed_scaling_factor, experts_TK
+
+
+def _ranks(x: Tensor) -> Tensor:
+    """How many of its row go before each element in a stable descending sort, where NaN is the largest."""
+    x = x.masked_fill(x.isnan(), float("inf"))
+    place = torch.arange(x.shape[-1], device=x.device)
+    mine, other = x[..., :, None], x[..., None, :]
+    before = (other > mine) | ((other == mine) & (place < place[:, None]))
+    return before.sum(-1)
+
+
+def _compare_supports(logits: Tensor, *rest: Any) -> str | None:
+    pairs = logits.shape[0] * logits.shape[1] ** 2
+    return None if at_most(pairs, COMPARE_PAIRS) else f"tokens * experts^2 is not known to be at most {COMPARE_PAIRS}"
+
+
+@triton.jit
+def _route_best(x, place, free):
+    """Place of the largest of ``x`` where ``free``; ties go to the lowest. Some place is free."""
+    largest = tl.max(tl.where(free, x, float("-inf")))
+    return tl.min(tl.where(free & (x == largest), place, 2147483647))
+
+
+@triton.jit
+def _route_kernel(
+    logits_ptr,
+    bias_ptr,
+    weights_ptr,
+    experts_ptr,
+    logits_stride,
+    group_size,
+    n_group,
+    routed_scaling_factor,
+    tiny,
+    SIGMOID: tl.constexpr,
+    TOP2_SUM: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    NORM: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program per token; its experts are held in registers, a group a row."""
+    t = tl.program_id(0).to(tl.int64)
+    g = tl.arange(0, BLOCK_G)
+    place = tl.arange(0, BLOCK_S)[None, :] + tl.zeros((BLOCK_G, 1), tl.int32)
+    e = g[:, None] * group_size + place
+    mask = (g < n_group)[:, None] & (place < group_size)
+    logits = tl.load(logits_ptr + t * logits_stride + e, mask=mask, other=float("-inf")).to(tl.float32)
+    if SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    else:
+        scores = tl.exp(logits - tl.max(logits))
+        scores = scores / tl.sum(scores)
+    choice = scores
+    if bias_ptr is not None:
+        choice += tl.load(bias_ptr + e, mask=mask, other=0.0).to(tl.float32)
+    # NaN counts as the largest, as in the reference's sort; no place would equal it
+    choice = tl.where(choice >= float("-inf"), choice, float("inf"))
+
+    free = mask
+    if TOPK_GROUP > 0:
+        largest = tl.max(tl.where(mask, choice, float("-inf")), 1)
+        best = largest
+        if TOP2_SUM:
+            first = tl.min(tl.where(mask & (choice == largest[:, None]), place, BLOCK_S), 1)
+            rest = tl.where(mask & (place != first[:, None]), choice, float("-inf"))
+            best += tl.where(group_size > 1, tl.max(rest, 1), 0.0)
+            best = tl.where(best >= float("-inf"), best, float("inf"))
+        kept = g < 0
+        for _ in range(TOPK_GROUP):
+            kept |= g == _route_best(best, g, (g < n_group) & ~kept)
+        choice = tl.where(kept[:, None], choice, float("-inf"))
+
+    slot = tl.arange(0, BLOCK_K)
+    experts = tl.zeros((BLOCK_K,), tl.int32)
+    weights = tl.zeros((BLOCK_K,), tl.float32)
+    for k in range(K):
+        expert = _route_best(choice, e, free)
+        score = tl.sum(tl.where(mask & (e == expert), scores, 0.0))
+        experts = tl.where(slot == k, expert, experts)
+        weights = tl.where(slot == k, score, weights)
+        free = free & (e != expert)
+    if NORM:
+        weights = weights / (tl.sum(weights) + tiny)
+    weights = weights * routed_scaling_factor
+    tl.store(weights_ptr + t * K + slot, weights, mask=slot < K)
+    tl.store(experts_ptr + t * K + slot, experts.to(tl.int64), mask=slot < K)
+
+
+def _launch(
+    logits: Tensor,
+    bias: Tensor | None,
+    scoring_func: str,
+    group_score: str,
+    n_group: int,
+    topk_group: int,
+    num_experts_per_tok: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> tuple[Tensor, Tensor]:
+    (T, E), K = logits.shape, num_experts_per_tok
+    weights, experts = logits.new_empty(T, K), logits.new_empty(T, K, dtype=torch.int64)
+    if T == 0:
+        return weights, experts
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    grouped = topk_group < n_group
+    rows = n_group if grouped else 1
+    block_g, block_s = triton.next_power_of_2(rows), triton.next_power_of_2(E // rows)
+    _route_kernel[(T,)](
+        logits,
+        None if bias is None else bias.contiguous(),
+        weights,
+        experts,
+        logits.stride(0),
+        E // rows,
+        rows,
+        routed_scaling_factor,
+        TINY,
+        SIGMOID=scoring_func == "sigmoid",
+        TOP2_SUM=group_score == "top2_sum",
+        TOPK_GROUP=topk_group if grouped else 0,
+        NORM=norm_topk_prob,
+        K=K,
+        BLOCK_G=block_g,
+        BLOCK_S=block_s,
+        BLOCK_K=triton.next_power_of_2(K),
+        # one warp to 16 experts a thread: its reductions need no shared memory
+        num_warps=min(max(block_g * block_s // 512, 1), 8),
+    )
+    return weights, experts
+
+
+def _launch_supports(logits: Tensor, *rest: Any) -> str | None:
+    return None if logits.dtype == torch.float32 else f"computes in float32, got {logits.dtype}"
 
 
 def _check(
@@ -168,3 +342,6 @@ Raises:
     ValueError: shapes do not fit, or the numbers contradict each other.
     TypeError: ``logits`` is narrower than float32.
 """
+
+route.provide("triton", _launch, priority={"cuda": 10}, supports=_launch_supports)
+route.provide("compare", _compare, priority={"cpu": 10}, supports=_compare_supports, inline=True)

@@ -34,8 +34,8 @@ def main() -> None:
     model.initialize()
     tokens, heldout = np.load(args.data / "train.npy"), np.load(args.data / "heldout.npy")
     heldout_bytes = len((args.data / "heldout.txt").read_bytes())
-    trainer = Trainer(model, tokens, v3_tiny_training())
-    for row in trainer.run(args.out, heldout):
+    trainer = Trainer(model, v3_tiny_training())
+    for row in trainer.run(args.out, tokens, heldout):
         bits_per_byte = row["heldout_loss"] * (len(heldout) - 1) / math.log(2) / heldout_bytes
         print(f"step {row['step']}: loss {row['loss']:.4f}, held out {bits_per_byte:.4f} bits per byte", flush=True)
 

@@ -70,15 +70,9 @@ class Training:
 class Trainer:
     """Trains a model on a stream of tokens."""
 
-    def __init__(self, model: CausalLM, tokens: np.ndarray, training: Training, *, compile: bool = True):
-        """Args:
-        model: trained in place; float32.
-        tokens: ``[N]`` integers, documents one after the other.
-        compile: with Inductor; otherwise the same graphs run as they are.
-        """
-        if len(tokens) < training.seq_len + 3:
-            raise ValueError(f"trainer: want at least seq_len + 3 = {training.seq_len + 3} tokens, got {len(tokens)}")
-        self.model, self.tokens, self.training = model, tokens, training
+    def __init__(self, model: CausalLM, training: Training, *, compile: bool = True):
+        """``model`` is trained in place, in float32; without ``compile`` the step's graphs run as the passes left them."""
+        self.model, self.training = model, training
         # parameters alone are narrowed: the buffers (rotary frequencies, expert biases) mean what they are
         self.compute = CausalLM(model.config).train()
         for parameter in self.compute.parameters():
@@ -124,16 +118,16 @@ class Trainer:
         h = mtp.predict(h + delta, embedding, batch)
         return nn.functional.cross_entropy(model.logits(mtp.shared_head.norm(h)), tokens[:, 2:].flatten())
 
-    def batch(self, step: int) -> Tensor:
-        """``[B, L + 2]`` tokens of a step; the same for the same seed and step, so that a resumed run sees no repeats."""
+    def batch(self, tokens: np.ndarray, step: int) -> Tensor:
+        """``[B, L + 2]`` tokens of a step, from ``tokens [N]``; the same for the same seed and step, so that a resumed run sees no repeats."""
         t = self.training
         rng = np.random.default_rng((t.seed, step))
-        starts = rng.integers(0, len(self.tokens) - t.seq_len - 2, size=t.batch_size)
-        rows = np.stack([self.tokens[s : s + t.seq_len + 2] for s in starts]).astype(np.int64)
+        starts = rng.integers(0, len(tokens) - t.seq_len - 2, size=t.batch_size)
+        rows = np.stack([tokens[s : s + t.seq_len + 2] for s in starts]).astype(np.int64)
         return torch.from_numpy(rows)
 
-    def train_step(self) -> float:
-        """One step; returns the loss in nats a token."""
+    def train_step(self, tokens: np.ndarray) -> float:
+        """One step on windows of ``tokens [N]``; returns the loss in nats a token."""
         t = self.training
         L = t.seq_len
         positions = torch.arange(L).repeat(t.batch_size)
@@ -145,7 +139,7 @@ class Trainer:
                 working.copy_(master)
         loss_fn: Callable[..., Tensor] = self.next_token_loss if self.step < t.steps else self.mtp_loss
         with naming("train"):
-            loss = loss_fn(self.batch(self.step), positions, q_start)
+            loss = loss_fn(self.batch(tokens, self.step), positions, q_start)
             loss.backward()
         for master, working in self.pairs:
             master.grad = None if working.grad is None else working.grad.float()
@@ -189,9 +183,14 @@ class Trainer:
         self.model.train(was_training)
         return total / count
 
-    def run(self, folder: Path, heldout: np.ndarray | None = None) -> Iterator[dict[str, float]]:
-        """Train to the end, resuming from ``folder`` where it holds a checkpoint; yields a row at each checkpoint."""
+    def run(self, folder: Path, tokens: np.ndarray, heldout: np.ndarray | None = None) -> Iterator[dict[str, float]]:
+        """Train to the end on ``tokens [N]``, documents one after the other; yields a row at each checkpoint.
+
+        Where ``folder`` holds a checkpoint, training goes on from it.
+        """
         t = self.training
+        if len(tokens) < t.seq_len + 3:
+            raise ValueError(f"trainer: want at least seq_len + 3 = {t.seq_len + 3} tokens, got {len(tokens)}")
         self.resume(folder)
         last = t.steps + t.mtp_steps
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -200,7 +199,7 @@ class Trainer:
             losses: list[float] = []
             began, begun_at = time.perf_counter(), self.step
             while self.step < last:
-                losses.append(self.train_step())
+                losses.append(self.train_step(tokens))
                 speed = (self.step - begun_at) * t.batch_size * t.seq_len / (time.perf_counter() - began)
                 progress.update(task, completed=self.step, description=f"loss {losses[-1]:.3f}  {speed:,.0f} tokens/s")
                 if self.step % t.checkpoint_every == 0 or self.step == last:

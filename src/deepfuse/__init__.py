@@ -1,2 +1,61 @@
-"""x"""
+"""deepfuse: the DeepSeek-V3 architecture as a compiled graph you can see into.
+
+    import deepfuse as df
+    model = df.build("v3-tiny")
+    print(model.generate("Once upon a time"))
+
+Names are loaded when they are first used: importing the package costs next to nothing over importing torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepfuse.blocks.config import Config, RopeScaling
+    from deepfuse.blocks.model import CausalLM
+    from deepfuse.blocks.presets import PRESETS
+    from deepfuse.ir.op import OPS
+    from deepfuse.passes.record import graph_pass
+    from deepfuse.runtime.build import build
+    from deepfuse.runtime.model import Model
+    from deepfuse.runtime.report import Report
+    from deepfuse.runtime.trainer import Trainer, Training
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "build": "deepfuse.runtime.build",
+    "CausalLM": "deepfuse.blocks.model",
+    "Config": "deepfuse.blocks.config",
+    "graph_pass": "deepfuse.passes.record",
+    "Model": "deepfuse.runtime.model",
+    "OPS": "deepfuse.ir.op",
+    "PRESETS": "deepfuse.blocks.presets",
+    "Report": "deepfuse.runtime.report",
+    "RopeScaling": "deepfuse.blocks.config",
+    "Trainer": "deepfuse.runtime.trainer",
+    "Training": "deepfuse.runtime.trainer",
+}
+
+__all__ = [
+    "OPS",
+    "PRESETS",
+    "CausalLM",
+    "Config",
+    "Model",
+    "Report",
+    "RopeScaling",
+    "Trainer",
+    "Training",
+    "build",
+    "graph_pass",
+    "passes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "passes":
+        return import_module("deepfuse.passes")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'deepfuse' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -35,6 +35,10 @@ from deepfuse.ir.provider import Provider
 SHARED_BYTES = 227 * 1024
 """Shared memory a program may have on sm_90."""
 PROCESSES = 2
+_TARGET = GPUTarget("cuda", 90, 32)
+_BACKEND = make_backend(_TARGET)
+_PENDING: dict[str, tuple[str, ASTSource, Any]] = {}
+"""What is to be compiled, and for which op."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +88,7 @@ def read_machine_code(cache: Path) -> list[MachineCode]:
         "TRITON_DEFAULT_FP_FUSION": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"machine_code: want exit status 0, got {done.returncode}\n{done.stderr[-4000:]}")
     return [MachineCode(**fields) for fields in json.loads(done.stdout)]
@@ -154,48 +158,40 @@ def _argument_tuples(op: Op) -> Iterator[tuple[Any, ...]]:
     yield from deepseek_v3_arguments().get(op.name, [])
 
 
-class _Launches:
-    """Kernels to compile: each once, however often it was launched."""
+@contextlib.contextmanager
+def _launches_noted(op: str) -> Iterator[None]:
+    """Within, a launch only adds to ``_PENDING``, once for each specialization."""
 
-    def __init__(self) -> None:
-        self.target = GPUTarget("cuda", 90, 32)
-        self.backend = make_backend(self.target)
-        self.pending: dict[str, tuple[str, ASTSource, Any]] = {}
-        self.op = ""
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        # as JITFunction.run does it, but for a target that is not there
+        bind = create_function_from_signature(kernel.signature, kernel.params, _BACKEND)
+        bound, specialization, options = bind(*args, **kwargs)
+        options, *source = kernel._pack_args(_BACKEND, kwargs, bound, specialization, options)
+        _PENDING.setdefault(f"{kernel} {source} {options}", (op, ASTSource(kernel, *source), options))
 
-    @contextlib.contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Within, a launch is only noted."""
+    original, JITFunction.run = JITFunction.run, run
+    try:
+        yield
+    finally:
+        JITFunction.run = original
 
-        def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-            # as JITFunction.run does it, but for a target that is not there
-            bind = create_function_from_signature(kernel.signature, kernel.params, self.backend)
-            bound, specialization, options = bind(*args, **kwargs)
-            options, *source = kernel._pack_args(self.backend, kwargs, bound, specialization, options)
-            self.pending.setdefault(f"{kernel} {source} {options}", (self.op, ASTSource(kernel, *source), options))
 
-        original, JITFunction.run = JITFunction.run, run
-        try:
-            yield
-        finally:
-            JITFunction.run = original
-
-    def compile(self, key: str) -> MachineCode:
-        op, source, options = self.pending[key]
-        kernel = triton.compile(source, target=self.target, options=options.__dict__)
-        names = list(source.signature)
-        values = {names[path[0]]: str(value) for path, value in source.constants.items()}
-        usage = _resource_usage(kernel.asm["cubin"])
-        return MachineCode(
-            op=op,
-            kernel=source.name,
-            arguments={**source.signature, **values},
-            num_warps=kernel.metadata.num_warps,
-            registers=usage["REG"],
-            spill_bytes=usage["STACK"] + usage["LOCAL"],
-            shared_bytes=kernel.metadata.shared,
-            wgmma="wgmma.mma_async" in kernel.asm["ptx"],
-        )
+def _compile(key: str) -> MachineCode:
+    op, source, options = _PENDING[key]
+    kernel = triton.compile(source, target=_TARGET, options=options.__dict__)
+    names = list(source.signature)
+    values = {names[path[0]]: str(value) for path, value in source.constants.items()}
+    usage = _resource_usage(kernel.asm["cubin"])
+    return MachineCode(
+        op=op,
+        kernel=source.name,
+        arguments={**source.signature, **values},
+        num_warps=kernel.metadata.num_warps,
+        registers=usage["REG"],
+        spill_bytes=usage["STACK"] + usage["LOCAL"],
+        shared_bytes=kernel.metadata.shared,
+        wgmma="wgmma.mma_async" in kernel.asm["ptx"],
+    )
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -209,18 +205,16 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def _compile_all() -> list[MachineCode]:
-    launches = _Launches()
     torch.manual_seed(0)
-    with launches.recorded():
-        for op, provider in triton_providers():
-            launches.op = op.name
+    for op, provider in triton_providers():
+        with _launches_noted(op.name):
             for args in _argument_tuples(op):
                 op.check(*args)
                 if provider.supports(*args) is None:
                     provider.fn(*args)
     # forked, as kernels cannot be pickled: the children find them in their copy of this process
     with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
-        return pool.map(launches.compile, launches.pending, chunksize=1)
+        return pool.map(_compile, _PENDING, chunksize=1)
 
 
 if __name__ == "__main__":

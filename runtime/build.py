@@ -1,0 +1,244 @@
+"""``build``: from a checkpoint, a preset or a configuration to a compiled model, in one call."""
+
+import hashlib
+import inspect
+import platform
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import deepfuse
+from deepfuse.blocks import attention, batch, config, decoder, linear, mlp, model, moe, mtp, norm, rotary
+from deepfuse.blocks.config import Config
+from deepfuse.blocks.model import CausalLM
+from deepfuse.blocks.parameters import count_parameters
+from deepfuse.blocks.presets import PRESETS
+from deepfuse.ir.device import device_row
+from deepfuse.ir.op import OPS
+from deepfuse.ir.private import without_inductor_cache
+from deepfuse.passes.journal import Journal
+from deepfuse.passes.pipeline import Pipeline, default
+from deepfuse.passes.runner import Runner
+from deepfuse.runtime import engine
+from deepfuse.runtime.checkpoint import load_weights, present_mtp_layers, stored_dtype
+from deepfuse.runtime.compile_cache import BuildFolder, inductor_cache
+from deepfuse.runtime.config_json import read_config
+from deepfuse.runtime.engine import Engine
+from deepfuse.runtime.generation_config import GenerationConfig
+from deepfuse.runtime.latent_cache import (
+    LatentCache,
+    cache_bytes,
+    latent_bytes_per_token,
+    mha_bytes_per_token,
+)
+from deepfuse.runtime.model import Model
+from deepfuse.runtime.module import CompiledModule
+from deepfuse.runtime.report import Report
+from deepfuse.runtime.requirements import check_device, check_memory, missing_for_compilation
+from deepfuse.runtime.tokenizer import Tokenizer
+from deepfuse.runtime.trainer import Trainer, Training
+
+SHIPPED = Path(deepfuse.__file__).parent / "models"
+"""Presets whose weights come with the library lie here, by name."""
+MAX_SEQ_LEN = 4096
+"""Length the cache is made for where the caller names none and the model allows it."""
+
+
+def build(
+    source: str | Path | Config | nn.Module,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    max_batch_size: int = 8,
+    max_seq_len: int | None = None,
+    passes: Pipeline | None = None,
+    providers: Mapping[str, str] | None = None,
+    compile: bool = True,
+    training: Training | None = None,
+    seed: int = 0,
+) -> Any:
+    """Build a model: load it, run the passes over its graphs, compile them.
+
+    Args:
+        source: a Hugging Face checkpoint directory; a preset (``v3-tiny``, with the weights that come with the library;
+            ``v2-lite``, ``v2``, ``v3-671b``, ``kimi-k2``, ``moonlight``, with random weights); a :class:`Config` (random
+            weights); a :class:`CausalLM` (used as it is); or any other module (compiled with the passes).
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
+        dtype: of weights and activations; ``auto`` is the checkpoint's, and float32 where there is none.
+        max_batch_size: sequences that generate at once; the cache is made for them.
+        max_seq_len: tokens a sequence may have; the model's limit, at most 4096, where ``None``.
+        passes: the rewrites; ``deepfuse.passes.default()`` where ``None``.
+        providers: op name -> provider to take first, e.g. ``{"rms_norm": "reference"}``.
+        compile: with Inductor; otherwise the same graphs run as the passes left them (for debugging and quick tests).
+        training: build a :class:`Trainer` instead of a :class:`Model`.
+        seed: of random weights.
+
+    Returns:
+        A :class:`Model`; a :class:`Trainer` with ``training``; a :class:`CompiledModule` for another module.
+
+    Raises:
+        ValueError, FileNotFoundError, MemoryError: what was wanted, what came, and what to do.
+    """
+    began = time.perf_counter()
+    pipeline, forced = passes or default(), _checked_providers(providers or {})
+    wanted = check_device(device)
+    if isinstance(source, nn.Module) and not isinstance(source, CausalLM):
+        return CompiledModule(source, pipeline, forced, compile=compile)
+    folder, cfg = _folder_and_config(source)
+    dtype = _dtype(dtype, folder, source)
+    if max_batch_size < 1:
+        raise ValueError(f"build: want max_batch_size >= 1, got {max_batch_size}")
+    length = min(cfg.max_position_embeddings, MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
+    if not 1 <= length <= cfg.max_position_embeddings:
+        raise ValueError(
+            f"build: want 1 <= max_seq_len <= max_position_embeddings = {cfg.max_position_embeddings}, got {length}"
+        )
+    counts = count_parameters(cfg)
+    weight_bytes = counts.in_memory * dtype.itemsize
+    room = {"max_batch_size": max_batch_size, "max_seq_len": length}
+    built = isinstance(source, CausalLM)
+    check_memory(wanted, 0 if built else weight_bytes, cache_bytes(cfg, dtype, **room))
+    causal_lm = source if isinstance(source, CausalLM) else _weights(cfg, folder, wanted, dtype, seed)
+    if training is not None:
+        return Trainer(causal_lm, training, compile=compile)
+
+    notes = []
+    problem = missing_for_compilation() if compile else None
+    if problem is not None:
+        compile = False
+        notes.append(f"runs uncompiled: {problem}")
+        warnings.warn(f"build: {notes[-1]}", stacklevel=2)
+    settings = {"providers": forced, "device": device_row(wanted), "max_seq_len": length}
+    runner = Runner(pipeline, settings)
+    key = _key(pipeline, settings, cfg, dtype, wanted, room)
+    cache = LatentCache(cfg, dtype=dtype, device=wanted, **room)
+    with inductor_cache():
+        made = _engine(causal_lm.eval(), cache, runner, max_batch_size, BuildFolder(key) if compile else None)
+    report = Report(
+        model=str(source) if isinstance(source, str | Path) else type(source).__name__,
+        device=settings["device"].name if wanted.type == "cuda" else str(wanted),
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=counts.total,
+        active_parameters=counts.active,
+        weight_bytes=weight_bytes,
+        cache_bytes_per_token=latent_bytes_per_token(cfg, dtype),
+        mha_bytes_per_token=mha_bytes_per_token(cfg, dtype),
+        compiled=compile,
+        warm=made.from_cache,
+        compile_seconds=made.compile_seconds,
+        build_seconds=time.perf_counter() - began,
+        journal=runner.journal,
+        graphs_at_build=len(runner.journal.graphs),
+        warnings=notes,
+    )
+    return Model(
+        made,
+        report,
+        max_seq_len=length,
+        tokenizer=None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder),
+        defaults=GenerationConfig() if folder is None else GenerationConfig.from_folder(folder),
+        source=folder,
+    )
+
+
+def _engine(
+    causal_lm: CausalLM, cache: LatentCache, runner: Runner, max_batch_size: int, folder: BuildFolder | None
+) -> Engine:
+    """Graphs and their report are kept together: where one is missing or damaged, both are made again."""
+    kept = None if folder is None else folder.read_report()
+    if folder is not None and kept is None:
+        folder.discard()
+    made = Engine(causal_lm, cache, runner, max_batch_size=max_batch_size, folder=folder)
+    if folder is None:
+        return made
+    if made.from_cache and kept is not None:
+        runner.journal.graphs[:] = Journal.from_json(kept).graphs
+        return made
+    if len(runner.journal.graphs) < 1 + len(made.buckets):
+        # Inductor had a graph that we had lost: its passes did not run, so that the report would have a gap
+        folder.discard()
+        runner.journal.graphs.clear()
+        with without_inductor_cache():
+            made = Engine(causal_lm, cache, runner, max_batch_size=max_batch_size, folder=folder)
+    folder.write_report(runner.journal.to_json())
+    return made
+
+
+def _folder_and_config(source: str | Path | Config | CausalLM) -> tuple[Path | None, Config]:
+    if isinstance(source, Config):
+        return None, source
+    if isinstance(source, CausalLM):
+        return None, source.config
+    if str(source) in PRESETS:
+        folder = SHIPPED / str(source)
+        if (folder / "config.json").exists():
+            return folder, read_config(folder)
+        return None, PRESETS[str(source)]()
+    if not Path(source).is_dir():
+        raise FileNotFoundError(
+            f"build: want a checkpoint directory or a preset out of {', '.join(PRESETS)}, got {str(source)!r}"
+        )
+    return Path(source), read_config(Path(source))
+
+
+def _weights(cfg: Config, folder: Path | None, device: torch.device, dtype: torch.dtype, seed: int) -> CausalLM:
+    if folder is not None:
+        present = present_mtp_layers(folder, cfg)
+        with torch.device("meta"):
+            causal_lm = CausalLM(cfg, mtp_layers=present)
+        load_weights(causal_lm, folder, device=device, dtype=dtype)
+        return causal_lm
+    causal_lm = CausalLM(cfg)
+    causal_lm.initialize(seed)
+    for parameter in causal_lm.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return causal_lm.to(device)
+
+
+def _dtype(dtype: str | torch.dtype, folder: Path | None, source: Any) -> torch.dtype:
+    if isinstance(source, CausalLM):
+        return next(source.parameters()).dtype
+    if dtype == "auto":
+        return torch.float32 if folder is None else stored_dtype(folder)
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if wanted not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"build: want dtype 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}")
+    return wanted
+
+
+def _checked_providers(providers: Mapping[str, str]) -> dict[str, str]:
+    for name, provider in providers.items():
+        if name not in OPS:
+            raise ValueError(f"build: want providers for ops out of {', '.join(sorted(OPS))}, got {name!r}")
+        names = [p.name for p in OPS[name].providers]
+        if provider not in names:
+            raise ValueError(f"build: want a provider of {name} out of {', '.join(names)}, got {provider!r}")
+    return dict(sorted(providers.items()))
+
+
+def _key(
+    pipeline: Pipeline,
+    settings: Mapping[str, Any],
+    cfg: Config,
+    dtype: torch.dtype,
+    device: torch.device,
+    room: Mapping[str, int],
+) -> str:
+    """Of everything a captured graph depends on."""
+    modules = (attention, batch, config, decoder, linear, mlp, model, moe, mtp, norm, rotary, engine)
+    parts = [
+        torch.__version__,
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        str(torch.get_num_threads()),
+        pipeline.key(sorted(settings.items())),
+        repr(cfg),
+        f"{dtype} {device} {sorted(room.items())}",
+        *(inspect.getsource(m) for m in modules),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

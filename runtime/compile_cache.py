@@ -1,0 +1,89 @@
+"""The folder of compile results: captured graphs, Inductor's code, and the reports that belong to them.
+
+    <root>/torch-<version>/inductor/         Inductor's own cache
+    <root>/torch-<version>/builds/<key>/     one captured graph a file, and report.json
+
+Everything is written under a temporary name and renamed, so processes that build at once do not disturb each other; a
+file that cannot be read is thrown away and made again. ``DEEPFUSE_CACHE_DIR`` sets the root (default
+``~/.cache/deepfuse``).
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def cache_root() -> Path:
+    """The folder; it need not exist."""
+    return Path(os.environ.get("DEEPFUSE_CACHE_DIR") or Path.home() / ".cache" / "deepfuse")
+
+
+def _versioned() -> Path:
+    return cache_root() / f"torch-{torch.__version__}"
+
+
+def cache_size() -> tuple[int, int]:
+    """Number of files and bytes."""
+    sizes = []
+    for path in cache_root().rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another process may be clearing
+            if path.is_file():
+                sizes.append(path.stat().st_size)
+    return len(sizes), sum(sizes)
+
+
+def clear_cache() -> None:
+    shutil.rmtree(cache_root(), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def inductor_cache() -> Iterator[None]:
+    """Inductor keeps its code in our folder while we compile, unless the user has chosen one."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(_versioned() / "inductor")
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+class BuildFolder:
+    """What is kept of one build."""
+
+    def __init__(self, key: str):
+        self.path = _versioned() / "builds" / key
+
+    def graph_path(self, name: str) -> Path:
+        return self.path / f"{name}.graph"
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write atomically; a folder that cannot be written is no error, only no cache."""
+        with contextlib.suppress(OSError):
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.path)
+            with os.fdopen(handle, "wb") as f:
+                f.write(data)
+            os.replace(temporary, self.path / name)
+
+    def read_report(self) -> dict[str, Any] | None:
+        """The report of the build that filled the folder; ``None`` if there is none that can be read."""
+        try:
+            return json.loads((self.path / "report.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        self.write("report.json", json.dumps(report).encode())
+
+    def discard(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)

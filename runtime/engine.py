@@ -1,0 +1,200 @@
+"""The compiled graphs of a model and their calls: one prefill graph, and one decode graph for each batch bucket.
+
+    prefill   tokens of fresh sequences, one after the other, of any number and length -> logits of chosen rows
+    decode    one token of each of B sequences, B = 1, 2, 4 .. max_batch_size; a smaller batch is padded into it
+
+Both write the latent cache. All graphs are captured when the engine is made; afterwards a call checks nothing and
+compiles nothing.
+Dims: T tokens, B sequences, P pages a sequence, R rows.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence as Many
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepfuse.blocks.model import CausalLM
+from deepfuse.ir.private import allow_graphs, capture, load_captured, mark_unbacked
+from deepfuse.ops.append_latent import PAGE_SIZE
+from deepfuse.passes.journal import naming
+from deepfuse.passes.runner import Runner
+from deepfuse.runtime.compile_cache import BuildFolder
+from deepfuse.runtime.latent_cache import LatentCache, Sequence
+
+Graph = Callable[..., Tensor]
+
+
+def prefill(model: CausalLM, caches: list[Tensor], tokens: Tensor, q_start: Tensor, rows: Tensor) -> Tensor:
+    """``tokens [3, T]``: ids, positions, slots; ``q_start [B + 1]``; ``rows [R]`` -> logits ``[R, vocab]``."""
+    return model(tokens[0], tokens[1], q_start, slots=tokens[2], caches=caches, rows=rows)
+
+
+def decode(model: CausalLM, caches: list[Tensor], step: Tensor, block_table: Tensor) -> Tensor:
+    """``step [4, B]``: ids, positions, slots, sequence lengths; ``block_table [B, P]`` -> logits ``[B, vocab]``."""
+    q_start = torch.arange(step.shape[1] + 1, dtype=torch.int32, device=step.device)
+    return model(
+        step[0],
+        step[1],
+        q_start,
+        slots=step[2],
+        block_table=block_table,
+        seqlens=step[3].to(torch.int32),
+        caches=caches,
+    )
+
+
+class Engine:
+    """A model, its cache and its graphs."""
+
+    def __init__(
+        self, model: CausalLM, cache: LatentCache, runner: Runner, *, max_batch_size: int, folder: BuildFolder | None
+    ):
+        """Capture all graphs.
+
+        Args:
+            folder: where compiled graphs are kept; ``None`` runs the graphs as the passes leave them, uncompiled.
+        """
+        self.model, self.cache, self.runner, self.folder = model, cache, runner, folder
+        self.max_batch_size = max_batch_size
+        self.device = cache.layers[0].device
+        self.buckets = tuple(buckets(max_batch_size))
+        self.from_cache = folder is not None
+        began = time.perf_counter()
+        with torch.inference_mode(False), torch.no_grad(), allow_graphs(2 * len(self.buckets) + 8):
+            self._prefill = self._graph("prefill", prefill, *self._example_prefill())
+            self._decode = {b: self._graph(f"decode_{b}", decode, *self._example_decode(b)) for b in self.buckets}
+        self.compile_seconds = time.perf_counter() - began
+
+    def _graph(self, name: str, fn: Graph, *example: Tensor) -> Graph:
+        args = (self.model, self.cache.layers, *example)
+        if self.folder is None:
+            compiled = torch.compile(fn, fullgraph=True, dynamic=False, backend=self.runner.backend())
+            with naming(name):
+                compiled(*args)
+            return compiled
+        graph = self._load(name, args)
+        if graph is None:
+            self.from_cache = False
+            with naming(name):
+                graph, data = capture(fn, args, self.runner.options())
+            self.folder.write(f"{name}.graph", data)
+            graph(*args)
+        return graph if self.device.type != "cuda" or fn is prefill else CudaGraph(graph, args)
+
+    def _load(self, name: str, args: tuple[Any, ...]) -> Graph | None:
+        """The graph of an earlier build; ``None`` if there is none, or it is damaged."""
+        assert self.folder is not None
+        try:
+            graph = load_captured(self.folder.graph_path(name).read_bytes())
+            graph(*args)
+        except Exception:  # noqa: BLE001 - unpickling damaged bytes may raise anything; the graph is made again
+            return None
+        return graph
+
+    def _example_prefill(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._prefill_inputs([[0, 0, 0], [0, 0]], [None, None], last_only=True)
+
+    def _example_decode(self, bucket: int) -> tuple[Tensor, Tensor]:
+        return self._decode_inputs([], [], bucket, pages=2)
+
+    def _prefill_inputs(
+        self, prompts: Many[Many[int]], places: Many[Sequence | None], *, last_only: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        ends = [0]
+        for prompt, place in zip(prompts, places, strict=True):
+            ids += prompt
+            positions += range(len(prompt))
+            # without a place in the cache, latents go to the page that is nobody's
+            slots += [0] * len(prompt) if place is None else [place.slot(i) for i in range(len(prompt))]
+            ends.append(len(ids))
+        rows = [end - 1 for end in ends[1:]] if last_only else list(range(len(ids)))
+        tokens = torch.tensor([ids, positions, slots], device=self.device)
+        q_start = torch.tensor(ends, dtype=torch.int32, device=self.device)
+        rows_R = torch.tensor(rows, device=self.device)
+        for tensor, dim in ((tokens, 1), (q_start, 0), (rows_R, 0)):
+            mark_unbacked(tensor, dim)
+        return tokens, q_start, rows_R
+
+    def _decode_inputs(
+        self, ids: Many[int], places: Many[Sequence], bucket: int, pages: int
+    ) -> tuple[Tensor, Tensor]:
+        padding = bucket - len(ids)
+        step = torch.tensor(
+            [
+                [*ids, *[0] * padding],
+                [*(p.length for p in places), *[0] * padding],
+                [*(p.slot(p.length) for p in places), *[0] * padding],
+                [*(p.length + 1 for p in places), *[0] * padding],
+            ],
+            device=self.device,
+        )
+        table = [[*p.pages[:pages], *[0] * (pages - len(p.pages))] for p in places] + [[0] * pages] * padding
+        block_table = torch.tensor(table, dtype=torch.int64, device=self.device)
+        if self.device.type == "cpu":
+            mark_unbacked(block_table, 1)
+        return step, block_table
+
+    @torch.no_grad()
+    def prefill(self, prompts: Many[Many[int]], places: Many[Sequence | None], *, last_only: bool) -> Tensor:
+        """Logits ``[R, vocab]`` float32 of the prompts' last tokens, or of all their tokens one after the other.
+
+        Args:
+            prompts: token ids of fresh sequences, none empty.
+            places: their places in the cache; ``None`` keeps nothing.
+        """
+        logits = self._prefill(self.model, self.cache.layers, *self._prefill_inputs(prompts, places, last_only=last_only))
+        for prompt, place in zip(prompts, places, strict=True):
+            if place is not None:
+                place.length = len(prompt)
+        return logits
+
+    @torch.no_grad()
+    def decode(self, ids: Many[int], places: Many[Sequence]) -> Tensor:
+        """Logits ``[B, vocab]`` float32 after one more token of each sequence."""
+        bucket = next(b for b in self.buckets if b >= len(ids))
+        # CUDA graphs want one shape; elsewhere only the pages in use are read
+        pages = self.cache.pages_per_sequence
+        if self.device.type == "cpu":
+            pages = max(p.length // PAGE_SIZE + 1 for p in places)
+        graph = self._decode[bucket]
+        logits = graph(self.model, self.cache.layers, *self._decode_inputs(ids, places, bucket, pages))
+        for place in places:
+            place.length += 1
+        return logits[: len(ids)]
+
+
+class CudaGraph:
+    """A compiled decode step recorded once and replayed: one launch instead of hundreds."""
+
+    def __init__(self, fn: Graph, args: tuple[Any, ...]):
+        self.inputs = [a.clone() for a in args[2:]]
+        call = (*args[:2], *self.inputs)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # warm-up off the default stream, as recording requires
+            for _ in range(2):
+                fn(*call)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = fn(*call)
+
+    def __call__(self, model: CausalLM, caches: list[Tensor], *inputs: Tensor) -> Tensor:
+        for recorded, given in zip(self.inputs, inputs, strict=True):
+            recorded.copy_(given)
+        self.graph.replay()
+        return self.output.clone()
+
+
+def buckets(max_batch_size: int) -> Iterator[int]:
+    """1, 2, 4, ... and ``max_batch_size`` itself."""
+    size = 1
+    while size < max_batch_size:
+        yield size
+        size *= 2
+    yield max_batch_size

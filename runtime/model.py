@@ -1,0 +1,275 @@
+"""What ``build`` returns: a compiled language model that scores, generates and saves.
+
+Dims: B sequences, T tokens a sequence (padded), V vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence as Many
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepfuse.blocks.config import Config
+from deepfuse.runtime.checkpoint import save_checkpoint
+from deepfuse.runtime.engine import Engine
+from deepfuse.runtime.generation import Request, Sampling, Speed, generate_tokens
+from deepfuse.runtime.generation_config import GenerationConfig
+from deepfuse.runtime.report import Report
+from deepfuse.runtime.stop_strings import TextStream
+from deepfuse.runtime.tokenizer import Tokenizer
+
+Prompt = str | Many[int]
+
+
+class Model:
+    """A built model. Not thread-safe: calls share one cache."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        report: Report,
+        *,
+        max_seq_len: int,
+        tokenizer: Tokenizer | None,
+        defaults: GenerationConfig,
+        source: Path | None,
+    ):
+        self.engine, self.report, self.max_seq_len = engine, report, max_seq_len
+        self.tokenizer, self.defaults, self.source = tokenizer, defaults, source
+
+    @property
+    def config(self) -> Config:
+        return self.engine.model.config
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, last_only: bool = False) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            input_ids: ``[B, T]`` integers.
+            attention_mask: ``[B, T]``, 1 for tokens and 0 for padding, on either side; ``None``: all are tokens.
+            last_only: only those of each sequence's last token.
+
+        Returns:
+            ``[B, T, V]`` float32 (0 at padding), or ``[B, V]``.
+
+        Raises:
+            ValueError: a sequence is empty or longer than ``max_seq_len``, an id is out of range, or padding stands
+                between tokens.
+        """
+        if input_ids.ndim != 2 or input_ids.is_floating_point():
+            raise ValueError(f"model: want input_ids [B, T] of integers, got {list(input_ids.shape)} {input_ids.dtype}")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if mask.shape != input_ids.shape:
+            raise ValueError(f"model: want attention_mask {list(input_ids.shape)}, got {list(mask.shape)}")
+        mask = mask.bool().cpu()
+        one_sided = mask.long().diff(dim=1).abs().sum(1) <= 1
+        if not bool(one_sided.all()):
+            raise ValueError("model: want padding on one side of each sequence, got padding between tokens or on both")
+        prompts = [row[m].tolist() for row, m in zip(input_ids.cpu(), mask, strict=True)]
+        logits = self._batched(self._checked(prompts), last_only)
+        if last_only:
+            return logits
+        out = logits.new_zeros(*input_ids.shape, logits.shape[-1])
+        out[mask.to(out.device)] = logits
+        return out
+
+    def _batched(self, prompts: list[list[int]], last_only: bool) -> Tensor:
+        size = self.engine.max_batch_size
+        parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        if not parts:
+            return torch.zeros(0, self.config.vocab_size, device=self.engine.device)
+        return torch.cat([self.engine.prefill(part, [None] * len(part), last_only=last_only) for part in parts])
+
+    def score(self, texts: Many[Prompt]) -> list[Tensor]:
+        """Log-probabilities, in nats, of each token but the first, given those before it: ``[T - 1]`` a text.
+
+        A string is read with its beginning-of-text token, so that all of its own tokens are scored.
+        """
+        prompts = self._checked([self._ids(t) for t in texts])
+        scores = []
+        for prompt in prompts:
+            logits = self.engine.prefill([prompt], [None], last_only=False)[:-1]
+            following = torch.tensor(prompt[1:], device=logits.device)
+            scores.append(logits.log_softmax(-1).gather(-1, following[:, None])[:, 0])
+        return scores
+
+    def generate(
+        self,
+        prompts: Prompt | Many[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop: Many[str] = (),
+        stop_token_ids: Many[int] | None = None,
+        stream: bool = False,
+    ) -> Any:
+        """Continue prompts.
+
+        Args:
+            prompts: strings or lists of token ids, of any lengths; or one of them.
+            max_new_tokens, temperature, top_k, top_p: ``None`` takes the checkpoint's ``generation_config.json``;
+                temperature 0 is greedy.
+            seed: the same seed gives the same text, whatever else is in the batch.
+            stop: a string that ends a text; it is not part of the result.
+            stop_token_ids: tokens that end a text; ``None`` takes the checkpoint's end-of-text tokens.
+            stream: return an iterator of pieces instead: of strings for one prompt, of ``(prompt number, piece)`` for
+                several. Pieces are token ids where prompts are.
+
+        Returns:
+            What follows each prompt: strings for strings, lists of ids for ids, in the prompts' order; for a single
+            prompt that is no list, a single one. An interrupt (Ctrl-C) returns what there is.
+
+        Raises:
+            ValueError: a prompt is empty, has an id out of range, or does not fit ``max_seq_len`` with its continuation.
+        """
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        listed: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
+        sampling = self._sampling(max_new_tokens, temperature, top_k, top_p, seed, stop_token_ids)
+        ids = self._checked([self._ids(p) for p in listed])
+        longest = max((len(p) for p in ids), default=0)
+        room = self.max_seq_len - longest
+        if room < 1:
+            raise ValueError(
+                f"generate: want prompts shorter than max_seq_len = {self.max_seq_len} tokens, got {longest}; "
+                "build with a larger max_seq_len"
+            )
+        if sampling.max_new_tokens > room:
+            if max_new_tokens is not None:
+                raise ValueError(
+                    f"generate: want prompt + max_new_tokens <= max_seq_len = {self.max_seq_len}, got {longest} + "
+                    f"{max_new_tokens}; ask for at most {room}, or build with a larger max_seq_len"
+                )
+            sampling = replace(sampling, max_new_tokens=room)
+        as_text = [isinstance(p, str) for p in listed]
+        if any(as_text) and not all(as_text):
+            raise TypeError("generate: want prompts all strings or all token ids, got both")
+        if stop and not all(as_text):
+            raise ValueError("generate: want string prompts with stop strings, got token ids; use stop_token_ids")
+        pieces = self._pieces(ids, sampling, tuple(stop), text=all(as_text))
+        if stream:
+            return (piece for _, piece in pieces) if len(listed) == 1 else pieces
+        results = self._collect(pieces, len(listed), text=all(as_text))
+        return results[0] if single else results
+
+    def _collect(self, pieces: Iterator[tuple[int, Any]], count: int, *, text: bool) -> list[Any]:
+        collected: list[list[Any]] = [[] for _ in range(count)]
+        try:
+            for index, piece in pieces:
+                collected[index].append(piece)
+        except KeyboardInterrupt:
+            pass  # what was generated so far is the answer
+        return ["".join(parts) for parts in collected] if text else collected
+
+    def _pieces(
+        self, prompts: list[list[int]], sampling: Sampling, stop: tuple[str, ...], *, text: bool
+    ) -> Iterator[tuple[int, Any]]:
+        speed = Speed()
+        streams = [TextStream(self._tokenizer(), stop) for _ in prompts] if text else []
+        try:
+            for request, token in generate_tokens(self.engine, prompts, sampling, speed):
+                if not text:
+                    if request.finish != "stop":
+                        yield request.index, token
+                    continue
+                piece = self._text_piece(streams[request.index], request, token)
+                if piece:
+                    yield request.index, piece
+        finally:
+            self.report.prefill_tokens_per_second = speed.prefill_tokens / max(speed.prefill_seconds, 1e-9)
+            self.report.decode_tokens_per_second = speed.decode_tokens / max(speed.decode_seconds, 1e-9)
+
+    def _text_piece(self, stream: TextStream, request: Request, token: int) -> str:
+        if request.finish == "stop":
+            return stream.finish()
+        piece = stream.push(token)
+        if stream.stopped:
+            request.finish = "stop"
+        elif request.finish:
+            piece += stream.finish()
+        return piece
+
+    def chat(self, messages: Many[Mapping[str, str]], **options: Any) -> Any:
+        """Answer a conversation ``[{"role": ..., "content": ...}, ...]``; options as in :meth:`generate`."""
+        prompt = self._tokenizer().chat(messages)
+        return self.generate(self._tokenizer().encode(prompt, add_bos=False), **options)
+
+    def save(self, path: str | Path) -> None:
+        """Write a Hugging Face checkpoint directory, which transformers and :func:`build` load."""
+        save_checkpoint(self.engine.model, Path(path), source=self.source)
+
+    def graph(self, stage: str, name: str | None = None) -> str:
+        """A graph as runnable Python.
+
+        Args:
+            stage: ``before:PASS`` or ``after:PASS``.
+            name: ``prefill``, ``decode_1``, ...; ``None`` takes the first graph that has the stage.
+        """
+        for entry in self.report.journal.graphs:
+            if (name is None or entry.name == name) and stage in entry.snapshots:
+                return entry.snapshots[stage]
+        stages = sorted({s for g in self.report.journal.graphs for s in g.snapshots})
+        names = [g.name for g in self.report.journal.graphs]
+        raise ValueError(f"graph: want a stage out of {stages} of a graph out of {names}, got {stage!r} of {name!r}")
+
+    def explain(self, name: str) -> str:
+        """What a pass did at each of its sites, graph by graph."""
+        lines = []
+        for graph in self.report.journal.graphs:
+            for entry in graph.passes:
+                if entry.name == name:
+                    lines.append(f"{graph.name}: {entry.rewrites} rewrites")
+                    lines += [f"    {note}" for note in entry.notes]
+        if not lines:
+            known = sorted({e.name for g in self.report.journal.graphs for e in g.passes})
+            raise ValueError(f"explain: want a pass out of {known}, got {name!r}")
+        return "\n".join(lines)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("model: want a tokenizer for text, got a model without tokenizer.json; pass token ids")
+        return self.tokenizer
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        return self._tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _checked(self, prompts: list[list[int]]) -> list[list[int]]:
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"model: want at least one token a prompt, got none in prompt {i}")
+            if len(prompt) > self.max_seq_len:
+                raise ValueError(
+                    f"model: want at most max_seq_len = {self.max_seq_len} tokens, got {len(prompt)} in prompt {i}; "
+                    "build with a larger max_seq_len"
+                )
+            low, high = min(prompt), max(prompt)
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"model: want token ids in 0 .. {self.config.vocab_size - 1}, got {low if low < 0 else high} in "
+                    f"prompt {i}"
+                )
+        return prompts
+
+    def _sampling(
+        self,
+        max_new_tokens: int | None,
+        temperature: float | None,
+        top_k: int | None,
+        top_p: float | None,
+        seed: int,
+        stop_token_ids: Many[int] | None,
+    ) -> Sampling:
+        d = self.defaults
+        stops = stop_token_ids if stop_token_ids is not None else (d.eos_token_ids or self.config.eos_token_ids)
+        return Sampling(
+            max_new_tokens=d.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            temperature=d.temperature if temperature is None else temperature,
+            top_k=d.top_k if top_k is None else top_k,
+            top_p=d.top_p if top_p is None else top_p,
+            seed=seed,
+            stop_token_ids=tuple(stops),
+        )

@@ -1,0 +1,36 @@
+"""Any module, compiled with the passes: a single block, or somebody else's model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from deepfuse.ir.device import device_row
+from deepfuse.passes.journal import Journal
+from deepfuse.passes.pipeline import Pipeline
+from deepfuse.passes.runner import Runner
+from deepfuse.runtime.compile_cache import inductor_cache
+
+
+class CompiledModule(nn.Module):
+    """Calls the module; its graphs are compiled at the first call, as for ``torch.compile``."""
+
+    def __init__(self, module: nn.Module, pipeline: Pipeline, providers: Mapping[str, str], *, compile: bool):
+        super().__init__()
+        self.module = module
+        parameter = next(module.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        settings = {"providers": dict(providers), "device": device_row(device), "max_seq_len": 4096}
+        self.runner = Runner(pipeline, settings)
+        how: dict[str, Any] = {"options": self.runner.options()} if compile else {"backend": self.runner.backend()}
+        self._compiled = torch.compile(module, fullgraph=True, **how)
+
+    @property
+    def journal(self) -> Journal:
+        """What the passes did to the graphs so far."""
+        return self.runner.journal
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with inductor_cache():
+            return self._compiled(*args, **kwargs)

@@ -1,0 +1,121 @@
+"""What a build did: graphs, passes and matches, providers, cost, and what did not go as asked."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from deepfuse.passes.journal import Journal
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """The report of one build; ``str`` of it is for people, :meth:`to_json` for programs."""
+
+    model: str
+    device: str
+    dtype: str
+    parameters: int
+    active_parameters: int
+    """Parameters that take part in one token's step."""
+    weight_bytes: int
+    cache_bytes_per_token: int
+    mha_bytes_per_token: int
+    """What multi-head attention of the same shape would cache."""
+    compiled: bool
+    """By Inductor; otherwise the graphs run as the passes left them."""
+    warm: bool = False
+    """All graphs came from the compile cache."""
+    build_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    journal: Journal = field(default_factory=Journal)
+    graphs_at_build: int = 0
+    warnings: list[str] = field(default_factory=list)
+    prefill_tokens_per_second: float = 0.0
+    """Of the last generation."""
+    decode_tokens_per_second: float = 0.0
+
+    @property
+    def graph_breaks(self) -> int:
+        """Always 0: capture is ``fullgraph``, and a break raises."""
+        return 0
+
+    @property
+    def recompiles(self) -> int:
+        """Graphs compiled after the build was done."""
+        return len(self.journal.graphs) - self.graphs_at_build
+
+    def matches(self) -> dict[str, int]:
+        """Pass -> rewrites over all graphs."""
+        counts: dict[str, int] = {}
+        for graph in self.journal.graphs:
+            for entry in graph.passes:
+                counts[entry.name] = counts.get(entry.name, 0) + entry.rewrites
+        return counts
+
+    def to_json(self) -> dict[str, Any]:
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "journal"}
+        return {
+            **data,
+            "graph_breaks": self.graph_breaks,
+            "recompiles": self.recompiles,
+            "graphs": [
+                {"name": g.name, "passes": [{n: getattr(p, n) for n in p.__dataclass_fields__} for p in g.passes]}
+                for g in self.journal.graphs
+            ],
+        }
+
+    def __rich__(self) -> Group:
+        return Group(self._summary(), self._passes(), *(Text(f"warning: {w}", style="yellow") for w in self.warnings))
+
+    def __str__(self) -> str:
+        console = Console(width=120, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def _summary(self) -> Table:
+        table = Table(title=f"{self.model} on {self.device}, {self.dtype}", show_header=False, title_justify="left")
+        saved = self.mha_bytes_per_token / max(self.cache_bytes_per_token, 1)
+        rows = [
+            ("parameters", f"{self.parameters:,} ({self.active_parameters:,} active), {self.weight_bytes / 1e6:,.1f} MB"),
+            ("latent cache", f"{self.cache_bytes_per_token:,} bytes per token, {saved:.1f}x less than multi-head"),
+            ("graphs", f"{self.graphs_at_build}, {self.graph_breaks} breaks, {self.recompiles} recompiles"),
+            ("build", f"{self.build_seconds:.1f} s, of it compiling {self.compile_seconds:.1f} s{self._how()}"),
+        ]
+        if self.decode_tokens_per_second:
+            rows.append(
+                (
+                    "speed",
+                    f"prefill {self.prefill_tokens_per_second:,.0f} tokens/s, "
+                    f"decode {self.decode_tokens_per_second:,.0f} tokens/s",
+                )
+            )
+        for name, value in rows:
+            table.add_row(name, value)
+        return table
+
+    def _how(self) -> str:
+        return (" (warm)" if self.warm else " (cold)") if self.compiled else " (uncompiled)"
+
+    def _passes(self) -> Table:
+        table = Table(title="passes", title_justify="left")
+        for column in ("graph", "pass", "class", "rewrites", "notes"):
+            table.add_column(column)
+        for graph in self.journal.graphs:
+            for entry in graph.passes:
+                notes = condensed(entry.notes)
+                table.add_row(graph.name, entry.name, entry.kind, str(entry.rewrites), "\n".join(notes))
+        return table
+
+
+def condensed(notes: list[str]) -> list[str]:
+    """Lines that differ only in the site they speak of, put together with their number."""
+    counts: dict[str, int] = {}
+    for note in notes:
+        site, _, rest = note.partition(": ")
+        text = rest if site.rpartition(".")[0] else note
+        counts[text] = counts.get(text, 0) + 1
+    return [text if n == 1 else f"{n} sites: {text}" for text, n in counts.items()]

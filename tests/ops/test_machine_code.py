@@ -1,0 +1,45 @@
+"""Every Triton kernel compiles to sm_90 without spills and within its shared memory, GPU or not."""
+
+import pytest
+
+from machine_code import (
+    SHARED_BYTES,
+    MachineCode,
+    deepseek_v3_arguments,
+    import_ops,
+    read_machine_code,
+    triton_providers,
+)
+
+pytestmark = pytest.mark.slow
+
+import_ops()
+
+WGMMA_OPS = ["head_matmul", "grouped_matmul", "grouped_matmul_wgrad"]
+"""Matrix products whose tiles have the 64 rows that Hopper's tensor cores want, for large enough arguments."""
+
+
+@pytest.fixture(scope="module")
+def machine_code(tmp_path_factory: pytest.TempPathFactory) -> list[MachineCode]:
+    return read_machine_code(tmp_path_factory.mktemp("triton"))
+
+
+def test_no_kernel_spills_registers(machine_code):
+    assert [code for code in machine_code if code.spill_bytes] == []
+
+
+def test_every_kernel_fits_into_shared_memory(machine_code):
+    assert [code for code in machine_code if code.shared_bytes > SHARED_BYTES] == []
+
+
+def test_every_launcher_was_called(machine_code):
+    assert {code.op for code in machine_code} == {op.name for op, _ in triton_providers()}
+
+
+@pytest.mark.parametrize("name", WGMMA_OPS)
+def test_matrix_products_use_the_tensor_cores_of_hopper(machine_code, name):
+    assert any(code.wgmma for code in machine_code if code.op == name)
+
+
+def test_every_kernel_is_compiled_for_the_widths_of_deepseek_v3():
+    assert {op.name for op, _ in triton_providers()} <= set(deepseek_v3_arguments())
