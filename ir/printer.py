@@ -4,6 +4,7 @@ The text defines ``forward(...)`` over ``torch.ops``; shapes and dtypes stand be
 by the block they come from. :func:`run_text` turns the text back into a function.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ HEADER = "import torch\nfrom torch import device, inf, nan\n"
 def graph_text(graph: fx.Graph) -> str:
     """The graph as a Python module with one function, ``forward``."""
     lines = [HEADER]
-    names = {node: _name(node) for node in graph.nodes}
+    names = {node: node.name for node in graph.nodes}
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     lines.append(f"def forward({', '.join(names[n] for n in inputs)}):")
     lines += [f"    # {names[n]}: {_type_text(n)}" for n in inputs]
@@ -40,15 +41,10 @@ def run_text(text: str) -> Callable[..., Any]:
 def where(node: fx.Node) -> str:
     """The block a node comes from, as in ``model.layers.3.self_attn``; the node's name where that is not known."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = ""
-    for name, _ in stack.values():
-        path = str(name)
-    path = path.removeprefix("L['self'].").replace("L['self']", "")
-    return path.replace("_modules['", "").replace("']", "").replace("[", ".").replace("]", "") or node.name
-
-
-def _name(node: fx.Node) -> str:
-    return node.name
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    # Dynamo writes the path as an access: L['model'].model.layers.slice(None, ...)[3]._modules['self_attn']
+    parts = [part for part in re.split(r"[^\w]+", path) if part not in ("", "L", "self", "_modules", "G")]
+    return ".".join(parts) or node.name
 
 
 def _call_text(node: fx.Node, names: dict[fx.Node, str]) -> str:

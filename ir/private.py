@@ -18,8 +18,10 @@ def flash_attention_cpu(
     """PyTorch's fused attention on a CPU, with its statistics (the public function keeps them to itself).
 
     Args:
-        q, k, v: ``[B, H, Q, D]``, ``[B, H, K, D]`` and ``[B, H, K, D]`` of one dtype; only the last dimension must be
-            contiguous.
+        q: ``[B, H, Q, D]``; only the last dimension must be contiguous, as in ``k`` and ``v``.
+        k: ``[B, H, K, D]``, dtype of ``q``.
+        v: ``[B, H, K, D]``, dtype of ``q``; as wide as the keys.
+        scale: of the scores.
         causal: masks by ``row >= column``, which is bottom-right aligned only where Q is K.
         mask: ``[Q, K]`` in the dtype of ``q``, added to the scores; excludes ``causal``.
 
@@ -143,7 +145,9 @@ def dynamo_counters() -> dict[str, int]:
     }
 
 
-def capture(fn: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Callable[..., Any], bytes]:
+def capture(
+    fn: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]
+) -> tuple[Callable[..., Any], bytes]:
     """Capture and compile ``fn`` for these arguments, ahead of its first call.
 
     The result makes no checks at a call: the caller answers for shapes and dtypes. Sizes marked with

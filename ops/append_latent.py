@@ -10,6 +10,8 @@ Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.2: only ``c_t`` and the rota
 from collections.abc import Iterator
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
@@ -27,6 +29,39 @@ def appended_latent(cache: Tensor, latent: Tensor, k_rope: Tensor, slots: Tensor
     """The cache after the write, as a new tensor: what the op means in a functional graph."""
     rows_TD = torch.cat((latent, k_rope), dim=-1).to(cache.dtype)
     return cache.index_put((slots // PAGE_SIZE, slots % PAGE_SIZE), rows_TD)
+
+
+@triton.jit
+def _append_latent_kernel(
+    cache_ptr, latent_ptr, k_rope_ptr, slots_ptr, page_stride, row_stride, latent_stride, k_rope_stride,
+    C, R, PAGE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program per token."""
+    t = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + t).to(tl.int64)
+    row_ptr = cache_ptr + (slot // PAGE) * page_stride + (slot % PAGE) * row_stride
+    c, r = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
+    latent = tl.load(latent_ptr + t * latent_stride + c, mask=c < C, other=0.0)
+    k_rope = tl.load(k_rope_ptr + t * k_rope_stride + r, mask=r < R, other=0.0)
+    tl.store(row_ptr + c, latent.to(cache_ptr.dtype.element_ty), mask=c < C)
+    tl.store(row_ptr + C + r, k_rope.to(cache_ptr.dtype.element_ty), mask=r < R)
+
+
+def _launch(cache: Tensor, latent: Tensor, k_rope: Tensor, slots: Tensor) -> None:
+    if slots.numel() == 0:
+        return
+    # both are often parts of the rows of one projection, so rows may be strided
+    latent, k_rope = (t if t.stride(1) == 1 else t.contiguous() for t in (latent, k_rope))
+    C, R = latent.shape[1], k_rope.shape[1]
+    _append_latent_kernel[(slots.shape[0],)](
+        cache, latent, k_rope, slots.contiguous(), cache.stride(0), cache.stride(1), latent.stride(0),
+        k_rope.stride(0), C, R, PAGE=PAGE_SIZE, BLOCK_C=triton.next_power_of_2(C), BLOCK_R=triton.next_power_of_2(R),
+        num_warps=1 if C <= 256 else 2,  # eight elements a thread at C = 512
+    )  # fmt: skip
+
+
+def _rows_contiguous(cache: Tensor, *rest: Tensor) -> str | None:
+    return None if cache.stride(2) == 1 else f"wants a cache with contiguous rows, not strides {list(cache.stride())}"
 
 
 def _append(cache: Tensor, latent: Tensor, k_rope: Tensor, slots: Tensor) -> None:
@@ -95,3 +130,4 @@ Raises:
 """
 
 append_latent.provide("torch", _append, priority={"cpu": 5, "cuda": 5})
+append_latent.provide("triton", _launch, priority={"cuda": 10}, supports=_rows_contiguous)

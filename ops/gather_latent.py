@@ -9,6 +9,8 @@ Source: paged attention, Kwon et al. 2023 (arXiv:2309.06180), section 4.1.
 from collections.abc import Iterator
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
@@ -20,6 +22,35 @@ def gather_latent_ref(cache: Tensor, block_table: Tensor) -> tuple[Tensor, Tenso
     B, P = block_table.shape
     starts_B = torch.arange(B, dtype=torch.int32, device=cache.device) * (P * PAGE_SIZE)
     return cache[block_table].flatten(0, 2), starts_B
+
+
+@triton.jit
+def _gather_latent_kernel(
+    cache_ptr, block_table_ptr, rows_ptr, page_stride, PAGE_ELEMENTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program per page of the table and block of its elements."""
+    entry, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    page = tl.load(block_table_ptr + entry).to(tl.int64)
+    element = block * BLOCK + tl.arange(0, BLOCK)
+    mask = element < PAGE_ELEMENTS
+    values = tl.load(cache_ptr + page * page_stride + element, mask=mask, other=0.0)
+    tl.store(rows_ptr + entry * PAGE_ELEMENTS + element, values, mask=mask)
+
+
+def _launch(cache: Tensor, block_table: Tensor) -> Tensor:
+    D, num_entries = cache.shape[2], block_table.numel()
+    rows = torch.empty((num_entries * PAGE_SIZE, D), dtype=cache.dtype, device=cache.device)
+    if rows.numel() == 0:
+        return rows
+    if cache.stride()[1:] != (D, 1):
+        cache = cache.contiguous()
+    # 16 elements a thread: two vectors of eight in flight, and enough programs for one page of a short sequence
+    block, num_warps = 2048, 4
+    _gather_latent_kernel[(num_entries, triton.cdiv(PAGE_SIZE * D, block))](
+        cache, block_table.contiguous(), rows, cache.stride(0), PAGE_ELEMENTS=PAGE_SIZE * D, BLOCK=block,
+        num_warps=num_warps,
+    )  # fmt: skip
+    return rows
 
 
 def _check(cache: Tensor, block_table: Tensor) -> None:
@@ -66,3 +97,5 @@ Returns:
 Raises:
     ValueError: shapes do not fit.
 """
+
+gather_latent.provide("triton", _launch, priority={"cuda": 10})

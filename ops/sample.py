@@ -69,7 +69,7 @@ def philox(
 def _ordered(logits: Tensor) -> Tensor:
     """Logits in float32 at least, without NaN (which counts as -inf) and inf (as the largest finite)."""
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return x.nan_to_num(nan=float("-inf"), neginf=float("-inf"))
+    return x.nan_to_num(nan=float("-inf"), neginf=float("-inf")).contiguous()
 
 
 def _scaled(x_BV: Tensor, temperature: Tensor) -> Tensor:
@@ -108,44 +108,22 @@ def _without_idle_filters(
 
 
 @triton.jit
-def _logits(row_ptr, v, V):
-    """In float32, without NaN and inf; -inf past the vocabulary."""
+def _load(row_ptr, v, V):
+    """Logits in float32 without NaN and inf, -inf past the vocabulary; and unsigned integers of the same order."""
     x = tl.load(row_ptr + v, mask=v < V, other=0.0).to(tl.float32)
     # false for NaN
-    x = tl.where((v < V) & (x > float("-inf")), x, float("-inf"))
-    return tl.minimum(x, 3.4028234663852886e38)
-
-
-@triton.jit
-def _key(x):
-    """Unsigned integers in the order of the floats; one for both zeros."""
+    x = tl.minimum(tl.where((v < V) & (x > float("-inf")), x, float("-inf")), 3.4028234663852886e38)
+    # one key for both zeros
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-
-
-@triton.jit
-def _weight(x, top, temperature, floor, BY_MASS: tl.constexpr):
-    """What a token counts: its unnormalised probability or 1, and 0 below ``floor``."""
-    kept = _key(x) >= floor
-    if BY_MASS:
-        return tl.where(kept, tl.exp((x - top) / temperature), 0.0)
-    return kept.to(tl.float32)
-
-
-@triton.jit
-def _mass(row_ptr, V, top, temperature, floor, BLOCK: tl.constexpr):
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        x = _logits(row_ptr, start + tl.arange(0, BLOCK), V)
-        total += _weight(x, top, temperature, floor, True)
-    return tl.sum(total, 0)
+    return x, tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
 def _threshold(row_ptr, V, top, temperature, floor, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
     """Largest key such that the tokens of this key and above weigh at least ``wanted``.
 
-    Two bits a pass, from the top. Sums in a fixed order never grow when terms become 0, so the search is exact.
+    A token weighs 1 or, by mass, its probability times a constant if its key is at least ``floor``. Two bits a pass,
+    from the top. Sums in a fixed order never grow when terms become 0, so the search is exact.
     """
     threshold = tl.full([], 0, tl.uint32)
     step = tl.full([], 1 << 30, tl.uint32)
@@ -154,12 +132,11 @@ def _threshold(row_ptr, V, top, temperature, floor, wanted, BY_MASS: tl.constexp
         sum2 = tl.zeros([BLOCK], tl.float32)
         sum3 = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
-            x = _logits(row_ptr, start + tl.arange(0, BLOCK), V)
-            key = _key(x)
-            w = _weight(x, top, temperature, floor, BY_MASS)
-            sum1 += tl.where(key >= threshold + step, w, 0.0)
-            sum2 += tl.where(key >= threshold + step * 2, w, 0.0)
-            sum3 += tl.where(key >= threshold + step * 3, w, 0.0)
+            x, key = _load(row_ptr, start + tl.arange(0, BLOCK), V)
+            weight = tl.where(key >= floor, tl.exp((x - top) / temperature), 0.0) if BY_MASS else 1.0
+            sum1 += tl.where(key >= threshold + step, weight, 0.0)
+            sum2 += tl.where(key >= threshold + step * 2, weight, 0.0)
+            sum3 += tl.where(key >= threshold + step * 3, weight, 0.0)
         steps = (
             (tl.sum(sum1, 0) >= wanted).to(tl.uint32)
             + (tl.sum(sum2, 0) >= wanted).to(tl.uint32)
@@ -188,16 +165,18 @@ def _sample_kernel(
     V,
     BLOCK: tl.constexpr,
 ):
-    """One program per row; it reads the row once for the maximum, 16 times for a filter in use, once for the draw."""
+    """One program per row; it reads the row for the maximum, 16 times and more for a filter in use, and for the draw."""
     b = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + b * logits_stride
     lane = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_v = lane
+    largest_key = tl.full([BLOCK], 0, tl.uint32)
     for start in range(0, V, BLOCK):
-        x = _logits(row_ptr, start + lane, V)
+        x, key = _load(row_ptr, start + lane, V)
         best_v = tl.where(x > best, start + lane, best_v)
         best = tl.maximum(best, x)
+        largest_key = tl.maximum(largest_key, key)
     token = _first(best, best_v, V)
 
     temperature = tl.load(temperature_ptr + b).to(tl.float32)
@@ -209,9 +188,12 @@ def _sample_kernel(
         if (top_k > 0) & (top_k < V):
             floor = _threshold(row_ptr, V, top, temperature, floor, top_k.to(tl.float32), False, BLOCK)
         if top_p < 1:
-            wanted = top_p * _mass(row_ptr, V, top, temperature, floor, BLOCK)
-            by_mass = _threshold(row_ptr, V, top, temperature, floor, wanted, True, BLOCK)
-            floor = tl.maximum(floor, tl.minimum(by_mass, _key(top)))
+            mass = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, V, BLOCK):
+                x, key = _load(row_ptr, start + lane, V)
+                mass += tl.where(key >= floor, tl.exp((x - top) / temperature), 0.0)
+            by_mass = _threshold(row_ptr, V, top, temperature, floor, top_p * tl.sum(mass, 0), True, BLOCK)
+            floor = tl.maximum(floor, tl.minimum(by_mass, tl.max(largest_key, 0)))
 
         seed = tl.load(seed_ptr + b)
         position = tl.load(position_ptr + b)
@@ -221,9 +203,9 @@ def _sample_kernel(
         best_v = lane
         for start in range(0, V, BLOCK):
             v = start + lane
-            x = _logits(row_ptr, v, V)
+            x, key = _load(row_ptr, v, V)
             bits, _, _, _ = tl.philox(seed, v.to(tl.uint32), position_low, position_high, position_low * 0)
-            score = tl.where(_key(x) >= floor, (x - top) / temperature + _gumbel(bits), float("-inf"))
+            score = tl.where(key >= floor, (x - top) / temperature + _gumbel(bits), float("-inf"))
             best_v = tl.where(score > best, v, best_v)
             best = tl.maximum(best, score)
         token = _first(best, best_v, V)
@@ -296,12 +278,13 @@ def _cost(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, see
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
-    # temperature, top-k and top-p of each row; not a power of two; more than a block of the kernel
+    # temperature, top-k and top-p of each row: greedy; no filter; every filter; no row; more than a block of the kernel
     for settings, V in [
         ([(0.0, 0, 1.0)], 1),
-        ([(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (2.0, 30, 0.9), (1.0, 1000, 0.0)], 100),
+        ([(0.0, 0, 1.0), (1.0, 0, 1.0)], 100),
+        ([(0.7, 5, 1.0), (1.3, 0, 0.8), (2.0, 30, 0.9), (1.0, 1000, 0.0), (0.0, 1, 0.1)], 100),
         ([], 8),
-        ([(0.8, 50, 0.95)], 5000),
+        ([(0.8, 50, 0.95)], 9000),
     ]:
         columns = list(zip(*settings, strict=True)) or [(), (), ()]
         B = len(settings)

@@ -20,20 +20,21 @@ from deepfuse.ir.provider import Choice
 from deepfuse.ops.append_latent import append_latent, appended_latent
 from deepfuse.passes.journal import note
 from deepfuse.passes.record import graph_pass
-from deepfuse.passes.splice import replace_outputs, splice, values
+from deepfuse.passes.splice import Splicer, replace_outputs, values
 
 
 @graph_pass(stage="lower", kind="reassociating")
 def lower(graph: fx.Graph, *, providers: Mapping[str, str]) -> int:
     """Rewrite in place; ``providers`` forces one by op name. Returns the number of ops sent to a provider."""
     chosen: Counter[str] = Counter()
+    splicer = Splicer(graph)
     for node in list(graph.nodes):
         op = _op_of(node)
         if op is not None:
             choice = op.choose(tuple(values(list(node.args))), compiled=True, forced=providers.get(op.name))
-            _replace(node, op, choice)
+            _replace(node, op, choice, splicer)
         elif _is_append(node):
-            op, choice = append_latent, _lower_append(node, providers)
+            op, choice = append_latent, _lower_append(node, providers, splicer)
         else:
             continue
         chosen[f"{op.name} -> {choice.provider.name}{_refusals(choice, providers.get(op.name))}"] += 1
@@ -51,9 +52,9 @@ def _op_of(node: fx.Node) -> Op | None:
     return OPS[target._opname]
 
 
-def _replace(node: fx.Node, op: Op, choice: Choice) -> None:
+def _replace(node: fx.Node, op: Op, choice: Choice, splicer: Splicer) -> None:
     if choice.provider.inline:
-        replace_outputs(node, splice(node, choice.provider.fn, node.args))
+        replace_outputs(node, splicer.splice(node, choice.provider.fn, node.args))
     else:
         node.target = getattr(getattr(torch.ops.deepfuse, op.name), choice.provider.name)
 
@@ -63,12 +64,12 @@ def _is_append(node: fx.Node) -> bool:
     return node.target is higher_order and node.args[0] is append_latent.overload
 
 
-def _lower_append(node: fx.Node, providers: Mapping[str, str]) -> Choice:
+def _lower_append(node: fx.Node, providers: Mapping[str, str], splicer: Splicer) -> Choice:
     """The cache write, functional in the graph, becomes an ``index_put`` that Inductor makes in-place and fuses."""
     (cache,) = node.kwargs["_all_bases"]
     args = (cache, *(node.kwargs[name] for name in ("latent", "k_rope", "slots")))
     choice = append_latent.choose(tuple(values(list(args))), compiled=True, forced=providers.get("append_latent"))
-    replace_outputs(node, (None, splice(node, appended_latent, args)))
+    replace_outputs(node, (None, splicer.splice(node, appended_latent, args)))
     return choice
 
 

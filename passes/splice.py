@@ -44,39 +44,61 @@ def fake_mode_of(graph: fx.Graph) -> Any:
     raise ValueError("passes: want a graph whose nodes carry fake tensors in meta['val'], got none")
 
 
-def splice(node: fx.Node, fn: Callable[..., Any], args: Sequence[Any]) -> Any:
-    """Trace ``fn`` on the values of ``args`` and insert its nodes before ``node``.
+class Splicer:
+    """Traces functions and inserts their nodes; equal calls are traced once."""
 
-    Inductor's decompositions are applied, as they were to the rest of the graph.
+    def __init__(self, graph: fx.Graph):
+        self.graph = graph
+        self._fake_mode = fake_mode_of(graph)
+        self._traced: dict[tuple[Any, ...], fx.GraphModule] = {}
 
-    Returns:
-        The node (or tuple of nodes) that ``fn`` returned.
-    """
-    graph = node.graph
-    tensors = [a for a in args if isinstance(a, fx.Node) and isinstance(a.meta["val"], Tensor)]
-    slots = {a: i for i, a in enumerate(dict.fromkeys(tensors))}
-    scalars = values(list(args))
+    def splice(self, node: fx.Node, fn: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """Insert the nodes of ``fn`` for these arguments before ``node``.
 
-    def on_tensors(*given: Tensor) -> Any:
-        full = [given[slots[a]] if isinstance(a, fx.Node) and a in slots else s for a, s in zip(args, scalars, strict=True)]
-        return fn(*full)
+        Inductor's decompositions are applied, as they were to the rest of the graph.
 
-    with fake_mode_of(graph):
-        traced = make_fx(on_tensors, decomposition_table=inductor_decompositions())(*values(list(slots)))
-    env = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), slots, strict=True))
-    result: Any = None
-    with graph.inserting_before(node):
-        for inner in traced.graph.nodes:
-            if inner.op == "placeholder":
-                continue
-            if inner.op == "output":
-                result = fx.map_arg(inner.args[0], lambda n: env[n])
-                continue
-            if inner.op == "get_attr":
-                raise ValueError(f"{fn.__name__}: want a function without tensor constants, got {inner.target}")
-            env[inner] = graph.node_copy(inner, lambda n: env[n])
-            inherit(env[inner], node)
-    return result
+        Returns:
+            The node (or tuple of nodes) that ``fn`` returned.
+        """
+        tensors = [a for a in args if isinstance(a, fx.Node) and isinstance(a.meta["val"], Tensor)]
+        distinct = list(dict.fromkeys(tensors))
+        scalars = [None if a in tensors else v for a, v in zip(args, values(list(args)), strict=True)]
+        places = [distinct.index(a) if a in tensors else None for a in args]
+        key = (fn, str(places), str(scalars), *(_signature(n.meta["val"]) for n in distinct))
+        if key not in self._traced:
+            self._traced[key] = self._trace(fn, places, scalars, values(distinct))
+        return self._insert(self._traced[key], node, distinct)
+
+    def _trace(
+        self, fn: Callable[..., Any], places: list[int | None], scalars: list[Any], given: list[Tensor]
+    ) -> fx.GraphModule:
+        def on_tensors(*tensors: Tensor) -> Any:
+            return fn(*(s if p is None else tensors[p] for p, s in zip(places, scalars, strict=True)))
+
+        with self._fake_mode:
+            # equal calls share nodes' values no more than their inputs: one tensor given twice would be one input
+            given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in given]
+            return make_fx(on_tensors, decomposition_table=inductor_decompositions())(*given)
+
+    def _insert(self, traced: fx.GraphModule, node: fx.Node, inputs: list[fx.Node]) -> Any:
+        env = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs, strict=True))
+        result: Any = None
+        with self.graph.inserting_before(node), self._fake_mode:
+            for inner in traced.graph.nodes:
+                if inner.op == "output":
+                    result = fx.map_arg(inner.args[0], lambda n: env[n])
+                elif inner.op == "get_attr":
+                    raise ValueError(f"splice: want a function without tensor constants, got {inner.target}")
+                elif inner.op != "placeholder":
+                    new = env[inner] = self.graph.node_copy(inner, lambda n: env[n])
+                    # a value of its own: Inductor reads from its storage which nodes are views of which
+                    new.meta = {"val": new.target(*values(new.args), **values(new.kwargs))}
+                    inherit(new, node)
+        return result
+
+
+def _signature(value: Tensor) -> str:
+    return f"{tuple(value.shape)} {value.stride()} {value.dtype} {value.device}"
 
 
 def replace_outputs(node: fx.Node, new: Any) -> None:

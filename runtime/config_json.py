@@ -9,7 +9,6 @@ of the releases of DeepSeek-V2, DeepSeek-V3 and Kimi-K2.
 import os
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -134,7 +133,7 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     values["rope_theta"], values["rope_scaling"] = read_rope(raw, values["max_position_embeddings"])
     config = Config(**values, extra={k: v for k, v in raw.items() if k not in types and k not in DERIVED})
     _check_routing(config)
-    stored_dtype(config)
+    named_dtype(config)
     weight_block_size(config)
     return config
 
@@ -168,7 +167,7 @@ def write_config(config: Config, folder: str | os.PathLike[str], dtype: torch.dt
     replace_file(existing_folder(folder) / "config.json", object_bytes(config_object(config, dtype)))
 
 
-def stored_dtype(config: Config) -> torch.dtype | None:
+def named_dtype(config: Config) -> torch.dtype | None:
     """The dtype that ``config.json`` names for the weights; ``None`` where it names none."""
     name = config.extra.get("dtype") or config.extra.get("torch_dtype")
     if name is None:
@@ -187,7 +186,7 @@ def weight_block_size(config: Config) -> tuple[int, int] | None:
     settings = config.extra.get("quantization_config")
     if settings is None:
         return None
-    if not isinstance(settings, dict):
+    if type(settings) is not dict:
         raise ValueError(f"want quantization_config an object, got {settings!r}")
     wanted = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "expert_dtype": "fp8"}
     for name, value in wanted.items():

@@ -50,11 +50,16 @@ def rope_object(scaling: RopeScaling | None) -> dict[str, Any] | None:
     out["original_max_position_embeddings"] = scaling.original_max_position_embeddings
     out |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
     out |= {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
-    return out if scaling.truncate else out | {"truncate": False}
+    if not scaling.truncate:
+        out["truncate"] = False
+    if _mscale("rope_scaling", out, scaling.factor, scaling.mscale_all_dim) != scaling.mscale:
+        ratio = yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+        out["attention_factor"] = ratio
+    return out
 
 
 def _read(name: str, rope: Any, theta: Any, max_position_embeddings: int) -> tuple[float, RopeScaling | None]:
-    if not isinstance(rope, dict):
+    if type(rope) is not dict:
         raise ValueError(f"want {name} an object or null, got {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "yarn"):

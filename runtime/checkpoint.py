@@ -1,0 +1,218 @@
+"""Weights of a Hugging Face folder into a model, and a model into such a folder.
+
+Loading goes through the files once: a tensor is mapped, copied into its place (converted, dequantized, or fused with
+its neighbours there) and let go, so that the peak is the model and one tensor. FP8 weights are dequantized,
+
+    W[n, k] = W8[n, k] * scale_inv[n // N, k // K],    blocks of N x K, the last ones cut off at the edge.
+
+Source: README_WEIGHTS of DeepSeek-V3, section "FP8 Weight Documentation".
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepfuse.blocks.config import Config
+from deepfuse.blocks.model import CausalLM
+from deepfuse.blocks.moe import Router
+from deepfuse.blocks.rotary import Rotary, inverse_frequencies
+from deepfuse.runtime.checkpoint_files import CheckpointError, existing_folder
+from deepfuse.runtime.config_json import named_dtype, read_config, weight_block_size
+from deepfuse.runtime.loading_bar import LoadingBar
+from deepfuse.runtime.save import save_checkpoint
+from deepfuse.runtime.shards import DTYPES, Reader, Stored, stored_tensors
+from deepfuse.runtime.weight_names import SCALE, Piece, has_no_place, mtp_layers_stored, pieces
+
+__all__ = [
+    "CheckpointError",
+    "load_weights",
+    "present_mtp_layers",
+    "save_checkpoint",
+    "stored_dtype",
+    "weights_bytes",
+]
+FLOATS = ("F64", "F32", "F16", "BF16")
+LISTED = 100
+"""Names of a kind that an error lists; a wrong configuration has tens of thousands."""
+
+
+class Plan(NamedTuple):
+    """Which tensors on disk go where."""
+
+    pieces: list[Piece]
+    """In the order they lie on disk."""
+    problems: dict[str, list[str]]
+    """Kind of problem -> the tensors."""
+
+
+@torch.no_grad()
+def load_weights(
+    model: CausalLM,
+    folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    allow_nan: bool = False,
+) -> None:
+    """Give a model the weights of a checkpoint folder.
+
+    Args:
+        model: built under ``torch.device("meta")``; it is filled, or left as it is where an error is raised.
+        folder: as transformers writes it; see :func:`present_mtp_layers` for how many of these layers to build.
+        device: where the weights go.
+        dtype: of all weights but the router's bias, which stays float32.
+        allow_nan: take NaN and infinite weights; otherwise they are an error.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        CheckpointError: it is no checkpoint or a damaged one; tensors are missing, unexpected or of a wrong shape (all
+            are named); weights are NaN or infinite.
+    """
+    path = existing_folder(folder)
+    stored = stored_tensors(path)
+    block = weight_block_size(model.config)
+    wanted = model.state_dict()
+    plan = _plan(model, stored, block)
+    if any(plan.problems.values()):
+        raise CheckpointError(f"{path}: want the tensors of its config.json, got {_listed(plan.problems)}")
+    state = {k: torch.empty(v.shape, dtype=_dtype_of(k, dtype), device=device) for k, v in wanted.items()}
+    broken = []
+    total = sum(stored[piece.name].nbytes for piece in plan.pieces)
+    with Reader(stored) as reader, LoadingBar(f"loading {path.name}", total) as bar:
+        for piece in plan.pieces:
+            target = state[piece.key][piece.index]
+            if piece.name + SCALE in stored:
+                assert block is not None
+                scale = reader.get(piece.name + SCALE).to(device, torch.float32, copy=True)
+                _dequantize(target, reader.get(piece.name).to(device), scale, block)
+            else:
+                target.copy_(reader.get(piece.name))
+            if not _finite(target):
+                broken.append(piece.name)
+            bar.advance(stored[piece.name].nbytes)
+    if broken and not allow_nan:
+        text = _listed({f"NaN or infinite in {dtype}": broken})
+        raise CheckpointError(f"{path}: want finite weights, got {text}; allow_nan=True takes them as they are")
+    model.load_state_dict(state, assign=True)
+    _rebuild_buffers(model, torch.device(device))
+
+
+def present_mtp_layers(folder: str | os.PathLike[str], config: Config) -> int:
+    """How many of the multi-token-prediction layers that ``config`` names the checkpoint has: some leave them out."""
+    stored = stored_tensors(existing_folder(folder))
+    return min(config.num_nextn_predict_layers, mtp_layers_stored(stored, config.num_hidden_layers))
+
+
+def stored_dtype(folder: str | os.PathLike[str]) -> torch.dtype:
+    """The dtype a checkpoint is meant to be computed in: what ``config.json`` names, or else that of its tensors.
+
+    FP8 counts as bfloat16, in which the rest of such a checkpoint is, and float64 as float32.
+    """
+    path = existing_folder(folder)
+    config = read_config(path)
+    dtype = named_dtype(config)
+    if dtype is None:
+        dtypes = [DTYPES[s.dtype] for s in stored_tensors(path).values() if s.dtype in DTYPES]
+        dtype = dtypes[0] if weight_block_size(config) is None and dtypes else torch.bfloat16
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def weights_bytes(config: Config, dtype: torch.dtype) -> int:
+    """Bytes of the model's weights in memory, counted on the meta device."""
+    with torch.device("meta"):
+        state = CausalLM(config).state_dict()
+    return sum(v.numel() * _dtype_of(k, dtype).itemsize for k, v in state.items())
+
+
+def _dtype_of(key: str, dtype: torch.dtype) -> torch.dtype:
+    # rounded, it would move tokens between experts
+    return torch.float32 if key.endswith("e_score_correction_bias") else dtype
+
+
+def _plan(model: CausalLM, stored: Mapping[str, Stored], block: tuple[int, int] | None) -> Plan:
+    wanted = model.state_dict()
+    placed: dict[str, Piece] = {}
+    for key, tensor in wanted.items():
+        # fused on disk as well, or one by one
+        parts = [Piece(key, key)] if key in stored else list(pieces(key, tensor.shape))
+        placed |= {part.name: part for part in parts}
+    scales = {name + SCALE for name in placed if name in stored and stored[name].dtype == "F8_E4M3"}
+    L, tied = model.config.num_hidden_layers, model.lm_head is None
+    mtp = len(model.model.layers) - L
+    unexpected = [
+        name
+        for name, tensor in stored.items()
+        if name not in placed
+        and name not in scales
+        and not (tied and name == "lm_head.weight")
+        and 0 not in tensor.shape
+        and not has_no_place(name, stored, L, mtp)
+    ]
+    shapes, dtypes = [], []
+    for name, piece in placed.items():
+        if name not in stored:
+            continue
+        want, got = wanted[piece.key][piece.index].shape, stored[name].shape
+        shapes += _compare(name, want, got)
+        if stored[name].dtype != "F8_E4M3":
+            dtypes += [] if stored[name].dtype in FLOATS else [f"{name} ({stored[name].dtype})"]
+        elif block is None or len(want) < 2:
+            dtypes.append(f"{name} (FP8, {'without quantization_config' if block is None else 'of one dimension'})")
+        elif name + SCALE in stored:
+            scale = stored[name + SCALE]
+            shapes += _compare(name + SCALE, (*want[:-2], *_blocks(want[-2:], block)), scale.shape)
+            dtypes += [] if scale.dtype in (*FLOATS, "F8_E8M0") else [f"{name + SCALE} ({scale.dtype})"]
+    problems = {
+        "missing": [name for name in (*placed, *sorted(scales)) if name not in stored],
+        "unexpected": unexpected,
+        "of a wrong shape": shapes,
+        "of a wrong dtype": dtypes,
+    }
+    return Plan([placed[name] for name in stored if name in placed], problems)
+
+
+def _compare(name: str, want: Iterable[int], got: Iterable[int]) -> list[str]:
+    return [] if tuple(want) == tuple(got) else [f"{name} (want {list(want)}, got {list(got)})"]
+
+
+def _blocks(shape: Iterable[int], block: tuple[int, int]) -> list[int]:
+    return [-(-size // width) for size, width in zip(shape, block, strict=True)]
+
+
+def _listed(problems: Mapping[str, list[str]]) -> str:
+    def lines() -> Iterator[str]:
+        for kind, names in problems.items():
+            if names:
+                more = [f"and {len(names) - LISTED} more"] if len(names) > LISTED else []
+                yield f"{len(names)} {kind}:" + "".join(f"\n  {name}" for name in names[:LISTED] + more)
+
+    return "\n".join(lines())
+
+
+def _dequantize(out: Tensor, weight: Tensor, scale: Tensor, block: tuple[int, int]) -> None:
+    """``out[n, k] = weight[n, k] * scale[n // N, k // K]`` of ``[..., n, k]``, one row of blocks at a time."""
+    N, K = block
+    for i in range(scale.shape[-2]):
+        rows = slice(i * N, (i + 1) * N)
+        columns = scale[..., i, :].repeat_interleave(K, -1)[..., : weight.shape[-1]]
+        out[..., rows, :] = weight[..., rows, :].float() * columns[..., None, :]
+
+
+def _finite(x: Tensor) -> bool:
+    """Without a temporary the size of ``x``, as ``isfinite`` makes: NaN wins over any minimum and maximum."""
+    return x.numel() == 0 or all(bool(end.isfinite()) for end in x.aminmax())
+
+
+def _rebuild_buffers(model: CausalLM, device: torch.device) -> None:
+    """Buffers that are computed, and not in a checkpoint."""
+    for module in model.modules():
+        if isinstance(module, Rotary):
+            c = model.config
+            module.inv_freq = inverse_frequencies(c.qk_rope_head_dim, c.rope_theta, c.rope_scaling).to(device)
+        elif isinstance(module, Router):
+            module.tokens_per_expert = torch.zeros(module.tokens_per_expert.shape, device=device)
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not left, f"buffers that nothing rebuilds: {left}"

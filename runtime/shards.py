@@ -1,0 +1,193 @@
+"""The safetensors files of a checkpoint folder: which tensors lie where, read one at a time, and written.
+
+A folder has ``model.safetensors``, or shards and ``model.safetensors.index.json``, whose ``weight_map`` names the shard
+of each tensor. Files are memory-mapped; what was touched of a mapping stays resident until the file is closed, so a
+file is opened anew whenever as much was read as its largest tensor holds.
+Source: the safetensors format (github.com/huggingface/safetensors, README).
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deepfuse.runtime.checkpoint_files import CheckpointError, durable, read_object
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+"""The floating dtypes of the format that checkpoints of this family use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as its file's header describes it."""
+
+    file: Path
+    dtype: str
+    """In the words of the format; see ``DTYPES``."""
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * (DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 8)
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a checkpoint folder by name, file by file and in the order they lie in the files.
+
+    Raises:
+        CheckpointError: there is no safetensors checkpoint, or its index or a file is damaged.
+    """
+    if (folder / SINGLE).exists():
+        return _header(folder / SINGLE)
+    if not (folder / INDEX).exists():
+        raise _no_weights(folder)
+    placed = _weight_map(folder / INDEX)
+    files = sorted(set(placed.values()))
+    missing = [name for name in files if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(f"{folder / INDEX}: want all files it names, got none called {', '.join(missing)}")
+    headers = {name: _header(folder / name) for name in files}
+    lost = [f"{tensor} in {file}" for tensor, file in placed.items() if tensor not in headers[file]]
+    if lost:
+        raise CheckpointError(f"{folder / INDEX}: want tensors where it says, got no {', no '.join(lost)}")
+    return {t: stored for file, header in headers.items() for t, stored in header.items() if placed.get(t) == file}
+
+
+class Reader:
+    """Gives the tensors of a checkpoint, as views of the mapped files: drop one before you take the next."""
+
+    def __init__(self, tensors: Mapping[str, Stored]):
+        self.tensors = tensors
+        self.largest: dict[Path, int] = {}
+        for stored in tensors.values():
+            self.largest[stored.file] = max(self.largest.get(stored.file, 0), stored.nbytes)
+        self._path: Path | None = None
+        self._file: Any = None
+        self._read = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def get(self, name: str) -> Tensor:
+        """A tensor on the CPU, in the dtype and shape it has on disk."""
+        stored = self.tensors[name]
+        if self._path != stored.file or self._read + stored.nbytes > self.largest[stored.file]:
+            self._close()
+            self._file, self._path = _open(stored.file), stored.file
+        self._read += stored.nbytes
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise _damaged(stored.file, error) from None
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.__exit__(None, None, None)
+        self._file, self._path, self._read = None, None, 0
+
+
+def split_in_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Names in order, cut into shards of at most ``max_shard_bytes``; a larger tensor has a shard to itself."""
+    if max_shard_bytes < 1:
+        raise ValueError(f"save_checkpoint: want max_shard_bytes >= 1, got {max_shard_bytes}")
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def write_shard(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a safetensors file, with one tensor at a time on the CPU."""
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    # widest first, so that each tensor is aligned to its own elements
+    ordered = sorted(tensors, key=lambda item: -item[1].element_size())
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": words[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with durable(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    with _open(path) as file:
+        out = {}
+        for name in file.offset_keys():
+            part = file.get_slice(name)
+            out[name] = Stored(path, str(part.get_dtype()), tuple(part.get_shape()))
+        return out
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    size = path.stat().st_size if path.exists() else 0
+    return CheckpointError(
+        f"{path}: want a whole safetensors file, got {size} bytes that are not one ({error}); it is truncated or "
+        "corrupted: fetch it again"
+    )
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, all inside the folder."""
+    placed = read_object(path).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()) or not placed:
+        raise CheckpointError(f"{path}: want weight_map, an object from tensor names to file names, got {placed!r:.80}")
+    for name in sorted(set(placed.values())):
+        parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
+        absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
+        if absolute or ".." in parts or "\0" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: want safetensors files inside the folder, got {name!r}")
+    return placed
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    found = sorted({p.name for pattern in PICKLES for p in folder.glob(pattern)})
+    if found:
+        return CheckpointError(
+            f"{folder}: want safetensors, got {_listed(found)}: pickle files, which can run any code when read, and are "
+            "never opened here; where you trust them, convert them with transformers: "
+            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained('converted')"
+        )
+    found = sorted(p.name for p in folder.glob("*.safetensors"))
+    return CheckpointError(f"{folder}: want {SINGLE} or {INDEX}, got {_listed(found) if found else 'neither'}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

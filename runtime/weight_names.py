@@ -1,0 +1,77 @@
+"""Names of tensors on disk and in memory.
+
+They are equal, but for the routed experts: on disk each has its own three tensors, in memory all are fused.
+
+    disk    mlp.experts.{i}.gate_proj.weight [I, D], mlp.experts.{i}.up_proj.weight [I, D],
+            mlp.experts.{i}.down_proj.weight [D, I]
+    memory  mlp.experts.gate_up_proj [E, 2I, D] (gate first), mlp.experts.down_proj [E, D, I]
+
+Dims: E experts, I expert width, D model width, L layers.
+Source: the checkpoints of DeepSeek-V3 and its README_WEIGHTS; ``conversion_mapping.py`` of transformers 5.23.
+"""
+
+import re
+from collections.abc import Container, Iterable, Iterator
+from typing import NamedTuple
+
+SCALE = "_scale_inv"
+"""Behind the name of an FP8 weight: the name of its scales."""
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+COPIES = ("embed_tokens.weight", "shared_head.head.weight")
+"""Of a multi-token-prediction layer: what it shares with the main model, stored again."""
+
+
+class Piece(NamedTuple):
+    """A tensor on disk, and the part of a tensor in memory that it is."""
+
+    name: str
+    key: str
+    """Of the tensor in memory."""
+    index: tuple[int | slice, ...] = ()
+
+
+def pieces(key: str, shape: Iterable[int]) -> Iterator[Piece]:
+    """What a tensor in memory is on disk, expert by expert.
+
+    Args:
+        key: its name in the model's ``state_dict``.
+        shape: its shape.
+    """
+    prefix, _, last = key.rpartition(".")
+    if not prefix.endswith(".experts"):
+        yield Piece(key, key)
+        return
+    experts, rows, _ = shape
+    for i in range(experts):
+        if last == "down_proj":
+            yield Piece(f"{prefix}.{i}.down_proj.weight", key, (i,))
+        else:
+            yield Piece(f"{prefix}.{i}.gate_proj.weight", key, (i, slice(0, rows // 2)))
+            yield Piece(f"{prefix}.{i}.up_proj.weight", key, (i, slice(rows // 2, rows)))
+
+
+def has_no_place(name: str, stored: Container[str], num_layers: int, num_mtp_layers: int) -> bool:
+    """Whether a tensor on disk is one that a model rightly does without.
+
+    Args:
+        name: its name.
+        stored: names of all tensors on disk.
+        num_layers: layers of the main model.
+        num_mtp_layers: multi-token-prediction layers of the model, behind those.
+    """
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
+    found = LAYER.match(name)
+    if found is None or int(found[1]) < num_layers:
+        return False
+    rest = name[found.end() :]
+    return rest in COPIES or (int(found[1]) >= num_layers + num_mtp_layers and f"{found[0]}eh_proj.weight" in stored)
+
+
+def mtp_layers_stored(stored: Iterable[str], num_layers: int) -> int:
+    """How many layers there are behind the main model's, without a gap."""
+    layers = {int(found[1]) for name in stored if (found := LAYER.match(name))}
+    count = 0
+    while num_layers + count in layers:
+        count += 1
+    return count
