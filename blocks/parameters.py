@@ -20,10 +20,6 @@ class ParameterCounts:
     mtp: int
     """Of the multi-token-prediction modules, which share embedding and head."""
 
-    @property
-    def in_memory(self) -> int:
-        return self.total + self.mtp
-
 
 def count_parameters(config: Config) -> ParameterCounts:
     """Count without allocating anything."""

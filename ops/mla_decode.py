@@ -171,6 +171,26 @@ def _fits(q_latent: Tensor, q_rope: Tensor, cache: Tensor, *rest: Any) -> str | 
     return None if cache.stride(2) == 1 else f"wants a cache with contiguous rows, not strides {list(cache.stride())}"
 
 
+def _stream(
+    q_latent: Tensor, q_rope: Tensor, cache: Tensor, block_table: Tensor, seqlens: Tensor, scale: float
+) -> Tensor:
+    """Reductions over the pages where they lie, which Inductor fuses: no gathered copy, and any number of pages."""
+    compute = torch.promote_types(q_latent.dtype, torch.float32)
+    C, P = q_latent.shape[-1], block_table.shape[1]
+    rows_BPSD = cache[block_table].to(compute)
+    place_PS = torch.arange(P, device=cache.device)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=cache.device)
+    written_BPS = place_PS < seqlens[:, None, None]
+    q_BHD = torch.cat((q_latent, q_rope), -1).to(compute) * scale
+    scores_BHPS = (q_BHD[:, :, None, None] * rows_BPSD[:, None]).sum(-1)
+    scores_BHPS = torch.where(written_BPS[:, None], scores_BHPS, float("-inf"))
+    # a padding row has no score: its maximum is -inf and its sum 0, and neither may make a NaN
+    top_BH11 = scores_BHPS.amax((2, 3), keepdim=True).clamp(min=torch.finfo(compute).min)
+    p_BHPS = (scores_BHPS - top_BH11).exp()
+    total_BH1 = p_BHPS.sum((2, 3))[..., None].clamp(min=torch.finfo(compute).tiny)
+    values_BPSC = torch.where(written_BPS[..., None], rows_BPSD[..., :C], 0.0)
+    return ((p_BHPS[..., None] * values_BPSC[:, None]).sum((2, 3)) / total_BH1).to(q_latent.dtype)
+
+
 def _check(
     q_latent: Tensor, q_rope: Tensor, cache: Tensor, block_table: Tensor, seqlens: Tensor, scale: float
 ) -> None:
@@ -260,3 +280,4 @@ Raises:
 """
 
 mla_decode.provide("triton", _launch, priority={"cuda": 10}, supports=_fits)
+mla_decode.provide("stream", _stream, priority={"cpu": 10}, inline=True)

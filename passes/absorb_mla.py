@@ -91,7 +91,7 @@ def _absorb(
         per_head = call(graph, attention, aten.view.default, weight, [H, N + V, C])
         w_uk = call(graph, attention, aten.slice.Tensor, per_head, 1, 0, N)
         w_uv = call(graph, attention, aten.slice.Tensor, per_head, 1, N, N + V)
-        w_uv = call(graph, attention, aten.transpose.int, w_uv, 1, 2)
+        w_uv = call(graph, attention, aten.permute.default, w_uv, [0, 2, 1])
         q_latent = call(graph, attention, head_matmul.overload, q_nope, w_uk)
         scale = attention.args[-1]
         mixed = call(graph, attention, mla_decode.overload, q_latent, q_rope, cache, block_table, seqlens, scale)

@@ -25,7 +25,7 @@ from deepfuse.passes.journal import Journal
 from deepfuse.passes.pipeline import Pipeline, default
 from deepfuse.passes.runner import Runner
 from deepfuse.runtime import engine
-from deepfuse.runtime.checkpoint import load_weights, present_mtp_layers, stored_dtype
+from deepfuse.runtime.checkpoint import load_weights, present_mtp_layers, stored_dtype, weights_bytes
 from deepfuse.runtime.compile_cache import BuildFolder, inductor_cache
 from deepfuse.runtime.config_json import read_config
 from deepfuse.runtime.engine import Engine
@@ -99,7 +99,7 @@ def build(
             f"build: want 1 <= max_seq_len <= max_position_embeddings = {cfg.max_position_embeddings}, got {length}"
         )
     counts = count_parameters(cfg)
-    weight_bytes = counts.in_memory * dtype.itemsize
+    weight_bytes = weights_bytes(cfg, dtype)
     room = {"max_batch_size": max_batch_size, "max_seq_len": length}
     built = isinstance(source, CausalLM)
     check_memory(wanted, 0 if built else weight_bytes, cache_bytes(cfg, dtype, **room))

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from deepfuse.blocks.config import Config
-from deepfuse.runtime.checkpoint import save_checkpoint
 from deepfuse.runtime.engine import Engine
 from deepfuse.runtime.generation import Request, Sampling, Speed, generate_tokens
 from deepfuse.runtime.generation_config import GenerationConfig
 from deepfuse.runtime.report import Report
+from deepfuse.runtime.save import save_checkpoint
 from deepfuse.runtime.stop_strings import TextStream
 from deepfuse.runtime.tokenizer import Tokenizer
 

@@ -1,0 +1,235 @@
+"""The command line: ``deepfuse generate | chat | build | ops | passes | cache``.
+
+Each command takes ``--help``. What is printed is for people; ``--json`` prints one JSON object for programs.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+try:
+    from tyro.conf import OmitArgPrefixes, Positional
+    from tyro.extras import subcommand_cli_from_dict
+except ModuleNotFoundError as error:
+    raise SystemExit(f"deepfuse: the command line wants the package tyro, which is not here ({error})") from None
+
+
+@dataclass(kw_only=True)
+class BuildOptions:
+    """How the model is built."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    dtype: str = "auto"
+    """auto (the checkpoint's), float32, bfloat16 or float16."""
+    max_batch_size: int = 1
+    max_seq_len: int | None = None
+    without: tuple[str, ...] = ()
+    """Passes to leave out."""
+    providers: tuple[str, ...] = ()
+    """op=provider, to force one."""
+    compile: bool = True
+    """Compile with Inductor; otherwise run the rewritten graphs as they are."""
+
+    def build(self, model: str) -> Any:
+        import deepfuse as df
+
+        forced = {}
+        for item in self.providers:
+            name, equals, provider = item.partition("=")
+            if not equals:
+                raise ValueError(f"--providers: want op=provider, got {item!r}")
+            forced[name] = provider
+        return df.build(
+            model,
+            device=self.device,
+            dtype=self.dtype,
+            max_batch_size=self.max_batch_size,
+            max_seq_len=self.max_seq_len,
+            passes=df.passes.default().without(*self.without),
+            providers=forced,
+            compile=self.compile,
+        )
+
+
+@dataclass(kw_only=True)
+class SamplingOptions:
+    """How text is chosen; what is not given comes from the checkpoint's generation_config.json."""
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Strings that end a text."""
+
+
+def _options(sampling: SamplingOptions) -> dict[str, Any]:
+    return {name: getattr(sampling, name) for name in SamplingOptions.__dataclass_fields__}
+
+
+@dataclass(kw_only=True)
+class Generate:
+    """Continue a text, printing it as it comes."""
+
+    model: Positional[str]
+    """Checkpoint directory or preset."""
+    prompt: str | None = None
+    """Text to continue; read from standard input where it is not given."""
+    report: bool = False
+    """Print the build report afterwards."""
+    json: bool = False
+    options: BuildOptions = field(default_factory=BuildOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+
+    def run(self) -> None:
+        prompt = sys.stdin.read() if self.prompt is None else self.prompt
+        model = self.options.build(self.model)
+        if self.json:
+            text = model.generate(prompt, **_options(self.sampling))
+            print(json.dumps({"prompt": prompt, "text": text, "report": model.report.to_json()}))
+            return
+        print(prompt, end="", flush=True)
+        try:
+            for piece in model.generate(prompt, stream=True, **_options(self.sampling)):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pass  # the text so far is on the screen
+        print(flush=True)
+        if self.report:
+            print()
+            print(model.report)
+
+
+@dataclass(kw_only=True)
+class Chat:
+    """Talk to a model that has a chat template; an empty line or Ctrl-D ends."""
+
+    model: Positional[str]
+    options: BuildOptions = field(default_factory=BuildOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+
+    def run(self) -> None:
+        model = self.options.build(self.model)
+        messages: list[dict[str, str]] = []
+        while True:
+            try:
+                said = input("> ")
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            if not said:
+                return
+            messages.append({"role": "user", "content": said})
+            answer = ""
+            for piece in model.chat(messages, stream=True, **_options(self.sampling)):
+                answer += piece
+                print(piece, end="", flush=True)
+            print()
+            messages.append({"role": "assistant", "content": answer})
+
+
+@dataclass(kw_only=True)
+class Build:
+    """Build a model and print what was done."""
+
+    model: Positional[str]
+    explain: str | None = None
+    """A pass whose sites are listed."""
+    graph: str | None = None
+    """before:PASS or after:PASS: the graph as Python."""
+    graph_name: str | None = None
+    """prefill, decode_1, ...; the first that has the stage where it is not given."""
+    json: bool = False
+    options: BuildOptions = field(default_factory=BuildOptions)
+
+    def run(self) -> None:
+        model = self.options.build(self.model)
+        if self.json:
+            print(json.dumps(model.report.to_json()))
+            return
+        if self.explain is None and self.graph is None:
+            print(model.report)
+        if self.explain is not None:
+            print(model.explain(self.explain))
+        if self.graph is not None:
+            print(model.graph(self.graph, self.graph_name))
+
+
+@dataclass(kw_only=True)
+class Ops:
+    """List the ops, or describe one."""
+
+    op: Positional[str | None] = None
+    device: str = "cpu"
+    """Kind of device the choice of provider is shown for."""
+    json: bool = False
+
+    def run(self) -> None:
+        from deepfuse.runtime.describe import describe_op, ops_table
+
+        _print(describe_op(self.op, self.device) if self.op else ops_table(self.device), self.json)
+
+
+@dataclass(kw_only=True)
+class Passes:
+    """List the passes in the order they run."""
+
+    json: bool = False
+
+    def run(self) -> None:
+        from deepfuse.runtime.describe import passes_table
+
+        _print(passes_table(), self.json)
+
+
+@dataclass(kw_only=True)
+class Cache:
+    """Show the folder of compile results, or clear it."""
+
+    clear: bool = False
+    json: bool = False
+
+    def run(self) -> None:
+        from deepfuse.runtime.compile_cache import cache_root, cache_size, clear_cache
+
+        if self.clear:
+            clear_cache()
+        files, size = cache_size()
+        if self.json:
+            print(json.dumps({"folder": str(cache_root()), "files": files, "bytes": size}))
+        else:
+            print(f"{cache_root()}: {files} files, {size / 1e6:.1f} MB")
+
+
+def _print(description: Any, as_json: bool) -> None:
+    from rich.console import Console
+
+    if as_json:
+        print(json.dumps(description.to_json()))
+    else:
+        Console().print(description)
+
+
+COMMANDS = {"generate": Generate, "chat": Chat, "build": Build, "ops": Ops, "passes": Passes, "cache": Cache}
+
+
+def main() -> None:
+    """Entry point; an error a user can mend is one line, without a traceback (``DEEPFUSE_TRACEBACK=1`` shows it)."""
+    try:
+        command = subcommand_cli_from_dict(
+            COMMANDS, prog="deepfuse", description=__doc__, config=(OmitArgPrefixes,)
+        )
+        command.run()
+    except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
+        if os.environ.get("DEEPFUSE_TRACEBACK"):
+            raise
+        print(f"deepfuse: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()
