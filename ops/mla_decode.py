@@ -77,15 +77,18 @@ def _mla_decode_kernel(
     denominator = tl.zeros((BLOCK_H,), tl.float32)
     acc = tl.zeros((BLOCK_H, PAD_C), tl.float32)
     # at least one turn: see mla_attention
-    for t0 in range(begin, max(end, begin + 1), BLOCK_T):
+    for turn in range(0, max(tl.cdiv(end - begin, BLOCK_T), 1)):
+        t0 = begin + turn * BLOCK_T
         page = tl.load(block_table_ptr + b * P + t0 // PAGE, mask=t0 < end, other=0).to(tl.int64)
         row_ptrs = cache_ptr + page * page_stride + (t0 % PAGE) * ROW_STRIDE + t_s[:, None] * ROW_STRIDE
         live = t0 + t_s < end
         latent = tl.load(row_ptrs + c[None, :], mask=live[:, None] & (c < C)[None, :], other=0.0)
         k_rope = tl.load(row_ptrs + C + r[None, :], mask=live[:, None] & (r < R)[None, :], other=0.0)
         s = _dot(q_latent, tl.trans(latent), tl.zeros((BLOCK_H, BLOCK_T), tl.float32), DOT_FLOAT32)
-        s = _dot(q_rope, tl.trans(k_rope), s, DOT_FLOAT32) * scale_log2
-        s = tl.where(live[None, :], s, float("-inf"))
+        s_rope = _dot(q_rope, tl.trans(k_rope), tl.zeros((BLOCK_H, BLOCK_T), tl.float32), DOT_FLOAT32)
+        s = s * scale_log2 + s_rope * scale_log2
+        if t0 + BLOCK_T > end:
+            s = tl.where(live[None, :], s, float("-inf"))
         m_next = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - m_next[:, None])
         shrink = tl.exp2(m - m_next)

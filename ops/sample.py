@@ -108,43 +108,45 @@ def _without_idle_filters(
 
 
 @triton.jit
-def _load(row_ptr, v, V):
-    """Logits in float32 without NaN and inf, -inf past the vocabulary; and unsigned integers of the same order."""
-    x = tl.load(row_ptr + v, mask=v < V, other=0.0).to(tl.float32)
-    # false for NaN
-    x = tl.minimum(tl.where((v < V) & (x > float("-inf")), x, float("-inf")), 3.4028234663852886e38)
-    # one key for both zeros
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
-    return x, tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+def _threshold(row_ptr, V, top, scale, floor, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """Largest number such that the logits from it upwards weigh at least ``wanted``.
 
-
-@triton.jit
-def _threshold(row_ptr, V, top, temperature, floor, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest key such that the tokens of this key and above weigh at least ``wanted``.
-
-    A token weighs 1 or, by mass, its probability times a constant if its key is at least ``floor``. Two bits a pass,
-    from the top. Sums in a fixed order never grow when terms become 0, so the search is exact.
+    A logit weighs 1 or, by mass, its unnormalised probability if it is at least ``floor``. The search goes through the
+    floats in order, as integers, two bits a pass. Sums in a fixed order never grow when terms become 0, so it is exact.
     """
-    threshold = tl.full([], 0, tl.uint32)
+    ordinal = tl.full([], 0, tl.uint32)
     step = tl.full([], 1 << 30, tl.uint32)
     for _ in range(16):
+        from1 = _float(ordinal + step)
+        from2 = _float(ordinal + step * 2)
+        from3 = _float(ordinal + step * 3)
         sum1 = tl.zeros([BLOCK], tl.float32)
         sum2 = tl.zeros([BLOCK], tl.float32)
         sum3 = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
-            x, key = _load(row_ptr, start + tl.arange(0, BLOCK), V)
-            weight = tl.where(key >= floor, tl.exp((x - top) / temperature), 0.0) if BY_MASS else 1.0
-            sum1 += tl.where(key >= threshold + step, weight, 0.0)
-            sum2 += tl.where(key >= threshold + step * 2, weight, 0.0)
-            sum3 += tl.where(key >= threshold + step * 3, weight, 0.0)
+            v = start + tl.arange(0, BLOCK)
+            x = tl.load(row_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
+            # the minimum is for infinity; NaN fails the comparisons
+            weight = tl.where(x >= floor, tl.exp2(tl.minimum((x - top) * scale, 0.0)), 0.0) if BY_MASS else 1.0
+            sum1 += tl.where(x >= from1, weight, 0.0)
+            sum2 += tl.where(x >= from2, weight, 0.0)
+            sum3 += tl.where(x >= from3, weight, 0.0)
         steps = (
             (tl.sum(sum1, 0) >= wanted).to(tl.uint32)
             + (tl.sum(sum2, 0) >= wanted).to(tl.uint32)
             + (tl.sum(sum3, 0) >= wanted).to(tl.uint32)
         )
-        threshold += step * steps
+        ordinal += step * steps
         step = step >> 2
-    return threshold
+    return _float(ordinal)
+
+
+@triton.jit
+def _float(ordinal):
+    """The float of this place in the order of all floats; what comes before -inf counts as it, what after inf is NaN."""
+    ordinal = tl.maximum(ordinal, 0x007FFFFF)
+    bits = tl.where((ordinal >> 31) == 1, ordinal ^ 0x80000000, ordinal ^ 0xFFFFFFFF)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -165,35 +167,41 @@ def _sample_kernel(
     V,
     BLOCK: tl.constexpr,
 ):
-    """One program per row; it reads the row for the maximum, 16 times and more for a filter in use, and for the draw."""
+    """One program per row; it reads the row for the maximum, 16 times for each filter in use, and for the draw."""
+    LARGEST: tl.constexpr = 3.4028234663852886e38
     b = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + b * logits_stride
     lane = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_v = lane
-    largest_key = tl.full([BLOCK], 0, tl.uint32)
     for start in range(0, V, BLOCK):
-        x, key = _load(row_ptr, start + lane, V)
-        best_v = tl.where(x > best, start + lane, best_v)
-        best = tl.maximum(best, x)
-        largest_key = tl.maximum(largest_key, key)
+        v = start + lane
+        x = tl.load(row_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        # false for NaN
+        better = x > best
+        best_v = tl.where(better, v, best_v)
+        best = tl.where(better, x, best)
     token = _first(best, best_v, V)
 
     temperature = tl.load(temperature_ptr + b).to(tl.float32)
     if temperature > 0:
-        top = tl.maximum(tl.max(best, 0), -3.4028234663852886e38)
+        top = tl.minimum(tl.maximum(tl.max(best, 0), -LARGEST), LARGEST)
+        # for the power of 2 that is the exponential; finite, as it meets zeros
+        scale = tl.minimum(1.4426950408889634 / temperature, LARGEST)
         top_k = tl.load(top_k_ptr + b)
         top_p = tl.load(top_p_ptr + b).to(tl.float32)
-        floor = tl.full([], 0, tl.uint32)
+        floor = tl.full([], float("-inf"), tl.float32)
         if (top_k > 0) & (top_k < V):
-            floor = _threshold(row_ptr, V, top, temperature, floor, top_k.to(tl.float32), False, BLOCK)
+            floor = _threshold(row_ptr, V, top, scale, floor, top_k.to(tl.float32), False, BLOCK)
         if top_p < 1:
             mass = tl.zeros([BLOCK], tl.float32)
             for start in range(0, V, BLOCK):
-                x, key = _load(row_ptr, start + lane, V)
-                mass += tl.where(key >= floor, tl.exp((x - top) / temperature), 0.0)
-            by_mass = _threshold(row_ptr, V, top, temperature, floor, top_p * tl.sum(mass, 0), True, BLOCK)
-            floor = tl.maximum(floor, tl.minimum(by_mass, tl.max(largest_key, 0)))
+                v = start + lane
+                x = tl.load(row_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
+                mass += tl.where(x >= floor, tl.exp2(tl.minimum((x - top) * scale, 0.0)), 0.0)
+            # a little at least, which only the likeliest have
+            wanted = tl.maximum(top_p, 1e-30) * tl.sum(mass, 0)
+            floor = _threshold(row_ptr, V, top, scale, floor, wanted, True, BLOCK)
 
         seed = tl.load(seed_ptr + b)
         position = tl.load(position_ptr + b)
@@ -203,11 +211,12 @@ def _sample_kernel(
         best_v = lane
         for start in range(0, V, BLOCK):
             v = start + lane
-            x, key = _load(row_ptr, v, V)
+            x = tl.load(row_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
             bits, _, _, _ = tl.philox(seed, v.to(tl.uint32), position_low, position_high, position_low * 0)
-            score = tl.where(key >= floor, (x - top) / temperature + _gumbel(bits), float("-inf"))
-            best_v = tl.where(score > best, v, best_v)
-            best = tl.maximum(best, score)
+            score = (tl.minimum(x, LARGEST) - top) / temperature + _gumbel(bits)
+            better = (x >= floor) & (score > best)
+            best_v = tl.where(better, v, best_v)
+            best = tl.where(better, score, best)
         token = _first(best, best_v, V)
     tl.store(token_ptr + b, token.to(tl.int64))
 
@@ -234,9 +243,9 @@ def _launch(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     per_row = [t.contiguous() for t in (temperature, top_k, top_p, seed, position)]
-    # one processor reads a row, for which it needs many loads in flight: 16 elements a thread, as many as do not spill
-    block = min(triton.next_power_of_2(V), 8192)
-    num_warps = max(block // 512, 1)
+    # one processor reads a row, with all the warps it can have: 4 elements a thread do not spill then
+    block = min(triton.next_power_of_2(V), 4096)
+    num_warps = max(block // 128, 1)
     _sample_kernel[(B,)](logits, *per_row, token, logits.stride(0), V, BLOCK=block, num_warps=num_warps)
     return token
 

@@ -18,11 +18,7 @@ from deepfuse.blocks.config import MODEL_TYPES, Config
 from deepfuse.runtime.checkpoint_files import CheckpointError, existing_folder, object_bytes, read_object, replace_file
 from deepfuse.runtime.rope_json import read_rope, rope_object
 
-ARCHITECTURES = {
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "kimi_k2": "DeepseekV3ForCausalLM",
-}
+ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
 V3_DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 129280,
     "hidden_size": 7168,
@@ -141,13 +137,17 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
 def config_object(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """What ``config.json`` says of a model with weights in ``dtype``; old and new transformers read it.
 
+    A ``kimi_k2`` model is written as the ``deepseek_v3`` model that it is: transformers does not know the former's
+    name, and fills its experts with random numbers.
+
     Raises:
         ValueError: transformers would take the result for another model.
     """
     _check_routing(config)
     out = {k: v for k, v in config.extra.items() if k not in NOT_WRITTEN}
-    out["architectures"] = [ARCHITECTURES[config.model_type]]
     out |= {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("extra", "rope_scaling")}
+    out["model_type"] = "deepseek_v3" if config.model_type == "kimi_k2" else config.model_type
+    out["architectures"] = [ARCHITECTURES[out["model_type"]]]
     out["rope_scaling"] = rope_object(config.rope_scaling)
     out["torch_dtype"] = str(dtype).removeprefix("torch.")
     if isinstance(config.eos_token_id, tuple):

@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,7 @@ def change(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
 # transformers as the oracle
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_we_write_transformers_loads(name: str, tmp_path: Path) -> None:
     model = model_of(CONFIGS[name])
@@ -206,7 +207,9 @@ def test_shards_hold_what_one_file_holds(folder: Path, tmp_path: Path) -> None:
     model, sharded = load(folder), tmp_path / "sharded"
     save_checkpoint(model, sharded, max_shard_bytes=20_000)
     files = sorted(sharded.glob("*.safetensors"))
-    assert len(files) > 3 and all(f.name == f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, f in enumerate(files, 1))
+    assert len(files) > 3 and all(
+        f.name == f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, f in enumerate(files, 1)
+    )
     tensors = {name: tensor for f in files for name, tensor in load_file(f).items()}
     assert_same_state(tensors, load_file(folder / SINGLE))
     index = json.loads((sharded / INDEX).read_text())
@@ -304,7 +307,9 @@ def test_the_dtype_of_a_checkpoint_that_does_not_say(folder: Path) -> None:
 def e4m3(bits: np.ndarray) -> np.ndarray:
     """Values of E4M3 numbers (OCP 8-bit floating point, section 5) in float64."""
     exponent, mantissa = (bits >> 3) & 15, (bits & 7).astype(np.float64)
-    value = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent.astype(np.float64) - 7))
+    value = np.where(
+        exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent.astype(np.float64) - 7)
+    )
     return np.where(bits & 128, -value, value)
 
 
@@ -351,7 +356,9 @@ def test_fp8_weights_are_dequantized(block: tuple[int, int], fused: bool, tmp_pa
             prefix = f"model.layers.{layer}.mlp.experts"
             both = [meant.pop(f"{prefix}.{i}.{part}_proj.weight") for part in ("gate", "up")]
             meant.setdefault(f"{prefix}.gate_up_proj", np.empty((8, 144, 192)))[i] = np.concatenate(both)
-            meant.setdefault(f"{prefix}.down_proj", np.empty((8, 192, 72)))[i] = meant.pop(f"{prefix}.{i}.down_proj.weight")
+            meant.setdefault(f"{prefix}.down_proj", np.empty((8, 192, 72)))[i] = meant.pop(
+                f"{prefix}.{i}.down_proj.weight"
+            )
     for name, want in meant.items():
         # 4 bits times 24 bits: exact in float64, rounded once to float32
         assert np.array_equal(state[name].numpy(), want.astype(np.float32)), name
@@ -416,26 +423,22 @@ def test_all_wrong_tensors_are_named_at_once(folder: Path) -> None:
         model = CausalLM(TINY)
     with pytest.raises(CheckpointError) as caught:
         load_weights(model, folder, device="cpu", dtype=torch.float32)
-    text = str(caught.value)
-    assert text.startswith(f"{folder}: want the tensors of its config.json, got 2 missing:")
-    missing, unexpected, shapes, dtypes = (set(part.split("\n  ")[1:]) for part in text.split(":\n")[1:] and _parts(text))
-    assert missing == {"model.norm.weight", "model.layers.1.mlp.experts.5.up_proj.weight"}
-    assert unexpected == {"model.layers.0.mlp.gate_proj.bias", "model.layers.7.input_layernorm.weight"}
-    assert shapes == {
-        "lm_head.weight (want [64, 32], got [65, 32])",
-        "model.layers.2.mlp.experts.0.down_proj.weight (want [32, 24], got [24, 32])",
-    }
-    assert dtypes == {"model.embed_tokens.weight (I8)"}
+    assert (
+        str(caught.value)
+        == f"""{folder}: want the tensors of its config.json, got 2 missing:
+  model.layers.1.mlp.experts.5.up_proj.weight
+  model.norm.weight
+2 unexpected:
+  model.layers.0.mlp.gate_proj.bias
+  model.layers.7.input_layernorm.weight
+2 of a wrong shape:
+  model.layers.2.mlp.experts.0.down_proj.weight (want [32, 24], got [24, 32])
+  lm_head.weight (want [64, 32], got [65, 32])
+1 of a wrong dtype:
+  model.embed_tokens.weight (I8)"""
+    )
     # nothing half-done
     assert all(p.is_meta for p in model.parameters())
-
-
-def _parts(text: str) -> Iterator[str]:
-    """The text of an error, one kind of problem at a time."""
-    lines = text.splitlines()
-    starts = [i for i, line in enumerate(lines) if not line.startswith("  ")]
-    for begin, end in zip(starts, [*starts[1:], len(lines)], strict=True):
-        yield "\n".join(lines[begin:end])
 
 
 def test_a_long_list_is_cut(folder: Path) -> None:
@@ -468,11 +471,6 @@ def test_weights_beyond_the_dtype_asked_for_are_named(folder: Path) -> None:
         load(folder, torch.float16)
 
 
-def header_of(path: Path) -> tuple[int, bytes]:
-    data = path.read_bytes()
-    return int.from_bytes(data[:8], "little"), data
-
-
 @pytest.mark.parametrize("keep", [0, 7, 100, -1])
 def test_truncated_files_are_named(keep: int, folder: Path) -> None:
     path = folder / SINGLE
@@ -483,19 +481,17 @@ def test_truncated_files_are_named(keep: int, folder: Path) -> None:
 
 def test_a_byte_flipped_in_the_header_is_noticed(folder: Path) -> None:
     path = folder / SINGLE
-    size, data = header_of(path)
+    data = path.read_bytes()
+    # its length, and all that names tensors: not the metadata, which no one reads, nor the spaces that fill it up
+    begin, end = data.index(b"}") + 1, data.index(b"}}") + 1
     rng = np.random.default_rng(0)
-    for place in [0, 3, 7, 8, 9, *rng.integers(10, 8 + size, 40)]:
+    for place in [*range(8), *rng.integers(begin, end, 40)]:
         flipped = bytearray(data)
         flipped[place] ^= 1 << int(rng.integers(0, 8))
         path.write_bytes(flipped)
-        try:
+        with pytest.raises(CheckpointError) as caught:
             load(folder)
-        except CheckpointError as error:
-            assert str(folder) in str(error)
-        else:
-            # spaces that fill the header up, and its metadata, mean nothing
-            assert place > data.index(b"}") - 30 or place < 8 + data[8:].index(b"}}") or data[place : place + 1] == b" "
+        assert str(folder) in str(caught.value)
 
 
 def test_more_data_than_the_header_says(folder: Path) -> None:
@@ -519,7 +515,8 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret.safetensors", "/etc/passwd", "a/../../b.safetensors", "C:\\x.safetensors", "x.bin", "a\0.safetensors"]
+    "name",
+    ["../secret.safetensors", "/etc/passwd", "a/../../b.safetensors", "C:\\x.safetensors", "x.bin", "a\0.safetensors"],
 )
 def test_an_index_that_points_outside_is_refused(name: str, sharded: Path) -> None:
     shutil.copy(next(sharded.glob("*.safetensors")), sharded.parent / "secret.safetensors")
@@ -630,80 +627,100 @@ def test_a_kill_at_any_moment_leaves_the_old_the_new_or_none(
 ) -> None:
     old, new = model_of(TINY), model_of(TINY)
     states = [m.state_dict()["model.norm.weight"] for m in (old, new)]
-    outcomes = []
+    save_checkpoint(old, tmp_path / "old", max_shard_bytes=shard_bytes)
+    outcomes: list[str] = []
     for steps in range(30):
         path = tmp_path / str(steps)
-        save_checkpoint(old, path, max_shard_bytes=shard_bytes)
-        taken = iter(range(99))
-
-        def step(do: Callable[..., Any], *args: Any, taken: Any = taken, steps: int = steps) -> Any:
-            if next(taken) >= steps:
-                raise KeyboardInterrupt
-            return do(*args)
-
-        with monkeypatch.context() as patch:
-            replace_, unlink = Path.replace, Path.unlink
-            patch.setattr(Path, "replace", lambda self, to, do=replace_, step=step: step(do, self, to))
-            # a killed process does not clean up either
-            patch.setattr(Path, "unlink", lambda self, missing_ok=False, do=unlink, step=step: step(do, self, missing_ok))
-            try:
-                save_checkpoint(new, path, max_shard_bytes=shard_bytes)
-                done = True
-            except KeyboardInterrupt:
-                done = False
+        shutil.copytree(tmp_path / "old", path)
+        done = save_but_die_after(steps, new, path, shard_bytes, monkeypatch)
         try:
             state = load(path).state_dict()
         except CheckpointError as error:
             assert "want a config.json, got none" in str(error)
             outcomes.append("none")
         else:
-            which = [torch.equal(state["model.norm.weight"], s) for s in states]
-            full = (old, new)[which.index(True)].state_dict()
-            assert_same_state(state, full)
-            outcomes.append("old" if which[0] else "new")
-        # the next save cleans up
-        save_checkpoint(new, path, max_shard_bytes=shard_bytes)
-        assert not list(path.glob(".*"))
-        assert_same_state(load(path).state_dict(), new.state_dict())
+            model = next(
+                m for m, s in zip((old, new), states, strict=True) if torch.equal(state["model.norm.weight"], s)
+            )
+            assert_same_state(state, model.state_dict())
+            outcomes.append("old" if model is old else "new")
         if done:
             break
     assert outcomes[0] == "old" and outcomes[-1] == "new"
     # one file changes its content in a single step
     assert ("none" in outcomes) == (shard_bytes < 10**9)
+    # the next save removes what a killed one left
+    assert list((tmp_path / "0").glob(".*"))
+    save_checkpoint(new, tmp_path / "0", max_shard_bytes=shard_bytes)
+    assert not list((tmp_path / "0").glob(".*"))
+
+
+def save_but_die_after(
+    steps: int, model: CausalLM, path: Path, shard_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> bool:
+    """Save up to the so-manieth time that a file is renamed or removed; returns whether that was the end."""
+    taken = iter(range(99))
+
+    def step(do: Callable[..., Any]) -> Callable[..., Any]:
+        def alive(*args: Any, **kwargs: Any) -> Any:
+            # again and again: a killed process does not clean up either
+            if next(taken) >= steps:
+                raise KeyboardInterrupt
+            return do(*args, **kwargs)
+
+        return alive
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", step(Path.replace))
+        patch.setattr(Path, "unlink", step(Path.unlink))
+        try:
+            save_checkpoint(model, path, max_shard_bytes=shard_bytes)
+        except KeyboardInterrupt:
+            return False
+    return True
 
 
 # memory and time
 
 MEASURE = """
-import resource, sys, torch
+import sys, torch
 from deepfuse.blocks.model import CausalLM
 from deepfuse.runtime.checkpoint import load_weights, weights_bytes
 from deepfuse.runtime.config_json import read_config
 config = read_config(sys.argv[1])
 with torch.device("meta"):
     model = CausalLM(config)
-resident = int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1])
+
+def kibibytes(name):
+    # not ru_maxrss: it begins with what the parent had
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
+
+before = kibibytes("VmRSS")
 load_weights(model, sys.argv[1], device="cpu", dtype=torch.float32)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident) * 1024, weights_bytes(config, torch.float32))
+print((kibibytes("VmHWM") - before) * 1024, weights_bytes(config, torch.float32))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_the_model_and_one_tensor(tmp_path: Path) -> None:
-    config = replace(TINY, vocab_size=16384, hidden_size=512, moe_intermediate_size=512, n_routed_experts=16)
+    config = replace(TINY, vocab_size=16384, hidden_size=512, moe_intermediate_size=448, n_routed_experts=16)
     model = CausalLM(config)
     for tensor in model.state_dict().values():
         tensor.fill_(0.5)
     save_checkpoint(model, tmp_path)
     root = str(Path(deepfuse.__file__).parents[1])
     out = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True, env={"PYTHONPATH": root}
+        [sys.executable, "-c", MEASURE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": root},
     )
     peak, weights = map(int, out.stdout.split())
     assert weights > 200e6
     largest = 16384 * 512 * 4
-    # the interpreter's own growth, and pages mapped around those read
-    assert peak < weights + largest + 16e6
+    # and the code that runs for the first time
+    assert peak < weights + largest + 8e6
 
 
 def test_a_bar_appears_on_a_terminal_when_loading_is_long() -> None:

@@ -25,14 +25,35 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
+YARN_OF_KIMI = YARN | {"factor": 32.0, "beta_fast": 1.0}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-SHARED = (
-    "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
-    "n_shared_experts n_routed_experts num_experts_per_tok routed_scaling_factor "
-    "first_k_dense_replace kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
-    "max_position_embeddings rms_norm_eps initializer_range tie_word_embeddings attention_bias hidden_act "
-    "bos_token_id eos_token_id pad_token_id"
-).split()
+SHARED = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "n_shared_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "routed_scaling_factor",
+    "first_k_dense_replace",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "initializer_range",
+    "tie_word_embeddings",
+    "attention_bias",
+    "hidden_act",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+]
 
 
 @pytest.mark.parametrize(("raw", "oracle"), [(V3, DeepseekV3Config), (V2, DeepseekV2Config)])
@@ -56,7 +77,12 @@ def test_null_means_none_where_none_means_something() -> None:
 
 def test_routing_of_each_type() -> None:
     v3, v2 = parse_config(V3), parse_config(V2)
-    assert (v3.scoring_func, v3.group_score, v3.has_router_bias, v3.norm_topk_prob) == ("sigmoid", "top2_sum", True, True)
+    assert (v3.scoring_func, v3.group_score, v3.has_router_bias, v3.norm_topk_prob) == (
+        "sigmoid",
+        "top2_sum",
+        True,
+        True,
+    )
     assert (v2.scoring_func, v2.group_score, v2.has_router_bias, v2.norm_topk_prob) == ("softmax", "max", False, False)
     grouped = V2 | {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3}
     assert (parse_config(grouped).n_group, parse_config(grouped).topk_group) == (8, 3)
@@ -71,8 +97,8 @@ def test_released_files_are_the_presets() -> None:
     assert replace(config, extra={}) == PRESETS["v3-671b"]()
     assert config.extra == {"torch_dtype": "bfloat16", "moe_layer_freq": 1, "ep_size": 1, "quantization_config": FP8}
     assert named_dtype(config) == torch.bfloat16
-    kimi: dict[str, Any] = config_object(PRESETS["kimi-k2"](), torch.bfloat16)
-    assert kimi["model_type"] == "kimi_k2" and kimi["architectures"] == ["DeepseekV3ForCausalLM"]
+    kimi = config_object(PRESETS["kimi-k2"](), torch.bfloat16) | {"model_type": "kimi_k2", "rope_scaling": YARN_OF_KIMI}
+    assert replace(parse_config(kimi), extra={}) == PRESETS["kimi-k2"]()
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -82,10 +108,11 @@ def test_what_we_write_we_read(name: str, tmp_path: Path) -> None:
     back = read_config(tmp_path)
     assert named_dtype(back) == torch.bfloat16
     extra = {k: v for k, v in back.extra.items() if k not in ("architectures", "torch_dtype")}
-    assert replace(back, extra=extra) == config
+    # Kimi-K2 is written as the deepseek_v3 model it is, for transformers' sake
+    assert replace(back, extra=extra, model_type=config.model_type) == config
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"kimi-k2"}))
+@pytest.mark.parametrize("name", sorted(PRESETS))
 def test_what_we_write_transformers_reads(name: str, tmp_path: Path) -> None:
     config = PRESETS[name]()
     write_config(config, tmp_path, torch.float16)
@@ -197,8 +224,14 @@ def test_what_was_true_of_the_source_only_is_not_written() -> None:
         ({"rope_scaling": "yarn"}, "want rope_scaling an object or null, got 'yarn'"),
         ({"rope_scaling": YARN | {"factor": "4"}}, "want rope_scaling.factor a number, got '4'"),
         ({"rope_scaling": YARN | {"factor": 0.5}}, "rope_scaling: want factor >= 1"),
-        ({"rope_scaling": YARN | {"original_max_position_embeddings": 0}}, "original_max_position_embeddings >= 1, got 0"),
-        ({"rope_scaling": YARN | {"factor": 1, "attention_factor": 2.0}}, "attention_factor 1 where factor is 1, got 2.0"),
+        (
+            {"rope_scaling": YARN | {"original_max_position_embeddings": 0}},
+            "original_max_position_embeddings >= 1, got 0",
+        ),
+        (
+            {"rope_scaling": YARN | {"factor": 1, "attention_factor": 2.0}},
+            "attention_factor 1 where factor is 1, got 2.0",
+        ),
         (
             {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}},
             "want rope_scaling and rope_parameters to agree",
@@ -237,7 +270,11 @@ def test_a_file_that_is_no_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="want a config.json, got none"):
         read_config(tmp_path)
     path = tmp_path / "config.json"
-    for content, match in ((b"{", "want a JSON file, got"), (b"\xff\xfe", "want a JSON file"), (b"[]", "object, got a list")):
+    for content, match in (
+        (b"{", "want a JSON file, got"),
+        (b"\xff\xfe", "want a JSON file"),
+        (b"[]", "object, got a list"),
+    ):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=match):
             read_config(tmp_path)

@@ -1,0 +1,161 @@
+"""Grouped matmul: against a product row by row in float64, for any sizes of the groups."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepfuse.ops.grouped_matmul import (
+    _gather,
+    _launch,
+    _launch_wgrad,
+    _torch,
+    _torch_wgrad,
+    grouped_matmul,
+    grouped_matmul_ref,
+    grouped_matmul_wgrad,
+    grouped_matmul_wgrad_ref,
+)
+
+DEVICE = pytest.param("cuda", marks=pytest.mark.gpu) if torch.cuda.is_available() else "cpu"
+COUNTS = st.lists(st.integers(0, 20), min_size=1, max_size=6)
+
+
+def _arguments(counts, N, K, dtype=torch.float32, device="cpu"):
+    """Arguments of ``grouped_matmul``, and the group of each row."""
+    counts = torch.tensor(counts, device=device)
+    offsets, M = counts.cumsum(0).to(torch.int32), int(counts.sum())
+    x = torch.randn(M, K, device=device, dtype=dtype)
+    weight = torch.randn(len(counts), N, K, device=device, dtype=dtype) / K**0.5
+    return x, weight, offsets, torch.arange(len(counts), device=device).repeat_interleave(counts)
+
+
+def _row_by_row(x, weight, group):
+    return torch.einsum("mk,mnk->mn", x.double(), weight.double()[group])
+
+
+def _wgrad_row_by_row(dy, x, group, E):
+    products = torch.einsum("mn,mk->mnk", dy.double(), x.double())
+    return torch.zeros(E, *products.shape[1:], dtype=torch.float64, device=x.device).index_add(0, group, products)
+
+
+@pytest.mark.parametrize("device", [DEVICE])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "provider", [grouped_matmul_ref, _launch, _torch, _gather], ids=["reference", "triton", "torch", "gather"]
+)
+@given(counts=COUNTS, seed=st.integers(0, 99))
+def test_every_row_meets_the_weight_of_its_group(provider, transposed, device, counts, seed):
+    torch.manual_seed(seed)
+    # bfloat16, which grouped_mm takes on every device
+    x, weight, offsets, group = _arguments(counts, 16, 24, torch.bfloat16, device)
+    if transposed:
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    y = provider(x, weight, offsets)
+    assert y.is_contiguous() and y.dtype == x.dtype
+    torch.testing.assert_close(y.double(), _row_by_row(x, weight, group), atol=1e-3, rtol=1.6e-2)
+
+
+@pytest.mark.parametrize("device", [DEVICE])
+@pytest.mark.parametrize(
+    "provider", [grouped_matmul_wgrad_ref, _launch_wgrad, _torch_wgrad], ids=["reference", "triton", "torch"]
+)
+@given(counts=COUNTS, seed=st.integers(0, 99))
+def test_weight_gradient_sums_over_the_rows_of_a_group(provider, device, counts, seed):
+    torch.manual_seed(seed)
+    x, weight, offsets, group = _arguments(counts, 16, 24, torch.bfloat16, device)
+    dy = torch.randn(x.shape[0], 16, device=device, dtype=x.dtype) / max(x.shape[0], 1) ** 0.5
+    dweight = provider(dy, x, offsets)
+    assert dweight.is_contiguous() and dweight.dtype == x.dtype
+    torch.testing.assert_close(dweight.double(), _wgrad_row_by_row(dy, x, group, len(counts)), atol=1e-3, rtol=1.6e-2)
+    assert not dweight[torch.tensor(counts) == 0].any()
+
+
+@pytest.mark.parametrize("device", [DEVICE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# one row; sizes that are no multiples of anything; tiles that are full, in several blocks of columns and of the sum
+@pytest.mark.parametrize(("counts", "N", "K"), [([1], 3, 5), ([2, 0, 67], 75, 130), ([130, 70], 160, 96)])
+def test_kernel_error_is_at_most_twice_the_error_of_pytorch(device, dtype, counts, N, K):
+    x, weight, offsets, group = _arguments(counts, N, K, dtype, device)
+    exact = _row_by_row(x, weight, group)
+    kernel_err = (_launch(x, weight, offsets) - exact).abs().max()
+    torch_err = (grouped_matmul_ref(x, weight, offsets) - exact).abs().max()
+    assert kernel_err <= 2 * torch_err + torch.finfo(dtype).eps
+
+    dy = torch.randn(x.shape[0], N, device=device, dtype=dtype) / x.shape[0] ** 0.5
+    exact = _wgrad_row_by_row(dy, x, group, len(counts))
+    kernel_err = (_launch_wgrad(dy, x, offsets) - exact).abs().max()
+    torch_err = (grouped_matmul_wgrad_ref(dy, x, offsets) - exact).abs().max()
+    assert kernel_err <= 2 * torch_err + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("device", [DEVICE])
+@pytest.mark.parametrize("provider", [_launch, _torch], ids=["triton", "torch"])
+def test_views(provider, device):
+    x, weight, offsets, group = _arguments([3, 0, 4], 16, 32, torch.bfloat16, device)
+    padded = torch.zeros(7, 37, device=device, dtype=x.dtype)
+    padded[:, 5:] = x
+    # rows that do not begin at 16 bytes; columns first; one row for all; every second weight and offset
+    for x in (padded[:, 5:], x.t().contiguous().t(), x[:1].expand(7, -1)):
+        actual = provider(x, weight.repeat_interleave(2, 0)[::2], offsets.repeat_interleave(2)[::2])
+        torch.testing.assert_close(actual.double(), _row_by_row(x, weight, group), atol=1e-3, rtol=1.6e-2)
+
+
+@pytest.mark.parametrize("device", [DEVICE])
+@pytest.mark.parametrize("provider", [_launch_wgrad, _torch_wgrad], ids=["triton", "torch"])
+def test_views_for_the_weight_gradient(provider, device):
+    x, _, offsets, group = _arguments([3, 0, 4], 16, 32, torch.bfloat16, device)
+    # the gradient of a sum has strides of zero
+    for dy in (torch.ones(1, 1, device=device, dtype=x.dtype).expand(7, 16), torch.randn(16, 7).to(x).t()):
+        actual = provider(dy, x.t().contiguous().t(), offsets)
+        torch.testing.assert_close(actual.double(), _wgrad_row_by_row(dy, x, group, 3), atol=1e-3, rtol=1.6e-2)
+
+
+def test_gradient():
+    x, weight, offsets, group = _arguments([3, 0, 5, 1], 7, 6)
+    inputs = [t.requires_grad_() for t in (x, weight)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    dy = torch.randn(9, 7)
+    actual = torch.autograd.grad(grouped_matmul(x, weight, offsets), inputs, dy)
+    expected = torch.autograd.grad(_row_by_row(*exact, group), exact, dy.double())
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), e, atol=1e-5, rtol=1e-5)
+
+
+def _refusals(choice):
+    return dict(choice.refused)
+
+
+def test_torch_is_taken_where_rows_are_multiples_of_16_bytes():
+    x, weight, offsets, _ = _arguments([3, 4], 8, 16, torch.bfloat16)
+    assert grouped_matmul.choose((x, weight, offsets)).provider.name == "torch"
+    assert grouped_matmul_wgrad.choose((x, x, offsets)).provider.name == "torch"
+    choice = grouped_matmul.choose((x[:, :12], weight[..., :12], offsets))
+    assert choice.provider.name == "reference"
+    assert "multiple of 16 bytes, got 8 and 12 elements of torch.bfloat16" in _refusals(choice)["torch"]
+    choice = grouped_matmul_wgrad.choose((x.double(), x.double(), offsets))
+    assert choice.provider.name == "reference"
+    assert "does not take torch.float64" in _refusals(choice)["torch"]
+
+
+def test_few_rows_gather_in_a_compiled_graph():
+    x, weight, offsets, _ = _arguments([3, 4], 8, 16)
+    assert grouped_matmul.choose((x, weight, offsets), compiled=True).provider.name == "gather"
+
+
+def test_rejects():
+    x, weight, offsets, _ = _arguments([3, 4], 8, 16)
+    with pytest.raises(ValueError, match=r"got \[7, 16\], \[2, 8, 15\] and \[2\]"):
+        grouped_matmul(x, weight[..., :15], offsets)
+    with pytest.raises(ValueError, match=r"got \[7, 16\], \[2, 8, 16\] and \[1\]"):
+        grouped_matmul(x, weight, offsets[:1])
+    with pytest.raises(TypeError, match="got torch.float32, torch.bfloat16 and torch.int32"):
+        grouped_matmul(x, weight.bfloat16(), offsets)
+    with pytest.raises(TypeError, match="int32 offsets, got torch.float32, torch.float32 and torch.int64"):
+        grouped_matmul(x, weight, offsets.long())
+    with pytest.raises(ValueError, match=r"want dy \[M, N\], x \[M, K\] and offsets \[E\], got \[7\]"):
+        grouped_matmul_wgrad(x[:, 0], x, offsets)
+    with pytest.raises(RuntimeError, match="want x of 5 rows, got 7"):
+        grouped_matmul_wgrad(x[:5], x, offsets)
+    with pytest.raises(TypeError, match="want dy and x of one dtype .* got torch.bfloat16, torch.float32"):
+        grouped_matmul_wgrad(x.bfloat16(), x, offsets)
