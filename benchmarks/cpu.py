@@ -221,7 +221,9 @@ def build_times() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    cpu = next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in l), "")
+    cpu = next(
+        (l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in l), ""
+    )
     return {
         "cpu": cpu or platform.processor(),
         "threads": torch.get_num_threads(),
@@ -270,7 +272,9 @@ def main() -> None:
     console.print(table(results))
     console.print(results.get("build", ""))
     median = statistics.median(
-        row["share of the bandwidth bound"] for row in results["models"][args.dtypes[0]].values() if "share of the bandwidth bound" in row
+        row["share of the bandwidth bound"]
+        for row in results["models"][args.dtypes[0]].values()
+        if "share of the bandwidth bound" in row
     )
     console.print(f"median share of the bound, {args.dtypes[0]}: {median:.0%}")
     if args.json:

@@ -59,7 +59,7 @@ class MLA(nn.Module):
             append_latent(cache, latent, k_rope, batch.slots)
 
         k_start, k_len = batch.q_start[:-1], batch.q_start[1:] - batch.q_start[:-1]
-        if cache is not None and batch.block_table is not None:
+        if cache is not None and batch.block_table is not None and batch.seqlens is not None:
             cached, k_start = gather_latent(cache, batch.block_table)
             latent, k_rope = cached.split((C, c.qk_rope_head_dim), -1)
             k_len = batch.seqlens

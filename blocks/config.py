@@ -116,7 +116,9 @@ class Config:
         ):
             want(getattr(self, name) >= 1, f"want {name} >= 1, got {getattr(self, name)}")
         want(self.qk_rope_head_dim % 2 == 0, f"want an even qk_rope_head_dim, got {self.qk_rope_head_dim}")
-        want(self.q_lora_rank is None or self.q_lora_rank >= 1, f"want q_lora_rank >= 1 or null, got {self.q_lora_rank}")
+        want(
+            self.q_lora_rank is None or self.q_lora_rank >= 1, f"want q_lora_rank >= 1 or null, got {self.q_lora_rank}"
+        )
         want(self.hidden_act == "silu", f"want hidden_act 'silu', got {self.hidden_act!r}")
         kv_heads = self.num_key_value_heads
         want(

@@ -56,9 +56,7 @@ def v3_671b() -> Config:
         qk_nope_head_dim=128,
         qk_rope_head_dim=64,
         v_head_dim=128,
-        rope_scaling=RopeScaling(
-            factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0
-        ),
+        rope_scaling=RopeScaling(factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0),
         max_position_embeddings=163840,
         num_nextn_predict_layers=1,
     )

@@ -93,8 +93,8 @@ def uncompiled_backend(run: Callable[[str, fx.GraphModule], None]) -> Callable[.
     Args:
         run: called with ``joint``, ``partitioned`` and ``last`` in turn, on the graph after differentiation.
     """
-    from torch._dynamo.backends.common import aot_autograd
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
 
     def compile_graph(gm: fx.GraphModule, example_inputs: Any) -> Any:
         for hook in ("joint", "partitioned", "last"):

@@ -1,8 +1,8 @@
 """The rules of the dialect, checked on a graph.
 
-    1. the graph is well formed (``fx.Graph.lint``) and has no attributes: parameters are inputs
-    2. every call has its value in ``meta["val"]``: a later pass decides by shapes and dtypes
-    3. a call of a dialect op has the arguments of its schema, and its shape rule gives what ``meta["val"]`` says
+1. the graph is well formed (``fx.Graph.lint``) and has no attributes: parameters are inputs
+2. every call has its value in ``meta["val"]``: a later pass decides by shapes and dtypes
+3. a call of a dialect op has the arguments of its schema, and its shape rule gives what ``meta["val"]`` says
 """
 
 from typing import Any
@@ -60,7 +60,9 @@ def _verify_value(node: fx.Node, expected: Any) -> None:
     leaves = torch.utils._pytree.tree_leaves
     got = [v for v in leaves(node.meta.get("val")) if isinstance(v, Tensor)]
     want = [v for v in leaves(expected) if isinstance(v, Tensor)]
-    same = len(got) == len(want) and all(g.dtype == w.dtype and g.ndim == w.ndim for g, w in zip(got, want, strict=True))
+    same = len(got) == len(want) and all(
+        g.dtype == w.dtype and g.ndim == w.ndim for g, w in zip(got, want, strict=True)
+    )
     # symbolic sizes are compared as expressions: asking whether they are equal would add a guard
     sizes = [
         (g, w)

@@ -62,16 +62,16 @@ def _mla_decode_kernel(
     split_size = tl.cdiv(tl.cdiv(seqlen, PAGE), NUM_SPLITS) * PAGE
     begin = split * split_size
     end = min(begin + split_size, seqlen)
-    h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    out_row = (b * NUM_SPLITS + split) * H + h
+    h0, h_s = tl.program_id(0) * BLOCK_H, tl.arange(0, BLOCK_H)
+    q_row, out_row = b * H + h0, (b * NUM_SPLITS + split) * H + h0
     if (begin >= seqlen) & (split > 0):  # the first split of an empty sequence gives its zeros
-        tl.store(lse_ptr + out_row, tl.full((BLOCK_H,), float("-inf"), tl.float32), mask=h < H)
+        tl.store(lse_ptr + out_row + h_s, tl.full((BLOCK_H,), float("-inf"), tl.float32), mask=h_s < H - h0)
         return
     c, r, t_s = tl.arange(0, PAD_C), tl.arange(0, PAD_R), tl.arange(0, BLOCK_T)
-    mask_hc, mask_hr = (h < H)[:, None] & (c < C)[None, :], (h < H)[:, None] & (r < R)[None, :]
-    q_row = (b * H + h)[:, None]
-    q_latent = tl.load(q_latent_ptr + q_row * C + c[None, :], mask=mask_hc, other=0.0)
-    q_rope = tl.load(q_rope_ptr + q_row * R + r[None, :], mask=mask_hr, other=0.0)
+    mask_h = (h_s < H - h0)[:, None]
+    tile_hc, tile_hr = h_s[:, None] * C + c[None, :], h_s[:, None] * R + r[None, :]
+    q_latent = tl.load(q_latent_ptr + q_row * C + tile_hc, mask=mask_h & (c < C)[None, :], other=0.0)
+    q_rope = tl.load(q_rope_ptr + q_row * R + tile_hr, mask=mask_h & (r < R)[None, :], other=0.0)
     scale_log2 = scale * 1.4426950408889634
     m = tl.full((BLOCK_H,), -1e30, tl.float32)  # finite: no NaN from an empty sequence
     denominator = tl.zeros((BLOCK_H,), tl.float32)
@@ -96,9 +96,9 @@ def _mla_decode_kernel(
         acc = _dot(p.to(latent.dtype), latent, acc * shrink[:, None], DOT_FLOAT32)
         m = m_next
     out = acc / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
-    tl.store(out_ptr + out_row[:, None] * C + c[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_hc)
+    tl.store(out_ptr + out_row * C + tile_hc, out.to(out_ptr.dtype.element_ty), mask=mask_h & (c < C)[None, :])
     # base 2: the kernel below is its only reader
-    tl.store(lse_ptr + out_row, m + tl.log2(denominator), mask=h < H)
+    tl.store(lse_ptr + out_row + h_s, m + tl.log2(denominator), mask=h_s < H - h0)
 
 
 @triton.jit

@@ -116,13 +116,14 @@ def _threshold(row_ptr, V, top, scale, floor, wanted, BY_MASS: tl.constexpr, BLO
     """
     ordinal = tl.full([], 0, tl.uint32)
     step = tl.full([], 1 << 30, tl.uint32)
+    zeros = tl.full([BLOCK], 0.0, tl.float32)
     for _ in range(16):
         from1 = _float(ordinal + step)
         from2 = _float(ordinal + step * 2)
         from3 = _float(ordinal + step * 3)
-        sum1 = tl.zeros([BLOCK], tl.float32)
-        sum2 = tl.zeros([BLOCK], tl.float32)
-        sum3 = tl.zeros([BLOCK], tl.float32)
+        sum1 = zeros
+        sum2 = zeros
+        sum3 = zeros
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
             x = tl.load(row_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
@@ -194,7 +195,7 @@ def _sample_kernel(
         if (top_k > 0) & (top_k < V):
             floor = _threshold(row_ptr, V, top, scale, floor, top_k.to(tl.float32), False, BLOCK)
         if top_p < 1:
-            mass = tl.zeros([BLOCK], tl.float32)
+            mass = tl.full([BLOCK], 0.0, tl.float32)
             for start in range(0, V, BLOCK):
                 v = start + lane
                 x = tl.load(row_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)

@@ -55,23 +55,22 @@ def absorb_mla(graph: fx.Graph, *, device: Device, max_seq_len: int) -> int:
 
 def _decode_site(attention: fx.Node) -> dict[str, fx.Node] | str:
     """The nodes around an attention over gathered pages with one query a sequence, or why it is none."""
-    q, kv, k_rope, q_start, k_start, k_len, _ = attention.args
+    args: Any = attention.args
+    q, kv, k_rope, q_start, k_start, k_len, _ = args
     expand = _behind_views(kv)
     if expand.target is not linear.overload or expand.args[2] is not None:
         return "keys do not come straight from a linear layer without bias"
     latent, weight, _ = expand.args
-    gathered = [_getitem_source(n) for n in (_behind_views(latent), _behind_views(k_rope), k_start)]
-    if any(g is None for g in gathered):
+    parts = [_getitem_source(n) for n in (_behind_views(latent), _behind_views(k_rope))]
+    if parts[0] is None or parts[0][0].target is not aten.split_with_sizes.default:
         return "keys come from the tokens of the call, not from the cache"
-    splits = [g for g, _ in gathered[:2]]
-    if splits[0] is not splits[1] or splits[0].target is not aten.split_with_sizes.default:
+    split = parts[0][0]
+    if parts != [(split, 0), (split, 1)]:
         return "latent and rotary key are not the two parts of one row"
-    rows = _getitem_source(splits[0].args[0])
-    if rows is None or rows[0].target is not gather_latent.overload or gathered[2] != (rows[0], 1):
+    rows = _getitem_source(split.args[0])
+    if rows is None or rows[0].target is not gather_latent.overload or _getitem_source(k_start) != (rows[0], 1):
         return "keys come from the tokens of the call, not from the cache"
     cache, block_table = rows[0].args
-    if (gathered[0][1], gathered[1][1]) != (0, 1):
-        return "latent and rotary key are not the two parts of one row"
     queries = q.meta["val"].shape[0]
     if queries != block_table.meta["val"].shape[0] or not _counts_up(q_start, queries + 1):
         return "several queries a sequence"
@@ -81,7 +80,13 @@ def _decode_site(attention: fx.Node) -> dict[str, fx.Node] | str:
 
 
 def _absorb(
-    graph: fx.Graph, attention: fx.Node, q: fx.Node, weight: fx.Node, cache: fx.Node, block_table: fx.Node, seqlens: fx.Node
+    graph: fx.Graph,
+    attention: fx.Node,
+    q: fx.Node,
+    weight: fx.Node,
+    cache: fx.Node,
+    block_table: fx.Node,
+    seqlens: fx.Node,
 ) -> None:
     H, C, N, R, V = _dims(attention)
     (out,) = attention.users
@@ -133,24 +138,25 @@ def _us(cost: Cost, device: Device, dtype: torch.dtype) -> float:
 
 def _dims(attention: fx.Node) -> tuple[int, int, int, int, int]:
     """H, C, N, R, V."""
-    q, kv, k_rope = (a.meta["val"] for a in attention.args[:3])
+    args: Any = attention.args
+    q, kv, k_rope = (a.meta["val"] for a in args[:3])
     R = k_rope.shape[-1]
     N = q.shape[-1] - R
-    expand = _behind_views(attention.args[1])
+    expand = _behind_views(args[1])
     return q.shape[1], expand.args[0].meta["val"].shape[-1], N, R, kv.shape[-1] - N
 
 
-def _behind_views(node: Any) -> fx.Node:
+def _behind_views(node: Any) -> Any:
     while node.target in VIEWS:
         node = node.args[0]
     return node
 
 
-def _getitem_source(node: fx.Node) -> tuple[fx.Node, int] | None:
+def _getitem_source(node: Any) -> tuple[Any, int] | None:
     return (node.args[0], node.args[1]) if node.target is operator.getitem else None
 
 
-def _counts_up(node: fx.Node, length: Any) -> bool:
+def _counts_up(node: Any, length: Any) -> bool:
     """Whether the node is ``0, 1, 2, ...`` of that length."""
     if node.target is aten.arange.default:
         return node.args[0] == length

@@ -42,9 +42,7 @@ class Journal:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Journal":
-        graphs = [
-            GraphEntry(g["name"], [PassEntry(**p) for p in g["passes"]], g["snapshots"]) for g in data["graphs"]
-        ]
+        graphs = [GraphEntry(g["name"], [PassEntry(**p) for p in g["passes"]], g["snapshots"]) for g in data["graphs"]]
         return cls(graphs)
 
 

@@ -37,7 +37,9 @@ class Pipeline:
                 raise ValueError(f"pipeline: want passes of different names, got {name!r} twice")
         order = [STAGES.index(p.stage) for p in self.passes]
         if order != sorted(order):
-            raise ValueError(f"pipeline: want stages in the order {STAGES}, got {[(p.name, p.stage) for p in self.passes]}")
+            raise ValueError(
+                f"pipeline: want stages in the order {STAGES}, got {[(p.name, p.stage) for p in self.passes]}"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:

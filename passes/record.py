@@ -1,7 +1,7 @@
 """What a pass is: a function ``graph -> number of rewrites`` with a name, a stage and a class.
 
-    exact          the rewritten graph gives bitwise the same values
-    reassociating  the same up to rounding, within ``ir``'s tolerances
+exact          the rewritten graph gives bitwise the same values
+reassociating  the same up to rounding, within ``ir``'s tolerances
 """
 
 import hashlib

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from deepfuse.ir.private import inductor_options, uncompiled_backend
 from deepfuse.ir.printer import graph_text
+from deepfuse.ir.private import inductor_options, uncompiled_backend
 from deepfuse.ir.verify import verify
 from deepfuse.passes.journal import GraphEntry, Journal, PassEntry, graph_name, noting
 from deepfuse.passes.pipeline import Pipeline

@@ -10,7 +10,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from deepfuse.ir.private import inductor_decompositions
 
-PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom", "original_aten", "seq_nr", "fwd_nn_module_stack")
+PROVENANCE = (
+    "nn_module_stack",
+    "stack_trace",
+    "source_fn_stack",
+    "custom",
+    "original_aten",
+    "seq_nr",
+    "fwd_nn_module_stack",
+)
 """Entries of ``node.meta`` that say where a node comes from; a new node inherits them from the one it replaces."""
 
 

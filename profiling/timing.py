@@ -22,9 +22,7 @@ class Timing:
     high: float
 
 
-def interleaved(
-    alternatives: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
-) -> dict[str, Timing]:
+def interleaved(alternatives: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2) -> dict[str, Timing]:
     """Time each alternative once a round, in turn.
 
     Args:

@@ -113,7 +113,8 @@ def build(
         compile = False
         notes.append(f"runs uncompiled: {problem}")
         warnings.warn(f"build: {notes[-1]}", stacklevel=2)
-    settings = {"providers": forced, "device": device_row(wanted), "max_seq_len": length}
+    row = device_row(wanted)
+    settings = {"providers": forced, "device": row, "max_seq_len": length}
     runner = Runner(pipeline, settings)
     key = _key(pipeline, settings, cfg, dtype, wanted, room)
     cache = LatentCache(cfg, dtype=dtype, device=wanted, **room)
@@ -121,7 +122,7 @@ def build(
         made = _engine(causal_lm.eval(), cache, runner, max_batch_size, BuildFolder(key) if compile else None)
     report = Report(
         model=str(source) if isinstance(source, str | Path) else type(source).__name__,
-        device=settings["device"].name if wanted.type == "cuda" else str(wanted),
+        device=row.name if wanted.type == "cuda" else str(wanted),
         dtype=str(dtype).removeprefix("torch."),
         parameters=counts.total,
         active_parameters=counts.active,

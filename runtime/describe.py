@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-import deepfuse.blocks.model  # noqa: F401  defines the ops of the model
+import deepfuse.blocks.model
 import deepfuse.ops.sample  # noqa: F401
 from deepfuse.ir.op import OPS, Op
 from deepfuse.ir.provider import choose

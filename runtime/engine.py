@@ -9,7 +9,8 @@ Dims: T tokens, B sequences, P pages a sequence, R rows.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence as Many
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
 from typing import Any
 
 import torch
@@ -120,9 +121,7 @@ class Engine:
             mark_unbacked(tensor, dim)
         return tokens, q_start, rows_R
 
-    def _decode_inputs(
-        self, ids: Many[int], places: Many[Sequence], bucket: int, pages: int
-    ) -> tuple[Tensor, Tensor]:
+    def _decode_inputs(self, ids: Many[int], places: Many[Sequence], bucket: int, pages: int) -> tuple[Tensor, Tensor]:
         padding = bucket - len(ids)
         step = torch.tensor(
             [
@@ -147,7 +146,9 @@ class Engine:
             prompts: token ids of fresh sequences, none empty.
             places: their places in the cache; ``None`` keeps nothing.
         """
-        logits = self._prefill(self.model, self.cache.layers, *self._prefill_inputs(prompts, places, last_only=last_only))
+        logits = self._prefill(
+            self.model, self.cache.layers, *self._prefill_inputs(prompts, places, last_only=last_only)
+        )
         for prompt, place in zip(prompts, places, strict=True):
             if place is not None:
                 place.length = len(prompt)

@@ -4,7 +4,8 @@ Prompts beyond ``max_batch_size`` wait; one that finishes makes room for the nex
 """
 
 import time
-from collections.abc import Iterator, Sequence as Many
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
 import torch

@@ -32,7 +32,9 @@ class Sequence:
 class LatentCache:
     """``layers[i]`` is ``[P, 64, C + R]``; page 0 is nobody's (padding rows write there)."""
 
-    def __init__(self, config: Config, *, max_batch_size: int, max_seq_len: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, config: Config, *, max_batch_size: int, max_seq_len: int, dtype: torch.dtype, device: torch.device
+    ):
         self.pages_per_sequence = -(-max_seq_len // PAGE_SIZE)
         num_pages = 1 + max_batch_size * self.pages_per_sequence
         shape = (num_pages, PAGE_SIZE, config.cache_width)

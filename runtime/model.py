@@ -3,7 +3,8 @@
 Dims: B sequences, T tokens a sequence (padded), V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence as Many
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Many
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -80,19 +80,17 @@ class Report:
         table = Table(title=f"{self.model} on {self.device}, {self.dtype}", show_header=False, title_justify="left")
         saved = self.mha_bytes_per_token / max(self.cache_bytes_per_token, 1)
         rows = [
-            ("parameters", f"{self.parameters:,} ({self.active_parameters:,} active), {self.weight_bytes / 1e6:,.1f} MB"),
+            (
+                "parameters",
+                f"{self.parameters:,} ({self.active_parameters:,} active), {self.weight_bytes / 1e6:,.1f} MB",
+            ),
             ("latent cache", f"{self.cache_bytes_per_token:,} bytes per token, {saved:.1f}x less than multi-head"),
             ("graphs", f"{self.graphs_at_build}, {self.graph_breaks} breaks, {self.recompiles} recompiles"),
             ("build", f"{self.build_seconds:.1f} s, of it compiling {self.compile_seconds:.1f} s{self._how()}"),
         ]
         if self.decode_tokens_per_second:
-            rows.append(
-                (
-                    "speed",
-                    f"prefill {self.prefill_tokens_per_second:,.0f} tokens/s, "
-                    f"decode {self.decode_tokens_per_second:,.0f} tokens/s",
-                )
-            )
+            prefill, decode = self.prefill_tokens_per_second, self.decode_tokens_per_second
+            rows.append(("speed", f"prefill {prefill:,.0f} tokens/s, decode {decode:,.0f} tokens/s"))
         for name, value in rows:
             table.add_row(name, value)
         return table

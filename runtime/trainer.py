@@ -64,7 +64,9 @@ class Training:
         if done < self.warmup_steps:
             return self.lr * (done + 1) / self.warmup_steps
         progress = (done - self.warmup_steps) / max(end - begin - self.warmup_steps, 1)
-        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
+        return self.lr * (
+            self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+        )
 
 
 class Trainer:
@@ -88,9 +90,7 @@ class Trainer:
             "max_seq_len": training.seq_len,
         }
         self.runner = Runner(pipeline, settings)
-        kwargs: dict[str, Any] = (
-            {"options": self.runner.options()} if compile else {"backend": self.runner.backend()}
-        )
+        kwargs: dict[str, Any] = {"options": self.runner.options()} if compile else {"backend": self.runner.backend()}
         self.next_token_loss = torch.compile(self._next_token_loss, fullgraph=True, dynamic=False, **kwargs)
         self.mtp_loss = torch.compile(self._mtp_loss, fullgraph=True, dynamic=False, **kwargs)
 

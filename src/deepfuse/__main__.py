@@ -6,6 +6,7 @@ Each command takes ``--help``. What is printed is for people; ``--json`` prints 
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,15 +215,20 @@ def _print(description: Any, as_json: bool) -> None:
         Console().print(description)
 
 
-COMMANDS = {"generate": Generate, "chat": Chat, "build": Build, "ops": Ops, "passes": Passes, "cache": Cache}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "generate": Generate,
+    "chat": Chat,
+    "build": Build,
+    "ops": Ops,
+    "passes": Passes,
+    "cache": Cache,
+}
 
 
 def main() -> None:
     """Entry point; an error a user can mend is one line, without a traceback (``DEEPFUSE_TRACEBACK=1`` shows it)."""
     try:
-        command = subcommand_cli_from_dict(
-            COMMANDS, prog="deepfuse", description=__doc__, config=(OmitArgPrefixes,)
-        )
+        command = subcommand_cli_from_dict(COMMANDS, prog="deepfuse", description=__doc__, config=(OmitArgPrefixes,))
         command.run()
     except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
         if os.environ.get("DEEPFUSE_TRACEBACK"):

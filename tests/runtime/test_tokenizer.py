@@ -61,7 +61,8 @@ def test_text_comes_back(folder: Path) -> None:
     assert ids[0] == 0 and tokenizer.encode(TEXT, add_bos=False) == ids[1:]
     assert tokenizer.decode(ids) == TEXT and tokenizer.decode(ids, skip_special=False) == BOS + TEXT
     assert tokenizer.encode("") == [0] and tokenizer.decode([]) == ""
-    assert tokenizer.vocab_size == 331
+    # the token added last
+    assert tokenizer.vocab_size == tokenizer.backend.token_to_id("<think>") + 1
     # a model's vocabulary may be larger than the tokenizer's
     assert tokenizer.decode([5000, *ids]) == TEXT
 
@@ -141,12 +142,8 @@ def test_pieces_of_any_tokens_are_the_decoded_whole(ids: list[int], skip_special
 
 @given(data=st.binary(max_size=40))
 def test_bytes_one_by_one(data: bytes) -> None:
-    # the vocabulary has each byte, behind the special tokens
-    letters = [BYTE_LEVEL.backend.encode(chr(c)).ids[-1] for c in range(128)]
-    assert len(set(letters)) == 128
-    ids = [i for i in (BYTE_LEVEL.backend.token_to_id(byte_letter(b)) for b in data) if i is not None]
-    got = pieces(BYTE_LEVEL, ids, True)
-    assert "".join(got) == data.decode(errors="replace")
+    ids = [BYTE_LEVEL.backend.token_to_id(byte_letter(b)) for b in data]
+    assert "".join(pieces(BYTE_LEVEL, ids, True)) == data.decode(errors="replace")
 
 
 def byte_letter(byte: int) -> str:
@@ -212,7 +209,7 @@ def test_a_model_without_a_template(folder: Path) -> None:
     [
         (TEMPLATE, "TemplateError: no role system"),
         ("{% for %}", "TemplateSyntaxError"),
-        ("{{ messages[0].content.lower.__globals__ }}", "SecurityError: access to attribute '__globals__'"),
+        ("{{ messages.__class__.__mro__ }}", "SecurityError: access to attribute '__class__'"),
         ("{{ messages.append(1) }}", "SecurityError"),
         ("{{ messages[0]['content'] + 1 }}", "TypeError"),
         ("{{ messages[0].nothing.nothing }}", "UndefinedError"),
