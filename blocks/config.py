@@ -67,6 +67,9 @@ class Config:
     routed_scaling_factor: float = 1.0
     first_k_dense_replace: int = 0
     """The first layers that are dense instead of mixtures of experts."""
+    mlp_layer_types: tuple[str, ...] | None = None
+    """Kind of each layer's feed-forward block, keys of ``blocks.decoder.FEED_FORWARD``; ``None``: ``dense`` up to
+    ``first_k_dense_replace``, ``sparse`` from there on."""
     kv_lora_rank: int
     q_lora_rank: int | None = None
     qk_nope_head_dim: int
@@ -125,6 +128,11 @@ class Config:
             kv_heads is None or (kv_heads >= 1 and self.num_attention_heads % kv_heads == 0),
             f"want num_attention_heads a multiple of num_key_value_heads, got {self.num_attention_heads} and {kv_heads}",
         )
+        kinds = self.mlp_layer_types
+        want(
+            kinds is None or len(kinds) == self.num_hidden_layers,
+            f"want mlp_layer_types for {self.num_hidden_layers} layers, got {kinds}",
+        )
         if self.n_routed_experts is not None:
             self._check_experts(want)
         return problems
@@ -180,8 +188,11 @@ class Config:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
 
-    def is_moe_layer(self, layer: int) -> bool:
-        return self.n_routed_experts is not None and layer >= self.first_k_dense_replace
+    def feed_forward(self, layer: int) -> str:
+        """Kind of a layer's feed-forward block; that of multi-token prediction is asked for as ``num_hidden_layers``."""
+        if self.mlp_layer_types is not None and layer < self.num_hidden_layers:
+            return self.mlp_layer_types[layer]
+        return "sparse" if self.n_routed_experts is not None and layer >= self.first_k_dense_replace else "dense"
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:

@@ -1,5 +1,7 @@
 """One decoder layer: attention and feed-forward, each behind a norm and beside a residual stream."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from deepfuse.blocks.attention import ATTENTION
@@ -10,13 +12,20 @@ from deepfuse.blocks.moe import MoE
 from deepfuse.blocks.norm import RMSNorm
 
 
+FEED_FORWARD: dict[str, Callable[[Config], nn.Module]] = {
+    "dense": lambda config: MLP(config.hidden_size, config.intermediate_size),
+    "sparse": MoE,
+}
+"""Kinds of feed-forward blocks, by ``Config.mlp_layer_types``; a new one is a new entry."""
+
+
 class DecoderLayer(nn.Module):
     """``h + attention(norm(h))``, then ``h + mlp(norm(h))``; parameter names are those of the checkpoints."""
 
-    def __init__(self, config: Config, *, moe: bool):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
         self.self_attn = ATTENTION[config.attention](config)
-        self.mlp: nn.Module = MoE(config) if moe else MLP(config.hidden_size, config.intermediate_size)
+        self.mlp = FEED_FORWARD[config.feed_forward(layer)](config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

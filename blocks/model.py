@@ -22,7 +22,7 @@ class Decoder(nn.Module):
         super().__init__()
         L = config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        layers: list[nn.Module] = [DecoderLayer(config, moe=config.is_moe_layer(i)) for i in range(L)]
+        layers: list[nn.Module] = [DecoderLayer(config, i) for i in range(L)]
         layers += [MTP(config) for _ in range(mtp_layers)]
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

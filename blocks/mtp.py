@@ -30,7 +30,7 @@ class MTP(DecoderLayer):
     """One prediction depth: a decoder layer (always a mixture of experts, where the model has any) and its entry."""
 
     def __init__(self, config: Config):
-        super().__init__(config, moe=config.n_routed_experts is not None)
+        super().__init__(config, config.num_hidden_layers)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)

@@ -107,7 +107,7 @@ def uncompiled_backend(run: Callable[[str, fx.GraphModule], None]) -> Callable[.
         bw_compiler=compile_graph,
         inference_compiler=compile_graph,
         partition_fn=min_cut_rematerialization_partition,
-        decompositions=inductor_decompositions(),
+        decompositions=dict(inductor_decompositions()),
         keep_inference_input_mutations=True,
     )
 
@@ -159,7 +159,8 @@ def capture(
     import torch._dynamo
 
     with torch._dynamo.config.patch(enable_aot_compile=True):
-        compiled = torch.compile(fn, fullgraph=True, dynamic=False, options=dict(options)).aot_compile((args, {}))
+        lazy: Any = torch.compile(fn, fullgraph=True, dynamic=False, options=dict(options))
+        compiled = lazy.aot_compile((args, {}))
     compiled.disable_guard_check()
     return compiled, type(compiled).serialize(compiled).serialized_data
 

@@ -245,13 +245,13 @@ def _torch(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         return x.new_empty(0, weight.shape[1])
     transposed = weight.stride(1) == 1
     weight_EKN = _aligned(weight.transpose(1, 2)) if transposed else _aligned(weight).transpose(1, 2)
-    return functional.grouped_mm(_aligned(x), weight_EKN, offs=offsets)
+    return functional.grouped_mm(_aligned(x), weight_EKN, offs=offsets.contiguous())
 
 
 def _torch_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     if x.shape[0] == 0:
         return x.new_zeros(offsets.shape[0], dy.shape[1], x.shape[1])
-    return functional.grouped_mm(_aligned(dy).t(), _aligned(x), offs=offsets)
+    return functional.grouped_mm(_aligned(dy).t(), _aligned(x), offs=offsets.contiguous())
 
 
 def _aligned(x: Tensor) -> Tensor:

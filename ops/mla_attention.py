@@ -134,9 +134,10 @@ def _mla_attention_kernel(
         return
     h = tl.program_id(1).to(tl.int64)
     n, r, v = tl.arange(0, PAD_N), tl.arange(0, PAD_R), tl.arange(0, PAD_V)
-    i, j_s = i0 + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
-    row = (begin + i) * H + h
-    q_ptrs = q_ptr + row[:, None] * (N + R)
+    i_s, j_s = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    i = i0 + i_s
+    row = (begin + i0) * H + h
+    q_ptrs = q_ptr + row * (N + R) + i_s[:, None] * (H * (N + R))
     q_nope = tl.load(q_ptrs + n[None, :], mask=(i < Q)[:, None] & (n < N)[None, :], other=0.0)
     q_rope = tl.load(q_ptrs + N + r[None, :], mask=(i < Q)[:, None] & (r < R)[None, :], other=0.0)
     scale_log2 = scale * 1.4426950408889634
@@ -156,7 +157,7 @@ def _mla_attention_kernel(
         s = _dot(q_nope, tl.trans(k_nope), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), DOT_FLOAT32)
         s = _dot(q_rope, tl.trans(k_rope), s, DOT_FLOAT32) * scale_log2
         if j0 + BLOCK_K > i0 + K - Q + 1:  # on the diagonal; blocks before it are seen whole
-            s = tl.where(j[None, :] <= i[:, None] + K - Q, s, float("-inf"))
+            s = tl.where(j_s[None, :] <= i_s[:, None] + (i0 + K - Q - j0), s, float("-inf"))
         m_next = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - m_next[:, None])
         shrink = tl.exp2(m - m_next)
@@ -164,9 +165,9 @@ def _mla_attention_kernel(
         acc = _dot(p.to(value.dtype), value, acc * shrink[:, None], DOT_FLOAT32)
         m = m_next
     out = acc / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
-    out_ptrs = out_ptr + row[:, None] * V + v[None, :]
+    out_ptrs = out_ptr + row * V + i_s[:, None] * (H * V) + v[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(i < Q)[:, None] & (v < V)[None, :])
-    tl.store(lse_ptr + row, (m + tl.log2(denominator)) * 0.6931471805599453, mask=i < Q)
+    tl.store(lse_ptr + row + i_s * H, (m + tl.log2(denominator)) * 0.6931471805599453, mask=i < Q)
 
 
 @triton.jit
@@ -259,7 +260,8 @@ def _mla_attention_dkv_kernel(
     # key j is seen by the queries from j + Q - K on
     first = max(j0 + Q - K, 0) // BLOCK_Q * BLOCK_Q
     q_tile, dout_tile = i_s[:, None] * (H * (N + R)), i_s[:, None] * (H * V)
-    for i0 in range(first, max(Q, first + 1), BLOCK_Q):
+    for turn in range(max(tl.cdiv(Q - first, BLOCK_Q), 1)):
+        i0 = first + turn * BLOCK_Q
         i = i0 + i_s
         row = (begin.to(tl.int64) + i0) * H + h
         q_ptrs = q_ptr + row * (N + R) + q_tile

@@ -77,7 +77,7 @@ def _mla_decode_kernel(
     denominator = tl.zeros((BLOCK_H,), tl.float32)
     acc = tl.zeros((BLOCK_H, PAD_C), tl.float32)
     # at least one turn: see mla_attention
-    for turn in range(0, max(tl.cdiv(end - begin, BLOCK_T), 1)):
+    for turn in range(max(tl.cdiv(end - begin, BLOCK_T), 1)):
         t0 = begin + turn * BLOCK_T
         page = tl.load(block_table_ptr + b * P + t0 // PAGE, mask=t0 < end, other=0).to(tl.int64)
         row_ptrs = cache_ptr + page * page_stride + (t0 % PAGE) * ROW_STRIDE + t_s[:, None] * ROW_STRIDE

@@ -11,6 +11,7 @@ Numerics: within the tolerance of the op between providers; an inlined reference
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -65,11 +66,19 @@ def _is_append(node: fx.Node) -> bool:
 
 
 def _lower_append(node: fx.Node, providers: Mapping[str, str], splicer: Splicer) -> Choice:
-    """The cache write, functional in the graph, becomes an ``index_put`` that Inductor makes in-place and fuses."""
-    (cache,) = node.kwargs["_all_bases"]
-    args = (cache, *(node.kwargs[name] for name in ("latent", "k_rope", "slots")))
+    """The cache write stands in the graph as a function of the cache (``auto_functionalized_v2``).
+
+    A kernel keeps that form, which Inductor makes in-place again; otherwise it becomes an ``index_put``, which Inductor
+    makes in-place and fuses with what it writes.
+    """
+    kwargs: Any = node.kwargs
+    (cache,) = kwargs["_all_bases"]
+    args = (cache, *(kwargs[name] for name in ("latent", "k_rope", "slots")))
     choice = append_latent.choose(tuple(values(list(args))), compiled=True, forced=providers.get("append_latent"))
-    replace_outputs(node, (None, splicer.splice(node, appended_latent, args)))
+    if choice.provider.name == "triton":
+        node.args = (torch.ops.deepfuse.append_latent.triton, *node.args[1:])
+    else:
+        replace_outputs(node, (None, splicer.splice(node, appended_latent, args)))
     return choice
 
 

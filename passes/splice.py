@@ -100,7 +100,8 @@ class Splicer:
                 elif inner.op != "placeholder":
                     new = env[inner] = self.graph.node_copy(inner, lambda n: env[n])
                     # a value of its own: Inductor reads from its storage which nodes are views of which
-                    new.meta = {"val": new.target(*values(new.args), **values(new.kwargs))}
+                    target: Any = new.target
+                    new.meta = {"val": target(*values(new.args), **values(new.kwargs))}
                     inherit(new, node)
         return result
 

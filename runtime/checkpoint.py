@@ -83,7 +83,7 @@ def load_weights(
     total = sum(stored[piece.name].nbytes for piece in plan.pieces)
     with Reader(stored) as reader, LoadingBar(f"loading {path.name}", total) as bar:
         for piece in plan.pieces:
-            target = state[piece.key][piece.index]
+            target = state[piece.key][piece.part]
             if piece.name + SCALE in stored:
                 assert block is not None
                 scale = reader.get(piece.name + SCALE).to(device, torch.float32, copy=True)
@@ -155,7 +155,7 @@ def _plan(model: CausalLM, stored: Mapping[str, Stored], block: tuple[int, int] 
     for name, piece in placed.items():
         if name not in stored:
             continue
-        want, got = wanted[piece.key][piece.index].shape, stored[name].shape
+        want, got = wanted[piece.key][piece.part].shape, stored[name].shape
         shapes += _compare(name, want, got)
         if stored[name].dtype != "F8_E4M3":
             dtypes += [] if stored[name].dtype in FLOATS else [f"{name} ({stored[name].dtype})"]

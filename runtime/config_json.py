@@ -47,7 +47,8 @@ V3_DEFAULTS: Mapping[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-V2_DEFAULTS: Mapping[str, Any] = V3_DEFAULTS | {
+V2_DEFAULTS: Mapping[str, Any] = {
+    **V3_DEFAULTS,
     "vocab_size": 102400,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -247,7 +248,10 @@ def _check_routing(config: Config) -> None:
     if c.n_routed_experts is None or moe_layers <= 0:
         return
     if c.model_type == "deepseek_v2":
-        wanted = {"scoring_func": ("softmax",), "topk_method": ("greedy", "group_limited_greedy")}
+        wanted: dict[str, tuple[Any, ...]] = {
+            "scoring_func": ("softmax",),
+            "topk_method": ("greedy", "group_limited_greedy"),
+        }
         wanted |= {"norm_topk_prob": (False,)} | ({"n_group": (1,)} if c.topk_method == "greedy" else {})
     else:
         wanted = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}

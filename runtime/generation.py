@@ -20,7 +20,8 @@ from deepfuse.runtime.latent_cache import CacheFullError, Sequence
 class Sampling:
     """How the next token is chosen."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None
+    """``None`` until the caller has settled it: :func:`generate_tokens` wants a number."""
     temperature: float = 0.0
     """0 takes the most likely token."""
     top_k: int = 0
@@ -32,7 +33,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"generate: want max_new_tokens >= 1, got {self.max_new_tokens}")
         if not self.temperature >= 0:
             raise ValueError(f"generate: want temperature >= 0, got {self.temperature}")
@@ -68,11 +69,12 @@ def generate_tokens(
     engine: Engine, prompts: Many[Many[int]], sampling: Sampling, speed: Speed
 ) -> Iterator[tuple[Request, int]]:
     """Yield each token as it is chosen, stop tokens included; set ``request.finish`` to end a request early."""
+    assert sampling.max_new_tokens is not None
     waiting = [Request(i, list(p)) for i, p in enumerate(prompts)]
     running: list[Request] = []
     try:
         while waiting or running:
-            admitted = _admit(engine, waiting, running, sampling)
+            admitted = _admit(engine, waiting, running, sampling.max_new_tokens)
             if admitted:
                 start = time.perf_counter()
                 places = [r.place for r in admitted]
@@ -100,12 +102,12 @@ def generate_tokens(
                 engine.cache.release(request.place)
 
 
-def _admit(engine: Engine, waiting: list[Request], running: list[Request], sampling: Sampling) -> list[Request]:
+def _admit(engine: Engine, waiting: list[Request], running: list[Request], max_new_tokens: int) -> list[Request]:
     admitted: list[Request] = []
     while waiting and len(running) + len(admitted) < engine.max_batch_size:
         request = waiting[0]
         try:
-            request.place = engine.cache.allocate(len(request.prompt) + sampling.max_new_tokens)
+            request.place = engine.cache.allocate(len(request.prompt) + max_new_tokens)
         except CacheFullError:
             if not running and not admitted:
                 raise
@@ -134,7 +136,7 @@ def _accept(requests: list[Request], chosen: list[int], sampling: Sampling) -> I
         request.generated.append(token)
         if token in sampling.stop_token_ids:
             request.finish = "stop"
-        elif len(request.generated) >= sampling.max_new_tokens:
+        elif len(request.generated) == sampling.max_new_tokens:
             request.finish = "length"
         yield request, token
 

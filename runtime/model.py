@@ -132,30 +132,46 @@ class Model:
         listed: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         sampling = self._sampling(max_new_tokens, temperature, top_k, top_p, seed, stop_token_ids)
         ids = self._checked([self._ids(p) for p in listed])
-        longest = max((len(p) for p in ids), default=0)
+        as_text = [isinstance(p, str) for p in listed]
+        if any(as_text) and not all(as_text):
+            raise TypeError("generate: want prompts all strings or all token ids, got both")
+        if stop and not all(as_text):
+            raise ValueError("generate: want string prompts with stop strings, got token ids; use stop_token_ids")
+        return self._run(ids, sampling, tuple(stop), text=all(as_text), single=single, stream=stream)
+
+    def _run(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        stop: tuple[str, ...],
+        *,
+        text: bool,
+        single: bool,
+        stream: bool,
+    ) -> Any:
+        pieces = self._pieces(prompts, self._fitting(prompts, sampling), stop, text=text)
+        if stream:
+            return (piece for _, piece in pieces) if len(prompts) == 1 else pieces
+        results = self._collect(pieces, len(prompts), text=text)
+        return results[0] if single else results
+
+    def _fitting(self, prompts: list[list[int]], sampling: Sampling) -> Sampling:
+        """As many new tokens as were asked for, or as fit where none were."""
+        longest = max((len(p) for p in prompts), default=0)
         room = self.max_seq_len - longest
         if room < 1:
             raise ValueError(
                 f"generate: want prompts shorter than max_seq_len = {self.max_seq_len} tokens, got {longest}; "
                 "build with a larger max_seq_len"
             )
+        if sampling.max_new_tokens is None:
+            return replace(sampling, max_new_tokens=min(self.defaults.max_new_tokens, room))
         if sampling.max_new_tokens > room:
-            if max_new_tokens is not None:
-                raise ValueError(
-                    f"generate: want prompt + max_new_tokens <= max_seq_len = {self.max_seq_len}, got {longest} + "
-                    f"{max_new_tokens}; ask for at most {room}, or build with a larger max_seq_len"
-                )
-            sampling = replace(sampling, max_new_tokens=room)
-        as_text = [isinstance(p, str) for p in listed]
-        if any(as_text) and not all(as_text):
-            raise TypeError("generate: want prompts all strings or all token ids, got both")
-        if stop and not all(as_text):
-            raise ValueError("generate: want string prompts with stop strings, got token ids; use stop_token_ids")
-        pieces = self._pieces(ids, sampling, tuple(stop), text=all(as_text))
-        if stream:
-            return (piece for _, piece in pieces) if len(listed) == 1 else pieces
-        results = self._collect(pieces, len(listed), text=all(as_text))
-        return results[0] if single else results
+            raise ValueError(
+                f"generate: want prompt + max_new_tokens <= max_seq_len = {self.max_seq_len}, got {longest} + "
+                f"{sampling.max_new_tokens}; ask for at most {room}, or build with a larger max_seq_len"
+            )
+        return sampling
 
     def _collect(self, pieces: Iterator[tuple[int, Any]], count: int, *, text: bool) -> list[Any]:
         collected: list[list[Any]] = [[] for _ in range(count)]
@@ -195,9 +211,15 @@ class Model:
         return piece
 
     def chat(self, messages: Many[Mapping[str, str]], **options: Any) -> Any:
-        """Answer a conversation ``[{"role": ..., "content": ...}, ...]``; options as in :meth:`generate`."""
-        prompt = self._tokenizer().chat(messages)
-        return self.generate(self._tokenizer().encode(prompt, add_bos=False), **options)
+        """Answer a conversation ``[{"role": ..., "content": ...}, ...]`` with a string; options as in :meth:`generate`.
+
+        Raises:
+            ValueError: the model has no chat template.
+        """
+        tokenizer = self._tokenizer()
+        ids = self._checked([tokenizer.encode(tokenizer.chat(messages), add_bos=False)])
+        stream, stop = options.pop("stream", False), tuple(options.pop("stop", ()))
+        return self._run(ids, self._sampling(**options), stop, text=True, single=True, stream=stream)
 
     def save(self, path: str | Path) -> None:
         """Write a Hugging Face checkpoint directory, which transformers and :func:`build` load."""
@@ -257,17 +279,17 @@ class Model:
 
     def _sampling(
         self,
-        max_new_tokens: int | None,
-        temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
-        seed: int,
-        stop_token_ids: Many[int] | None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop_token_ids: Many[int] | None = None,
     ) -> Sampling:
         d = self.defaults
         stops = stop_token_ids if stop_token_ids is not None else (d.eos_token_ids or self.config.eos_token_ids)
         return Sampling(
-            max_new_tokens=d.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            max_new_tokens=max_new_tokens,
             temperature=d.temperature if temperature is None else temperature,
             top_k=d.top_k if top_k is None else top_k,
             top_p=d.top_p if top_p is None else top_p,

@@ -79,12 +79,12 @@ def save_checkpoint(
             write_shard(temporary[name], ((tensor, tensors[tensor]) for tensor in shard))
         for name, content in (small | last).items():
             temporary[name] = temporary_name(path / name)
-            with durable(temporary[name]) as file:
-                file.write(content)
+            with durable(temporary[name]) as out:
+                out.write(content)
         _exchange(path, temporary)
     finally:
-        for file in temporary.values():
-            file.unlink(missing_ok=True)
+        for left in temporary.values():
+            left.unlink(missing_ok=True)
 
 
 def _exchange(path: Path, temporary: Mapping[str, Path]) -> None:
@@ -97,13 +97,13 @@ def _exchange(path: Path, temporary: Mapping[str, Path]) -> None:
         config.unlink()
     for name in weights - temporary.keys():
         (path / name).unlink()
-    for name, file in temporary.items():
-        file.replace(path / name)
+    for name, written in temporary.items():
+        written.replace(path / name)
 
 
 def _on_disk(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by their names on disk; views of the model's."""
-    return {piece.name: tensor[piece.index] for key, tensor in state.items() for piece in pieces(key, tensor.shape)}
+    return {piece.name: tensor[piece.part] for key, tensor in state.items() for piece in pieces(key, tensor.shape)}
 
 
 def _tokenizer_files(source: str | os.PathLike[str] | None, files: Mapping[str, bytes]) -> dict[str, bytes]:

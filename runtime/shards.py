@@ -92,7 +92,7 @@ class Reader:
     def get(self, name: str) -> Tensor:
         """A tensor on the CPU, in the dtype and shape it has on disk."""
         stored = self.tensors[name]
-        if self._path != stored.file:
+        if self._path != stored.file or self._read + stored.nbytes > self.largest[stored.file]:
             self._close()
             self._file, self._path = _open(stored.file), stored.file
         self._read += stored.nbytes

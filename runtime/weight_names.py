@@ -27,7 +27,7 @@ class Piece(NamedTuple):
     name: str
     key: str
     """Of the tensor in memory."""
-    index: tuple[int | slice, ...] = ()
+    part: tuple[int | slice, ...] = ()
 
 
 def pieces(key: str, shape: Iterable[int]) -> Iterator[Piece]:

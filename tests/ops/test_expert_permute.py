@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepfuse.ops import expert_permute as module
 from deepfuse.ops.expert_permute import (
     COMPARE_ROWS,
     _compare,
@@ -15,7 +16,7 @@ from deepfuse.ops.expert_permute import (
     expert_permute_ref,
 )
 
-DEVICE = pytest.param("cuda", marks=pytest.mark.gpu) if torch.cuda.is_available() else "cpu"
+on_kernel_device = pytest.mark.usefixtures("kernel_device")
 
 
 def _check_order(experts, num_experts, order, inverse, offsets):
@@ -29,42 +30,45 @@ def _check_order(experts, num_experts, order, inverse, offsets):
     assert offsets.tolist() == experts.flatten().bincount(minlength=num_experts).cumsum(0).tolist()
 
 
-def _experts(T, K, E, device="cpu"):
-    return torch.randint(E, (T, K), device=device)
+def _experts(T, K, E):
+    return torch.randint(E, (T, K))
 
 
-@pytest.mark.parametrize("device", [DEVICE])
+@on_kernel_device
 @pytest.mark.parametrize("provider", [expert_permute_ref, _compare, _launch], ids=["reference", "compare", "triton"])
+@settings(max_examples=25)
 @given(T=st.integers(0, 9), K=st.integers(1, 4), E=st.integers(1, 9), seed=st.integers(0, 99))
-def test_rows_are_a_stable_permutation_by_expert(provider, device, T, K, E, seed):
+def test_rows_are_a_stable_permutation_by_expert(provider, T, K, E, seed):
     torch.manual_seed(seed)
-    x, experts = torch.randn(T, 5, device=device), _experts(T, K, E, device)
+    x, experts = torch.randn(T, 5), _experts(T, K, E)
     rows, order, inverse, offsets = provider(x, experts, E)
     _check_order(experts, E, order, inverse, offsets)
     assert torch.equal(rows, x[order // K])
 
 
-@pytest.mark.parametrize("device", [DEVICE])
+@on_kernel_device
 @pytest.mark.parametrize("sort", [_compare_sort, _counting_sort])
 # within a block; over blocks, the last of them not full; all rows to one expert
 @pytest.mark.parametrize(("T", "K", "E", "spread"), [(3, 2, 5, 5), (64, 2, 3, 3), (75, 4, 20, 20), (150, 2, 7, 1)])
-def test_both_sorts_of_the_kernel(sort, device, T, K, E, spread):
-    experts = _experts(T, K, spread, device) + (E - spread)
+def test_both_sorts_of_the_kernel(sort, T, K, E, spread):
+    experts = _experts(T, K, spread) + (E - spread)
     _check_order(experts, E, *sort(experts, E))
 
 
-@pytest.mark.parametrize("device", [DEVICE])
-def test_more_rows_than_are_compared(device):
-    x, experts = torch.randn(700, 3, device=device), _experts(700, 6, 40, device)
+@on_kernel_device
+def test_more_rows_than_are_compared(monkeypatch):
+    monkeypatch.setattr(module, "KERNEL_COMPARE_ROWS", 150)
+    monkeypatch.setattr(module, "_compare_sort", None)
+    x, experts = torch.randn(40, 3), _experts(40, 4, 40)
     for actual, expected in zip(_launch(x, experts, 40), expert_permute_ref(x, experts, 40), strict=True):
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("device", [DEVICE])
+@on_kernel_device
 @pytest.mark.parametrize("D", [1, 20, 1500])
-def test_views_and_widths(device, D):
-    x = torch.randn(D, 7, device=device, dtype=torch.bfloat16).t()
-    experts = _experts(7, 4, 5, device)[:, ::2]
+def test_views_and_widths(D):
+    x = torch.randn(D, 7, dtype=torch.bfloat16).t()
+    experts = _experts(7, 4, 5)[:, ::2]
     for actual, expected in zip(_launch(x, experts, 5), expert_permute_ref(x, experts, 5), strict=True):
         assert torch.equal(actual, expected)
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from accuracy import assert_as_accurate
 from deepfuse.ops.grouped_matmul import (
     _gather,
     _launch,
@@ -17,17 +18,17 @@ from deepfuse.ops.grouped_matmul import (
     grouped_matmul_wgrad_ref,
 )
 
-DEVICE = pytest.param("cuda", marks=pytest.mark.gpu) if torch.cuda.is_available() else "cpu"
+on_kernel_device = pytest.mark.usefixtures("kernel_device")
 COUNTS = st.lists(st.integers(0, 20), min_size=1, max_size=6)
 
 
-def _arguments(counts, N, K, dtype=torch.float32, device="cpu"):
+def _arguments(counts, N, K, dtype=torch.float32):
     """Arguments of ``grouped_matmul``, and the group of each row."""
-    counts = torch.tensor(counts, device=device)
+    counts = torch.tensor(counts)
     offsets, M = counts.cumsum(0).to(torch.int32), int(counts.sum())
-    x = torch.randn(M, K, device=device, dtype=dtype)
-    weight = torch.randn(len(counts), N, K, device=device, dtype=dtype) / K**0.5
-    return x, weight, offsets, torch.arange(len(counts), device=device).repeat_interleave(counts)
+    x = torch.randn(M, K, dtype=dtype)
+    weight = torch.randn(len(counts), N, K, dtype=dtype) / K**0.5
+    return x, weight, offsets, torch.arange(len(counts)).repeat_interleave(counts)
 
 
 def _row_by_row(x, weight, group):
@@ -36,19 +37,20 @@ def _row_by_row(x, weight, group):
 
 def _wgrad_row_by_row(dy, x, group, E):
     products = torch.einsum("mn,mk->mnk", dy.double(), x.double())
-    return torch.zeros(E, *products.shape[1:], dtype=torch.float64, device=x.device).index_add(0, group, products)
+    return products.new_zeros(E, *products.shape[1:]).index_add(0, group, products)
 
 
-@pytest.mark.parametrize("device", [DEVICE])
+@on_kernel_device
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     "provider", [grouped_matmul_ref, _launch, _torch, _gather], ids=["reference", "triton", "torch", "gather"]
 )
+@settings(max_examples=15)
 @given(counts=COUNTS, seed=st.integers(0, 99))
-def test_every_row_meets_the_weight_of_its_group(provider, transposed, device, counts, seed):
+def test_every_row_meets_the_weight_of_its_group(provider, transposed, counts, seed):
     torch.manual_seed(seed)
     # bfloat16, which grouped_mm takes on every device
-    x, weight, offsets, group = _arguments(counts, 16, 24, torch.bfloat16, device)
+    x, weight, offsets, group = _arguments(counts, 16, 24, torch.bfloat16)
     if transposed:
         weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
     y = provider(x, weight, offsets)
@@ -56,57 +58,54 @@ def test_every_row_meets_the_weight_of_its_group(provider, transposed, device, c
     torch.testing.assert_close(y.double(), _row_by_row(x, weight, group), atol=1e-3, rtol=1.6e-2)
 
 
-@pytest.mark.parametrize("device", [DEVICE])
+@on_kernel_device
 @pytest.mark.parametrize(
     "provider", [grouped_matmul_wgrad_ref, _launch_wgrad, _torch_wgrad], ids=["reference", "triton", "torch"]
 )
+@settings(max_examples=15)
 @given(counts=COUNTS, seed=st.integers(0, 99))
-def test_weight_gradient_sums_over_the_rows_of_a_group(provider, device, counts, seed):
+def test_weight_gradient_sums_over_the_rows_of_a_group(provider, counts, seed):
     torch.manual_seed(seed)
-    x, weight, offsets, group = _arguments(counts, 16, 24, torch.bfloat16, device)
-    dy = torch.randn(x.shape[0], 16, device=device, dtype=x.dtype) / max(x.shape[0], 1) ** 0.5
+    x, _, offsets, group = _arguments(counts, 16, 24, torch.bfloat16)
+    dy = torch.randn(x.shape[0], 16, dtype=x.dtype) / max(x.shape[0], 1) ** 0.5
     dweight = provider(dy, x, offsets)
     assert dweight.is_contiguous() and dweight.dtype == x.dtype
     torch.testing.assert_close(dweight.double(), _wgrad_row_by_row(dy, x, group, len(counts)), atol=1e-3, rtol=1.6e-2)
     assert not dweight[torch.tensor(counts) == 0].any()
 
 
-@pytest.mark.parametrize("device", [DEVICE])
+@on_kernel_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 # one row; sizes that are no multiples of anything; tiles that are full, in several blocks of columns and of the sum
 @pytest.mark.parametrize(("counts", "N", "K"), [([1], 3, 5), ([2, 0, 67], 75, 130), ([130, 70], 160, 96)])
-def test_kernel_error_is_at_most_twice_the_error_of_pytorch(device, dtype, counts, N, K):
-    x, weight, offsets, group = _arguments(counts, N, K, dtype, device)
+def test_kernel_error_is_at_most_twice_the_error_of_pytorch(dtype, counts, N, K):
+    x, weight, offsets, group = _arguments(counts, N, K, dtype)
     exact = _row_by_row(x, weight, group)
-    kernel_err = (_launch(x, weight, offsets) - exact).abs().max()
-    torch_err = (grouped_matmul_ref(x, weight, offsets) - exact).abs().max()
-    assert kernel_err <= 2 * torch_err + torch.finfo(dtype).eps
+    assert_as_accurate(_launch(x, weight, offsets), grouped_matmul_ref(x, weight, offsets), exact)
 
-    dy = torch.randn(x.shape[0], N, device=device, dtype=dtype) / x.shape[0] ** 0.5
+    dy = torch.randn(x.shape[0], N, dtype=dtype) / x.shape[0] ** 0.5
     exact = _wgrad_row_by_row(dy, x, group, len(counts))
-    kernel_err = (_launch_wgrad(dy, x, offsets) - exact).abs().max()
-    torch_err = (grouped_matmul_wgrad_ref(dy, x, offsets) - exact).abs().max()
-    assert kernel_err <= 2 * torch_err + torch.finfo(dtype).eps
+    assert_as_accurate(_launch_wgrad(dy, x, offsets), grouped_matmul_wgrad_ref(dy, x, offsets), exact)
 
 
-@pytest.mark.parametrize("device", [DEVICE])
+@on_kernel_device
 @pytest.mark.parametrize("provider", [_launch, _torch], ids=["triton", "torch"])
-def test_views(provider, device):
-    x, weight, offsets, group = _arguments([3, 0, 4], 16, 32, torch.bfloat16, device)
-    padded = torch.zeros(7, 37, device=device, dtype=x.dtype)
+def test_views(provider):
+    x, weight, offsets, group = _arguments([3, 0, 4], 16, 32, torch.bfloat16)
+    padded = torch.zeros(7, 37, dtype=x.dtype)
     padded[:, 5:] = x
     # rows that do not begin at 16 bytes; columns first; one row for all; every second weight and offset
-    for x in (padded[:, 5:], x.t().contiguous().t(), x[:1].expand(7, -1)):
-        actual = provider(x, weight.repeat_interleave(2, 0)[::2], offsets.repeat_interleave(2)[::2])
-        torch.testing.assert_close(actual.double(), _row_by_row(x, weight, group), atol=1e-3, rtol=1.6e-2)
+    for view in (padded[:, 5:], x.t().contiguous().t(), x[:1].expand(7, -1)):
+        actual = provider(view, weight.repeat_interleave(2, 0)[::2], offsets.repeat_interleave(2)[::2])
+        torch.testing.assert_close(actual.double(), _row_by_row(view, weight, group), atol=1e-3, rtol=1.6e-2)
 
 
-@pytest.mark.parametrize("device", [DEVICE])
+@on_kernel_device
 @pytest.mark.parametrize("provider", [_launch_wgrad, _torch_wgrad], ids=["triton", "torch"])
-def test_views_for_the_weight_gradient(provider, device):
-    x, _, offsets, group = _arguments([3, 0, 4], 16, 32, torch.bfloat16, device)
+def test_views_for_the_weight_gradient(provider):
+    x, _, offsets, group = _arguments([3, 0, 4], 16, 32, torch.bfloat16)
     # the gradient of a sum has strides of zero
-    for dy in (torch.ones(1, 1, device=device, dtype=x.dtype).expand(7, 16), torch.randn(16, 7).to(x).t()):
+    for dy in (torch.ones(1, 1, dtype=x.dtype).expand(7, 16), torch.randn(16, 7).to(x).t()):
         actual = provider(dy, x.t().contiguous().t(), offsets)
         torch.testing.assert_close(actual.double(), _wgrad_row_by_row(dy, x, group, 3), atol=1e-3, rtol=1.6e-2)
 
