@@ -151,10 +151,10 @@ def config_object(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     out["architectures"] = [ARCHITECTURES[out["model_type"]]]
     out["rope_scaling"] = rope_object(config.rope_scaling)
     out["torch_dtype"] = str(dtype).removeprefix("torch.")
-    if isinstance(config.eos_token_id, tuple):
-        out["eos_token_id"] = list(config.eos_token_id)
-    if config.attention == "mla":
-        del out["attention"]
+    # of models of our own; transformers names the tensors it then misses
+    for name, usual in (("attention", "mla"), ("mlp_layer_types", None)):
+        if out[name] == usual:
+            del out[name]
     # transformers wants integers here
     out["n_shared_experts"] = config.n_shared_experts or 0
     if config.n_routed_experts is None and not config.num_nextn_predict_layers:
@@ -221,14 +221,15 @@ def _refuse_unknown_parts(raw: Mapping[str, Any], model_type: str) -> None:
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value as its field wants it: a list of integers as a tuple, an integer as a float where that is wanted."""
+    """The value as its field wants it: a list as a tuple, an integer as a float where that is wanted."""
     options = get_args(hint) or (hint,)
-    if isinstance(value, list) and any(map(get_args, options)) and all(type(v) is int for v in value):
-        return tuple(value)
+    for element, *_ in filter(None, map(get_args, options)):
+        if isinstance(value, list) and all(type(v) is element for v in value):
+            return tuple(value)
     if type(value) is int and float in options:
         return float(value)
     if type(value) not in options:
-        wanted = " or ".join(KINDS[o] for o in options if o in KINDS)
+        wanted = " or ".join(KINDS.get(o, "a list") for o in options if o is not NoneType)
         raise ValueError(f"want {name} {wanted}, got {value!r}")
     return value
 
@@ -244,8 +245,7 @@ def _groups(raw: Mapping[str, Any], defaults: Mapping[str, Any], topk_method: st
 def _check_routing(config: Config) -> None:
     """That the fields of routing say what transformers does for this model type, whatever they say."""
     c = config
-    moe_layers = c.num_hidden_layers - c.first_k_dense_replace + c.num_nextn_predict_layers
-    if c.n_routed_experts is None or moe_layers <= 0:
+    if not any(c.feed_forward(i) == "sparse" for i in range(c.num_hidden_layers + c.num_nextn_predict_layers)):
         return
     if c.model_type == "deepseek_v2":
         wanted: dict[str, tuple[Any, ...]] = {

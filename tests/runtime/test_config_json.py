@@ -182,7 +182,13 @@ def test_a_dense_model_is_written_as_transformers_can_say_it(tmp_path: Path) -> 
     write_config(config, tmp_path, torch.float32)
     theirs, back = AutoConfig.from_pretrained(tmp_path), read_config(tmp_path)
     assert theirs.first_k_dense_replace == theirs.num_hidden_layers
-    assert not any(back.is_moe_layer(i) for i in range(back.num_hidden_layers))
+    assert all(back.feed_forward(i) == "dense" for i in range(back.num_hidden_layers))
+
+
+def test_models_of_our_own_come_back(tmp_path: Path) -> None:
+    config = replace(PRESETS["v3-tiny"](), attention="mha", mlp_layer_types=("dense", "sparse") * 2 + ("dense",))
+    write_config(config, tmp_path, torch.float32)
+    assert replace(read_config(tmp_path), extra={}) == config
 
 
 def test_what_was_true_of_the_source_only_is_not_written() -> None:
@@ -213,7 +219,9 @@ def test_what_was_true_of_the_source_only_is_not_written() -> None:
         ({"hidden_size": 7168.0}, "want hidden_size an integer, got 7168.0"),
         ({"rms_norm_eps": True}, "want rms_norm_eps a number, got True"),
         ({"tie_word_embeddings": 1}, "want tie_word_embeddings true or false, got 1"),
-        ({"eos_token_id": ["a"]}, r"want eos_token_id an integer, got \['a'\]"),
+        ({"eos_token_id": ["a"]}, r"want eos_token_id an integer or a list, got \['a'\]"),
+        ({"mlp_layer_types": ["dense", 1]}, "want mlp_layer_types a list, got"),
+        ({"mlp_layer_types": ["dense"]}, "want mlp_layer_types for 61 layers, got"),
         ({"topk_group": 9}, "topk_group <= n_group, got topk_group 9 and n_group 8"),
         ({"n_group": 7, "topk_group": 1}, "want n_group dividing n_routed_experts, got 7 and 256"),
         ({"num_experts_per_tok": 200}, "want 1 <= num_experts_per_tok <= 128.* got 200"),

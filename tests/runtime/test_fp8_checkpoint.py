@@ -1,0 +1,119 @@
+"""Checkpoints with FP8 weights, against an independent computation in float64."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deepfuse.runtime.checkpoint import CheckpointError, save_checkpoint
+from deepfuse.runtime.shards import INDEX, SINGLE
+from tiny_checkpoint import TINY, assert_same_state, change, load, logits, model_of
+
+# FP8
+
+
+def e4m3(bits: np.ndarray) -> np.ndarray:
+    """Values of E4M3 numbers (OCP 8-bit floating point, section 5) in float64."""
+    exponent, mantissa = (bits >> 3) & 15, (bits & 7).astype(np.float64)
+    value = np.where(
+        exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent.astype(np.float64) - 7)
+    )
+    return np.where(bits & 128, -value, value)
+
+
+def quantize(folder: Path, block: tuple[int, int], fused: bool = False) -> dict[str, np.ndarray]:
+    """Give a checkpoint random FP8 weights; returns what they mean, in float64."""
+    rng, meant = np.random.default_rng(0), {}
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        if fused:
+            tensors |= {n: t for n, t in load(folder).state_dict().items() if n.endswith(("gate_up_proj", "down_proj"))}
+            for name in [n for n in tensors if ".experts." in n and n.endswith(".weight")]:
+                del tensors[name]
+        names = [n for n in tensors if "proj" in n and "eh_proj" not in n]
+        for name in names:
+            *batch, N, K = tensors[name].shape
+            bits = rng.integers(0, 256, (*batch, N, K), dtype=np.uint8)
+            bits[(bits & 127) == 127] = 0  # NaN
+            scale = rng.uniform(1e-4, 1e-2, (*batch, -(-N // block[0]), -(-K // block[1]))).astype(np.float32)
+            n, k = np.indices((N, K))
+            meant[name] = e4m3(bits) * scale.astype(np.float64)[..., n // block[0], k // block[1]]
+            tensors[name] = torch.from_numpy(bits).view(torch.float8_e4m3fn)
+            tensors[name + "_scale_inv"] = torch.from_numpy(scale)
+
+    change(folder, edit)
+    path = folder / "config.json"
+    settings = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
+    return meant
+
+
+WIDE = replace(TINY, hidden_size=192, kv_lora_rank=512, qk_rope_head_dim=64, q_lora_rank=130, moe_intermediate_size=72)
+"""``kv_a_proj_with_mqa`` is [576, 192]: four blocks of 128 rows and a half by one and a half."""
+
+
+@pytest.mark.parametrize(("block", "fused"), [((128, 128), False), ((128, 128), True), ((16, 40), False)])
+def test_fp8_weights_are_dequantized(block: tuple[int, int], fused: bool, tmp_path: Path) -> None:
+    save_checkpoint(model_of(WIDE), tmp_path)
+    meant = quantize(tmp_path, block, fused)
+    assert meant["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape == (576, 192)
+    model = load(tmp_path)
+    state = model.state_dict()
+    for i in range(8) if not fused else ():
+        for layer in (1, 2, 3):
+            prefix = f"model.layers.{layer}.mlp.experts"
+            both = [meant.pop(f"{prefix}.{i}.{part}_proj.weight") for part in ("gate", "up")]
+            meant.setdefault(f"{prefix}.gate_up_proj", np.empty((8, 144, 192)))[i] = np.concatenate(both)
+            meant.setdefault(f"{prefix}.down_proj", np.empty((8, 192, 72)))[i] = meant.pop(
+                f"{prefix}.{i}.down_proj.weight"
+            )
+    for name, want in meant.items():
+        # 4 bits times 24 bits: exact in float64, rounded once to float32
+        assert np.array_equal(state[name].numpy(), want.astype(np.float32)), name
+    assert logits(model).isfinite().all()
+    half = load(tmp_path, torch.bfloat16).state_dict()
+    assert all(torch.equal(half[name], state[name].bfloat16()) for name in meant)
+    # what is written again is not quantized
+    save_checkpoint(model, tmp_path / "plain")
+    assert_same_state(load(tmp_path / "plain").state_dict(), state)
+
+
+def test_fp8_weights_in_files_apart_from_their_scales(tmp_path: Path) -> None:
+    save_checkpoint(model_of(WIDE), tmp_path)
+    quantize(tmp_path, (128, 128))
+    want = load(tmp_path).state_dict()
+    tensors = load_file(tmp_path / SINGLE)
+    (tmp_path / SINGLE).unlink()
+    parts = {"b": {n: t for n, t in tensors.items() if n.endswith("_scale_inv")}}
+    parts["a"] = {n: t for n, t in tensors.items() if n not in parts["b"]}
+    for part, held in parts.items():
+        save_file(held, tmp_path / f"{part}.safetensors")
+    weight_map = {n: f"{part}.safetensors" for part, held in parts.items() for n in held}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert_same_state(load(tmp_path).state_dict(), want)
+
+
+def test_fp8_scales_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    save_checkpoint(model_of(WIDE), tmp_path)
+    quantize(tmp_path, (128, 128))
+    kv, q = (f"model.layers.0.self_attn.{n}.weight_scale_inv" for n in ("kv_a_proj_with_mqa", "q_a_proj"))
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors[kv] = tensors[kv][:4]
+        del tensors[q]
+        tensors["model.norm.weight_scale_inv"] = torch.ones(1, 1)
+
+    change(tmp_path, edit)
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path)
+    assert f"{kv} (want [5, 2], got [4, 2])" in str(caught.value)
+    assert f"1 missing:\n  {q}\n1 unexpected:\n  model.norm.weight_scale_inv\n" in str(caught.value)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "quantization_config"}))
+    with pytest.raises(CheckpointError, match=r"kv_a_proj_with_mqa.weight \(FP8, without quantization_config\)"):
+        load(tmp_path)
