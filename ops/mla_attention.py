@@ -262,14 +262,14 @@ def _mla_attention_dkv_kernel(
     q_tile, dout_tile = i_s[:, None] * (H * (N + R)), i_s[:, None] * (H * V)
     for turn in range(max(tl.cdiv(Q - first, BLOCK_Q), 1)):
         i0 = first + turn * BLOCK_Q
-        i = i0 + i_s
+        live = i_s < Q - i0
         row = (begin.to(tl.int64) + i0) * H + h
         q_ptrs = q_ptr + row * (N + R) + q_tile
         dout_ptrs = dout_ptr + row * V + dout_tile
-        q_nope = tl.load(q_ptrs + n[None, :], mask=(i < Q)[:, None] & (n < N)[None, :], other=0.0)
-        q_rope = tl.load(q_ptrs + N + r[None, :], mask=(i < Q)[:, None] & (r < R)[None, :], other=0.0)
-        dout = tl.load(dout_ptrs + v[None, :], mask=(i < Q)[:, None] & (v < V)[None, :], other=0.0)
-        lse_log2 = tl.load(lse_log2_ptr + h * T + begin + i0 + i_s, mask=i < Q, other=0.0)
+        q_nope = tl.load(q_ptrs + n[None, :], mask=live[:, None] & (n < N)[None, :], other=0.0)
+        q_rope = tl.load(q_ptrs + N + r[None, :], mask=live[:, None] & (r < R)[None, :], other=0.0)
+        dout = tl.load(dout_ptrs + v[None, :], mask=live[:, None] & (v < V)[None, :], other=0.0)
+        lse_log2 = tl.load(lse_log2_ptr + h * T + begin + i0 + i_s, mask=live, other=0.0)
         s = _dot(k_nope, tl.trans(q_nope), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), DOT_FLOAT32)
         s = _dot(k_rope, tl.trans(q_rope), s, DOT_FLOAT32)
         p = tl.exp2(s * scale_log2 - lse_log2[None, :])
@@ -277,7 +277,7 @@ def _mla_attention_dkv_kernel(
         if OF_VALUES:
             dvalue = _dot(p.to(dout.dtype), dout, dvalue, DOT_FLOAT32)
         else:
-            delta = tl.load(delta_ptr + h * T + begin + i0 + i_s, mask=i < Q, other=0.0)
+            delta = tl.load(delta_ptr + h * T + begin + i0 + i_s, mask=live, other=0.0)
             dp = _dot(value, tl.trans(dout), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), DOT_FLOAT32)
             ds = (p * (dp - delta[None, :])).to(q_nope.dtype)
             dk_nope = _dot(ds, q_nope, dk_nope, DOT_FLOAT32)
@@ -339,7 +339,7 @@ def _launch_backward(
     narrow = q.element_size() == 2 and _padded_width(widths) <= 320
     # block of queries, block of keys, warps, stages; the largest that keep DeepSeek-V3's widths in registers
     for_queries = (128, 64, 8, 2) if narrow else (16, 32, 4, 1)
-    for_keys = (32, 128, 8, 3) if narrow else (16, 32, 4, 1)
+    for_keys = (64, 128, 8, 2) if narrow else (16, 32, 4, 1)
     for_values = (64, 128, 8, 2) if narrow else (16, 32, 4, 1)
     dout, q, kv, k_rope = dout.contiguous(), q.contiguous(), kv.contiguous(), k_rope.contiguous()
     sequences = q_start, k_start, k_len

@@ -45,7 +45,7 @@ def _wgrad_row_by_row(dy, x, group, E):
 @pytest.mark.parametrize(
     "provider", [grouped_matmul_ref, _launch, _torch, _gather], ids=["reference", "triton", "torch", "gather"]
 )
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(counts=COUNTS, seed=st.integers(0, 99))
 def test_every_row_meets_the_weight_of_its_group(provider, transposed, counts, seed):
     torch.manual_seed(seed)
@@ -62,7 +62,7 @@ def test_every_row_meets_the_weight_of_its_group(provider, transposed, counts, s
 @pytest.mark.parametrize(
     "provider", [grouped_matmul_wgrad_ref, _launch_wgrad, _torch_wgrad], ids=["reference", "triton", "torch"]
 )
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(counts=COUNTS, seed=st.integers(0, 99))
 def test_weight_gradient_sums_over_the_rows_of_a_group(provider, counts, seed):
     torch.manual_seed(seed)

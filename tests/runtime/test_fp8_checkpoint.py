@@ -83,6 +83,18 @@ def test_fp8_weights_are_dequantized(block: tuple[int, int], fused: bool, tmp_pa
     assert_same_state(load(tmp_path / "plain").state_dict(), state)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_on_a_gpu_are_those_on_the_cpu(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_checkpoint(model_of(WIDE), tmp_path)
+    quantize(tmp_path, (128, 128))
+    model = load(tmp_path, dtype, device="cuda")
+    assert all(t.is_cuda for t in (*model.parameters(), *model.buffers()))
+    assert_same_state({k: v.cpu() for k, v in model.state_dict().items()}, load(tmp_path, dtype).state_dict())
+    save_checkpoint(model, tmp_path / "again")
+    assert_same_state(load(tmp_path / "again", dtype).state_dict(), load(tmp_path, dtype).state_dict())
+
+
 def test_fp8_weights_in_files_apart_from_their_scales(tmp_path: Path) -> None:
     save_checkpoint(model_of(WIDE), tmp_path)
     quantize(tmp_path, (128, 128))

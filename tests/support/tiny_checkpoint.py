@@ -70,11 +70,11 @@ def model_of(config: Config, dtype: torch.dtype = torch.float32) -> CausalLM:
     return model
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> CausalLM:
+def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any) -> CausalLM:
     config = read_config(folder)
     with torch.device("meta"):
         model = CausalLM(config, mtp_layers=present_mtp_layers(folder, config))
-    load_weights(model, folder, device="cpu", dtype=dtype, **options)
+    load_weights(model, folder, device=device, dtype=dtype, **options)
     return model.eval()
 
 
