@@ -5,6 +5,7 @@ must not pay for them. :func:`check` says in one place what a torch lacks.
 """
 
 import contextlib
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -119,11 +120,19 @@ def mark_unbacked(tensor: Tensor, dim: int) -> None:
     torch._dynamo.decorators.mark_unbacked(tensor, dim)
 
 
-def allow_graphs(number: int) -> contextlib.AbstractContextManager[None]:
-    """Inside, one function may be captured for so many sets of shapes (torch gives up after 8)."""
-    import torch._dynamo
+def with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own.
 
-    return torch._dynamo.config.patch(recompile_limit=number)
+    Dynamo keeps compiled graphs with the code object: those of a function compiled for many models would be looked
+    through at each call, and count together against its limit of 8.
+    """
+    method = fn if isinstance(fn, types.MethodType) else None
+    plain: Any = fn if method is None else method.__func__
+    copy = types.FunctionType(
+        plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
+    )
+    copy.__kwdefaults__, copy.__qualname__, copy.__module__ = plain.__kwdefaults__, plain.__qualname__, plain.__module__
+    return copy if method is None else types.MethodType(copy, method.__self__)
 
 
 def without_inductor_cache() -> contextlib.AbstractContextManager[None]:

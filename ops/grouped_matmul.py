@@ -203,8 +203,8 @@ def _largest_tile(x: Tensor, N: int, K: int) -> tuple[int, int, int, int]:
     if x.element_size() >= 4:
         # summed without tensor cores: 32 accumulators a thread of four warps
         return 64, 64, 32, 3
-    if N % 8 or K % 8:
-        # rows do not begin at 16 bytes: no asynchronous copies, the next tiles wait in registers
+    if N % 16 or K % 16:
+        # triton knows only of multiples of 16 that rows are aligned: no asynchronous copies, tiles wait in registers
         return 64, 64, 32, 2
     # 64 accumulators a thread of eight warps, 128 KiB of shared memory
     return 128, 128, 64, 4

@@ -278,8 +278,8 @@ def _mla_attention_dkv_kernel(
             dvalue = _dot(p.to(dout.dtype), dout, dvalue, DOT_FLOAT32)
         else:
             delta = tl.load(delta_ptr + h * T + begin + i0 + i_s, mask=live, other=0.0)
-            dp = _dot(value, tl.trans(dout), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), DOT_FLOAT32)
-            ds = (p * (dp - delta[None, :])).to(q_nope.dtype)
+            dp = _dot(value, tl.trans(dout), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32) - delta[None, :], DOT_FLOAT32)
+            ds = (p * dp).to(q_nope.dtype)
             dk_nope = _dot(ds, q_nope, dk_nope, DOT_FLOAT32)
             dk_rope = _dot(ds, q_rope, dk_rope, DOT_FLOAT32)
     dtype = dkv_ptr.dtype.element_ty

@@ -14,10 +14,11 @@ from collections.abc import Sequence as Many
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from deepfuse.blocks.model import CausalLM
-from deepfuse.ir.private import allow_graphs, capture, load_captured, mark_unbacked
+from deepfuse.ir.private import capture, load_captured, mark_unbacked, with_own_code
 from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.passes.journal import naming
 from deepfuse.passes.runner import Runner
@@ -63,7 +64,7 @@ class Engine:
         self.buckets = tuple(buckets(max_batch_size))
         self.from_cache = folder is not None
         began = time.perf_counter()
-        with torch.inference_mode(False), torch.no_grad(), allow_graphs(2 * len(self.buckets) + 8):
+        with torch.inference_mode(False), torch.no_grad():
             self._prefill = self._graph("prefill", prefill, *self._example_prefill())
             self._decode = {b: self._graph(f"decode_{b}", decode, *self._example_decode(b)) for b in self.buckets}
         self.compile_seconds = time.perf_counter() - began
@@ -71,14 +72,16 @@ class Engine:
     def _graph(self, name: str, fn: Graph, *example: Tensor) -> Graph:
         args = (self.model, self.cache.layers, *example)
         if self.folder is None:
-            compiled = torch.compile(fn, fullgraph=True, dynamic=False, backend=self.runner.backend())
+            compiled = torch.compile(with_own_code(fn), fullgraph=True, dynamic=False, backend=self.runner.backend())
             with naming(name):
                 compiled(*args)
             return compiled
         graph = self._load(name, args)
         if graph is None:
             self.from_cache = False
-            with naming(name):
+            text = f"compiling {name} (kept for the next build)"
+            # a minute of silence would look as if nothing happened; off a terminal it prints nothing
+            with naming(name), Console(stderr=True).status(text):
                 graph, data = capture(fn, args, self.runner.options())
             self.folder.write(f"{name}.graph", data)
             graph(*args)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import Router
 from deepfuse.ir.device import device_row
+from deepfuse.ir.private import with_own_code
 from deepfuse.passes.journal import naming
 from deepfuse.passes.pipeline import Pipeline, default
 from deepfuse.passes.runner import Runner
@@ -90,9 +91,10 @@ class Trainer:
             "max_seq_len": training.seq_len,
         }
         self.runner = Runner(pipeline, settings)
-        kwargs: dict[str, Any] = {"options": self.runner.options()} if compile else {"backend": self.runner.backend()}
-        self.next_token_loss = torch.compile(self._next_token_loss, fullgraph=True, dynamic=False, **kwargs)
-        self.mtp_loss = torch.compile(self._mtp_loss, fullgraph=True, dynamic=False, **kwargs)
+        how: dict[str, Any] = {"options": self.runner.options()} if compile else {"backend": self.runner.backend()}
+        how |= {"fullgraph": True, "dynamic": False}
+        self.next_token_loss = torch.compile(with_own_code(self._next_token_loss), **how)
+        self.mtp_loss = torch.compile(with_own_code(self._mtp_loss), **how)
 
     def _optimizer(self, parameters: Any) -> torch.optim.AdamW:
         parameters = list(parameters)
