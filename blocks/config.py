@@ -133,6 +133,10 @@ class Config:
             kinds is None or len(kinds) == self.num_hidden_layers,
             f"want mlp_layer_types for {self.num_hidden_layers} layers, got {kinds}",
         )
+        want(
+            kinds is None or "sparse" not in kinds or self.n_routed_experts is not None,
+            f"want n_routed_experts for the sparse layers of mlp_layer_types, got {self.n_routed_experts}",
+        )
         if self.n_routed_experts is not None:
             self._check_experts(want)
         return problems

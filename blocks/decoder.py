@@ -1,6 +1,6 @@
 """One decoder layer: attention and feed-forward, each behind a norm and beside a residual stream."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -19,13 +19,19 @@ FEED_FORWARD: dict[str, Callable[[Config], nn.Module]] = {
 """Kinds of feed-forward blocks, by ``Config.mlp_layer_types``; a new one is a new entry."""
 
 
+def _kind(field: str, kinds: Mapping[str, Callable[[Config], nn.Module]], name: str) -> Callable[[Config], nn.Module]:
+    if name not in kinds:
+        raise ValueError(f"config: want {field} out of {list(kinds)}, got {name!r}")
+    return kinds[name]
+
+
 class DecoderLayer(nn.Module):
     """``h + attention(norm(h))``, then ``h + mlp(norm(h))``; parameter names are those of the checkpoints."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.self_attn = ATTENTION[config.attention](config)
-        self.mlp = FEED_FORWARD[config.feed_forward(layer)](config)
+        self.self_attn = _kind("attention", ATTENTION, config.attention)(config)
+        self.mlp = _kind("mlp_layer_types", FEED_FORWARD, config.feed_forward(layer))(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -257,11 +257,11 @@ def _mla_attention_dkv_kernel(
     scale_log2 = scale * 1.4426950408889634
     dk_nope, dk_rope = tl.zeros((BLOCK_K, PAD_N), tl.float32), tl.zeros((BLOCK_K, PAD_R), tl.float32)
     dvalue = tl.zeros((BLOCK_K, PAD_V), tl.float32)
+    stats_row = h * T + begin
     # key j is seen by the queries from j + Q - K on
     first = max(j0 + Q - K, 0) // BLOCK_Q * BLOCK_Q
     q_tile, dout_tile = i_s[:, None] * (H * (N + R)), i_s[:, None] * (H * V)
-    for turn in range(max(tl.cdiv(Q - first, BLOCK_Q), 1)):
-        i0 = first + turn * BLOCK_Q
+    for i0 in range(first, first + max(Q - first, 1), BLOCK_Q):
         live = i_s < Q - i0
         row = (begin.to(tl.int64) + i0) * H + h
         q_ptrs = q_ptr + row * (N + R) + q_tile
@@ -269,7 +269,7 @@ def _mla_attention_dkv_kernel(
         q_nope = tl.load(q_ptrs + n[None, :], mask=live[:, None] & (n < N)[None, :], other=0.0)
         q_rope = tl.load(q_ptrs + N + r[None, :], mask=live[:, None] & (r < R)[None, :], other=0.0)
         dout = tl.load(dout_ptrs + v[None, :], mask=live[:, None] & (v < V)[None, :], other=0.0)
-        lse_log2 = tl.load(lse_log2_ptr + h * T + begin + i0 + i_s, mask=live, other=0.0)
+        lse_log2 = tl.load(lse_log2_ptr + stats_row + i0 + i_s, mask=live, other=0.0)
         s = _dot(k_nope, tl.trans(q_nope), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), DOT_FLOAT32)
         s = _dot(k_rope, tl.trans(q_rope), s, DOT_FLOAT32)
         p = tl.exp2(s * scale_log2 - lse_log2[None, :])
@@ -277,9 +277,9 @@ def _mla_attention_dkv_kernel(
         if OF_VALUES:
             dvalue = _dot(p.to(dout.dtype), dout, dvalue, DOT_FLOAT32)
         else:
-            delta = tl.load(delta_ptr + h * T + begin + i0 + i_s, mask=live, other=0.0)
-            dp = _dot(value, tl.trans(dout), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32) - delta[None, :], DOT_FLOAT32)
-            ds = (p * dp).to(q_nope.dtype)
+            delta = tl.load(delta_ptr + stats_row + i0 + i_s, mask=live, other=0.0)
+            dp = _dot(value, tl.trans(dout), tl.zeros((BLOCK_K, BLOCK_Q), tl.float32), DOT_FLOAT32)
+            ds = (p * (dp - delta[None, :])).to(q_nope.dtype)
             dk_nope = _dot(ds, q_nope, dk_nope, DOT_FLOAT32)
             dk_rope = _dot(ds, q_rope, dk_rope, DOT_FLOAT32)
     dtype = dkv_ptr.dtype.element_ty

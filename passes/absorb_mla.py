@@ -74,7 +74,7 @@ def _decode_site(attention: fx.Node) -> dict[str, fx.Node] | str:
     queries = q.meta["val"].shape[0]
     if queries != block_table.meta["val"].shape[0] or not _counts_up(q_start, queries + 1):
         return "several queries a sequence"
-    if len(attention.users) > 1 or any(u.args[1] != 0 for u in attention.users):
+    if any(user.args[1] != 0 for user in attention.users if user.users):
         return "the statistics of the softmax are read"
     return {"q": q, "weight": weight, "cache": cache, "block_table": block_table, "seqlens": k_len}
 
@@ -89,7 +89,6 @@ def _absorb(
     seqlens: fx.Node,
 ) -> None:
     H, C, N, R, V = _dims(attention)
-    (out,) = attention.users
     with graph.inserting_before(attention):
         q_nope = call(graph, attention, aten.slice.Tensor, q, 2, 0, N)
         q_rope = call(graph, attention, aten.slice.Tensor, q, 2, N, N + R)
@@ -101,8 +100,9 @@ def _absorb(
         scale = attention.args[-1]
         mixed = call(graph, attention, mla_decode.overload, q_latent, q_rope, cache, block_table, seqlens, scale)
         new = call(graph, attention, head_matmul.overload, mixed, w_uv)
-    out.replace_all_uses_with(new)
-    graph.erase_node(out)
+    for user in list(attention.users):
+        user.replace_all_uses_with(new)
+        graph.erase_node(user)
     graph.erase_node(attention)
 
 

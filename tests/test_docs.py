@@ -7,7 +7,6 @@ needed: the shipped one) stands for a model of one layer, so that the whole take
 A graph behind ``<!-- graph: STAGE -->`` is compared with that model's: each line must be in it, in this order.
 """
 
-import functools
 import json
 import os
 import re
@@ -28,7 +27,9 @@ from deepfuse.blocks.config import Config
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
-BLOCK = re.compile(r"^(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 CODE = re.compile(r"`([^`\n]+)`")
 FOLDERS = sorted(path.name for path in ROOT.iterdir() if path.is_dir())
 
@@ -247,14 +248,18 @@ def _run_all() -> dict[str, Any]:
         os.chdir(folder)
         _write_checkpoint(folder / "checkpoint")
 
-        @functools.cache
-        def built_once(source: str, **options: Any) -> Any:
-            shipped_or_none = source in deepfuse.PRESETS or not Path(source).is_dir()
-            return build(folder / "checkpoint" if shipped_or_none else source, **{"max_batch_size": 1, **options})
+        built: dict[str, Any] = {}
 
         def quick(source: Any, **options: Any) -> Any:
-            options["compile"] = False
-            return built_once(str(source), **options) if isinstance(source, str | Path) else build(source, **options)
+            options = {"max_batch_size": 1, **options, "compile": False}
+            if not isinstance(source, str | Path):
+                return build(source, **options)
+            if source in deepfuse.PRESETS or not Path(source).is_dir():
+                source = folder / "checkpoint"
+            key = f"{source} {sorted(options.items())}"
+            if key not in built:
+                built[key] = build(source, **options)
+            return built[key]
 
         deepfuse.build = quick  # type: ignore[attr-defined]
         errors = {}

@@ -1,0 +1,165 @@
+"""Expanded attention over the cache becomes absorbed attention, where and only where it should."""
+
+import pytest
+import torch
+
+from deepfuse.ir.device import CPU
+from deepfuse.ops.gather_latent import gather_latent
+from deepfuse.ops.head_matmul import head_matmul
+from deepfuse.ops.linear import linear
+from deepfuse.ops.mla_attention import mla_attention
+from deepfuse.ops.mla_decode import mla_decode
+from deepfuse.passes.absorb_mla import _decode_site, _predict, absorb_mla
+from deepfuse.passes.journal import noting
+from deepfuse.passes.runner import op_counts
+from graphs import trace
+
+B, H, C, N, R, V, PAGES = 2, 3, 16, 8, 4, 12, 2
+SCALE = (N + R) ** -0.5
+SETTINGS = {"device": CPU, "max_seq_len": 4096}
+
+
+def expanded(q, weight, cache, block_table, seqlens):
+    rows, k_start = gather_latent(cache, block_table)
+    latent, k_rope = rows.split((C, R), -1)
+    kv = linear(latent, weight, None).unflatten(-1, (H, N + V))
+    q_start = torch.arange(q.shape[0] + 1, dtype=torch.int32)
+    return mla_attention(q, kv, k_rope, q_start, k_start, seqlens, SCALE)[0]
+
+
+def absorbed(q, weight, cache, block_table, seqlens):
+    w_uk, w_uv = weight.view(H, N + V, C).split((N, V), 1)
+    mixed = mla_decode(head_matmul(q[..., :N], w_uk), q[..., N:], cache, block_table, seqlens, SCALE)
+    return head_matmul(mixed, w_uv.transpose(1, 2))
+
+
+def arguments():
+    pages = torch.arange(1, B * PAGES + 1).reshape(B, PAGES)
+    return (
+        torch.randn(B, H, N + R),
+        torch.randn(H * (N + V), C) / C**0.5,
+        torch.randn(B * PAGES + 1, 64, C + R),
+        pages,
+        torch.tensor([70, 5], dtype=torch.int32),
+    )
+
+
+def rewritten(fn, *args, **settings):
+    gm = trace(fn, *args)
+    notes = []
+    with noting(notes):
+        count = absorb_mla(gm.graph, **{**SETTINGS, **settings})
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return gm, count, notes
+
+
+def test_decode_is_absorbed():
+    args = arguments()
+    gm, count, notes = rewritten(expanded, *args)
+    assert count == 1
+    assert "absorbed" in notes[0] and "predicted" in notes[0]
+    counts = op_counts(gm.graph)
+    assert counts["deepfuse.mla_decode.default"] == 1 and counts["deepfuse.head_matmul.default"] == 2
+    for gone in ("mla_attention", "gather_latent", "linear"):
+        assert f"deepfuse.{gone}.default" not in counts
+    # reassociating: sums of C = 16 and N = 8 terms in another order, a few units of roundoff of values near one
+    torch.testing.assert_close(gm(*args), expanded(*args), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gm(*args), absorbed(*args), atol=0, rtol=0)
+
+
+def test_is_idempotent():
+    gm, _, _ = rewritten(expanded, *arguments())
+    assert absorb_mla(gm.graph, **SETTINGS) == 0
+
+
+def test_every_new_node_knows_its_value():
+    gm, _, _ = rewritten(expanded, *arguments())
+    assert all("val" in n.meta for n in gm.graph.nodes if n.op == "call_function")
+
+
+def test_the_cheaper_form_is_taken(monkeypatch):
+    monkeypatch.setattr("deepfuse.passes.absorb_mla._predict", lambda *args: (1.0, 2.0))
+    gm, count, notes = rewritten(expanded, *arguments())
+    assert count == 0 and "expanded: absorbed 2.0 us, expanded 1.0 us" in notes[0]
+    assert op_counts(gm.graph)["deepfuse.mla_attention.default"] == 1
+
+
+def test_leaves_a_prefill_alone():
+    def prefill(q, kv, k_rope, q_start, k_len):
+        return mla_attention(q, kv, k_rope, q_start, q_start[:-1], k_len, SCALE)[0]
+
+    args = (
+        torch.randn(5, H, N + R),
+        torch.randn(5, H, N + V),
+        torch.randn(5, R),
+        torch.tensor([0, 2, 5], dtype=torch.int32),
+        torch.tensor([2, 3], dtype=torch.int32),
+    )
+    _, count, notes = rewritten(prefill, *args)
+    assert count == 0 and "do not come straight from a linear layer" in notes[0]
+
+
+def test_leaves_several_queries_a_sequence_alone():
+    q, weight, cache, block_table, seqlens = arguments()
+    _, count, notes = rewritten(expanded, torch.cat((q, q)), weight, cache, block_table, seqlens)
+    assert count == 0 and "several queries" in notes[0]
+
+
+def test_leaves_it_alone_where_the_statistics_are_read():
+    def with_lse(q, weight, cache, block_table, seqlens):
+        rows, k_start = gather_latent(cache, block_table)
+        latent, k_rope = rows.split((C, R), -1)
+        kv = linear(latent, weight, None).unflatten(-1, (H, N + V))
+        q_start = torch.arange(q.shape[0] + 1, dtype=torch.int32)
+        return mla_attention(q, kv, k_rope, q_start, k_start, seqlens, SCALE)
+
+    _, count, notes = rewritten(with_lse, *arguments())
+    assert count == 0 and "statistics" in notes[0]
+
+
+def test_leaves_swapped_parts_of_the_row_alone():
+    def swapped(q, weight, cache, block_table, seqlens):
+        rows, k_start = gather_latent(cache, block_table)
+        k_rope, latent = rows.split((R, C), -1)
+        kv = linear(latent, weight, None).unflatten(-1, (H, N + V))
+        q_start = torch.arange(q.shape[0] + 1, dtype=torch.int32)
+        return mla_attention(q, kv, k_rope, q_start, k_start, seqlens, SCALE)[0]
+
+    _, count, notes = rewritten(swapped, *arguments())
+    assert count == 0 and "not the two parts" in notes[0]
+
+
+def test_leaves_keys_that_begin_elsewhere_alone():
+    def shifted(q, weight, cache, block_table, seqlens):
+        rows, k_start = gather_latent(cache, block_table)
+        latent, k_rope = rows.split((C, R), -1)
+        kv = linear(latent, weight, None).unflatten(-1, (H, N + V))
+        q_start = torch.arange(q.shape[0] + 1, dtype=torch.int32)
+        return mla_attention(q, kv, k_rope, q_start, k_start + 1, seqlens, SCALE)[0]
+
+    _, count, notes = rewritten(shifted, *arguments())
+    assert count == 0 and "not from the cache" in notes[0]
+
+
+def test_leaves_a_linear_layer_with_bias_alone():
+    def biased(q, weight, cache, block_table, seqlens, bias):
+        rows, k_start = gather_latent(cache, block_table)
+        latent, k_rope = rows.split((C, R), -1)
+        kv = linear(latent, weight, bias).unflatten(-1, (H, N + V))
+        q_start = torch.arange(q.shape[0] + 1, dtype=torch.int32)
+        return mla_attention(q, kv, k_rope, q_start, k_start, seqlens, SCALE)[0]
+
+    _, count, _ = rewritten(biased, *arguments(), torch.randn(H * (N + V)))
+    assert count == 0
+
+
+@pytest.mark.parametrize("tokens", [64, 4096])
+def test_prediction_grows_with_the_context(tokens):
+    gm = trace(expanded, *arguments())
+    (attention,) = gm.graph.find_nodes(op="call_function", target=mla_attention.overload)
+    site = _decode_site(attention)
+    expand, absorb = _predict(attention, site, CPU, tokens)
+    twice = _predict(attention, site, CPU, 2 * tokens)
+    assert twice[0] > expand and twice[1] > absorb
