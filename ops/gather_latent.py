@@ -26,8 +26,9 @@ def gather_latent_ref(cache: Tensor, block_table: Tensor) -> tuple[Tensor, Tenso
 
 @triton.jit
 def _gather_latent_kernel(
-    cache_ptr, block_table_ptr, rows_ptr, page_stride, PAGE_ELEMENTS: tl.constexpr, BLOCK: tl.constexpr
-):
+    cache_ptr, block_table_ptr, rows_ptr, starts_ptr, page_stride, P, PAGE: tl.constexpr,
+    PAGE_ELEMENTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program per page of the table and block of its elements."""
     entry, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     page = tl.load(block_table_ptr + entry).to(tl.int64)
@@ -35,22 +36,25 @@ def _gather_latent_kernel(
     mask = element < PAGE_ELEMENTS
     values = tl.load(cache_ptr + page * page_stride + element, mask=mask, other=0.0)
     tl.store(rows_ptr + entry * PAGE_ELEMENTS + element, values, mask=mask)
+    if (block == 0) & (entry % P == 0):
+        tl.store(starts_ptr + entry // P, (entry * PAGE).to(tl.int32))
 
 
-def _launch(cache: Tensor, block_table: Tensor) -> Tensor:
-    D, num_entries = cache.shape[2], block_table.numel()
-    rows = torch.empty((num_entries * PAGE_SIZE, D), dtype=cache.dtype, device=cache.device)
+def _launch(cache: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
+    (B, P), D = block_table.shape, cache.shape[2]
+    rows = torch.empty((B * P * PAGE_SIZE, D), dtype=cache.dtype, device=cache.device)
+    starts = torch.empty((B,), dtype=torch.int32, device=cache.device)
     if rows.numel() == 0:
-        return rows
+        return rows, starts.zero_()
     if cache.stride()[1:] != (D, 1):
         cache = cache.contiguous()
-    # 16 elements a thread: two vectors of eight in flight, and enough programs for one page of a short sequence
+    # 16 elements a thread: two vectors of eight in flight, and enough programs for the pages of one short sequence
     block, num_warps = 2048, 4
-    _gather_latent_kernel[(num_entries, triton.cdiv(PAGE_SIZE * D, block))](
-        cache, block_table.contiguous(), rows, cache.stride(0), PAGE_ELEMENTS=PAGE_SIZE * D, BLOCK=block,
-        num_warps=num_warps,
+    _gather_latent_kernel[(B * P, triton.cdiv(PAGE_SIZE * D, block))](
+        cache, block_table.contiguous(), rows, starts, cache.stride(0), P, PAGE=PAGE_SIZE,
+        PAGE_ELEMENTS=PAGE_SIZE * D, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
-    return rows
+    return rows, starts
 
 
 def _check(cache: Tensor, block_table: Tensor) -> None:

@@ -122,7 +122,7 @@ def _dot(a, b, acc, DOT_FLOAT32: tl.constexpr):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B"])
 def _mla_attention_kernel(
     q_ptr, kv_ptr, k_rope_ptr, q_start_ptr, k_start_ptr, k_len_ptr, out_ptr, lse_ptr, scale, T, B, H: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr, V: tl.constexpr, PAD_N: tl.constexpr, PAD_R: tl.constexpr, PAD_V: tl.constexpr,
@@ -170,7 +170,7 @@ def _mla_attention_kernel(
     tl.store(lse_ptr + row + i_s * H, (m + tl.log2(denominator)) * 0.6931471805599453, mask=i < Q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B"])
 def _mla_attention_dq_kernel(
     dout_ptr, q_ptr, kv_ptr, k_rope_ptr, out_ptr, lse_ptr, q_start_ptr, k_start_ptr, k_len_ptr, dq_ptr, lse_log2_ptr,
     delta_ptr, scale, T, B, H: tl.constexpr,
@@ -221,7 +221,7 @@ def _mla_attention_dq_kernel(
     tl.store(dq_ptr + row * (N + R) + N + q_tile + r[None, :], (dq_rope * scale).to(dtype), mask=mask_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "B"])
 def _mla_attention_dkv_kernel(
     dout_ptr, q_ptr, kv_ptr, k_rope_ptr, lse_log2_ptr, delta_ptr, q_start_ptr, k_start_ptr, k_len_ptr, dkv_ptr,
     dk_rope_ptr, scale, T, S, B, H: tl.constexpr,

@@ -47,7 +47,7 @@ def _dot(a, b, acc, DOT_FLOAT32: tl.constexpr):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "NUM_SPLITS"])
 def _mla_decode_kernel(
     q_latent_ptr, q_rope_ptr, cache_ptr, block_table_ptr, seqlens_ptr, out_ptr, lse_ptr, scale, H, P, NUM_SPLITS,
     page_stride, ROW_STRIDE: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr, R: tl.constexpr, PAD_C: tl.constexpr,
@@ -76,7 +76,7 @@ def _mla_decode_kernel(
     m = tl.full((BLOCK_H,), -1e30, tl.float32)  # finite: no NaN from an empty sequence
     denominator = tl.zeros((BLOCK_H,), tl.float32)
     acc = tl.zeros((BLOCK_H, PAD_C), tl.float32)
-    # at least one turn: see mla_attention
+    # at least one turn, for mla_attention's reason
     for turn in range(max(tl.cdiv(end - begin, BLOCK_T), 1)):
         t0 = begin + turn * BLOCK_T
         page = tl.load(block_table_ptr + b * P + t0 // PAGE, mask=t0 < end, other=0).to(tl.int64)
@@ -85,6 +85,8 @@ def _mla_decode_kernel(
         latent = tl.load(row_ptrs + c[None, :], mask=live[:, None] & (c < C)[None, :], other=0.0)
         k_rope = tl.load(row_ptrs + C + r[None, :], mask=live[:, None] & (r < R)[None, :], other=0.0)
         s = _dot(q_latent, tl.trans(latent), tl.zeros((BLOCK_H, BLOCK_T), tl.float32), DOT_FLOAT32)
+        # two products, a sum and a branch: from a product that leads to another one without a branch, by its sum or by
+        # its operand, Triton lets both warpgroups compute all 64 rows
         s_rope = _dot(q_rope, tl.trans(k_rope), tl.zeros((BLOCK_H, BLOCK_T), tl.float32), DOT_FLOAT32)
         s = s * scale_log2 + s_rope * scale_log2
         if t0 + BLOCK_T > end:
@@ -101,22 +103,27 @@ def _mla_decode_kernel(
     tl.store(lse_ptr + out_row + h_s, m + tl.log2(denominator), mask=h_s < H - h0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["NUM_SPLITS"])
 def _mla_decode_reduce_kernel(
-    partial_ptr, lse_ptr, out_ptr, H, NUM_SPLITS, C: tl.constexpr, PAD_C: tl.constexpr, BLOCK_S: tl.constexpr
-):
+    partial_ptr, lse_ptr, out_ptr, H, NUM_SPLITS, C: tl.constexpr, PAD_C: tl.constexpr, PAD_SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
     """One program per head and sequence: the mean of the splits, weighted by what they summed."""
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    c, splits = tl.arange(0, PAD_C), tl.arange(0, BLOCK_S)
-    lse = tl.load(lse_ptr + (b * NUM_SPLITS + splits) * H + h, mask=splits < NUM_SPLITS, other=float("-inf"))
-    top = tl.max(lse, 0)
-    total = tl.sum(tl.exp2(lse - tl.maximum(top, -1e30)), 0)
-    acc = tl.zeros((PAD_C,), tl.float32)
-    for split in range(NUM_SPLITS):
-        row = (b * NUM_SPLITS + split) * H + h
-        weight = tl.exp2(tl.load(lse_ptr + row) - tl.maximum(top, -1e30))
-        # splits without tokens have written nothing
-        acc += weight * tl.load(partial_ptr + row * C + c, mask=(c < C) & (weight > 0.0), other=0.0)
+    lse_ptrs = lse_ptr + b * NUM_SPLITS * H + h
+    every = tl.arange(0, PAD_SPLITS)
+    lse = tl.load(lse_ptrs + every * H, mask=every < NUM_SPLITS, other=float("-inf"))
+    top = tl.maximum(tl.max(lse, 0), -1e30)
+    total = tl.sum(tl.exp2(lse - top), 0)
+    c, acc = tl.arange(0, PAD_C), tl.zeros((PAD_C,), tl.float32)
+    for first in range(0, NUM_SPLITS, BLOCK_SPLITS):
+        splits = first + tl.arange(0, BLOCK_SPLITS)
+        weight = tl.exp2(tl.load(lse_ptrs + splits * H, mask=splits < NUM_SPLITS, other=float("-inf")) - top)
+        rows = (b * NUM_SPLITS + splits) * H + h
+        # splits without tokens have written no partial sum
+        mask = (weight > 0.0)[:, None] & (c < C)[None, :]
+        partial = tl.load(partial_ptr + rows[:, None] * C + c[None, :], mask=mask, other=0.0)
+        acc += tl.sum(weight[:, None] * partial, 0)
     acc /= tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + (b * H + h) * C + c, acc.to(out_ptr.dtype.element_ty), mask=c < C)
 
@@ -133,7 +140,7 @@ def _launch(
     pad_c, pad_r = (max(triton.next_power_of_2(width), 16) for width in (C, R))
     if q_latent.element_size() == 2:
         # 64 heads are what a warpgroup multiplies; their [64, 512] accumulator takes 128 registers of 256 threads, and
-        # 64 query rows and two blocks of cache rows 216 KiB of shared memory
+        # the queries, two pages and the weights 224 KiB of shared memory. Few heads are padded to 16, not to 64
         block_h, block_t, num_warps, num_stages = (64 if H > 16 else 16), 64, (8 if H > 16 else 4), 2
     else:
         block_h, block_t, num_warps, num_stages = 16, 16, 8, 2
@@ -151,8 +158,8 @@ def _launch(
     )  # fmt: skip
     if num_splits > 1:
         _mla_decode_reduce_kernel[(H, B)](
-            partial, lse, out, H, num_splits, C=C, PAD_C=pad_c, BLOCK_S=triton.next_power_of_2(num_splits),
-            num_warps=4 if pad_c >= 512 else 1,
+            partial, lse, out, H, num_splits, C=C, PAD_C=pad_c, PAD_SPLITS=triton.next_power_of_2(num_splits),
+            BLOCK_SPLITS=4, num_warps=4 if pad_c >= 256 else 1,
         )  # fmt: skip
     return out
 
@@ -194,9 +201,7 @@ def _stream(
     return ((p_BHPS[..., None] * values_BPSC[:, None]).sum((2, 3)) / total_BH1).to(q_latent.dtype)
 
 
-def _check(
-    q_latent: Tensor, q_rope: Tensor, cache: Tensor, block_table: Tensor, seqlens: Tensor, scale: float
-) -> None:
+def _check(q_latent: Tensor, q_rope: Tensor, cache: Tensor, block_table: Tensor, seqlens: Tensor, scale: float) -> None:
     if (
         q_latent.ndim != 3
         or q_rope.ndim != 3
@@ -225,9 +230,7 @@ def _fake(
     return q_latent.new_empty(q_latent.shape)
 
 
-def _cost(
-    q_latent: Tensor, q_rope: Tensor, cache: Tensor, block_table: Tensor, seqlens: Tensor, scale: float
-) -> Cost:
+def _cost(q_latent: Tensor, q_rope: Tensor, cache: Tensor, block_table: Tensor, seqlens: Tensor, scale: float) -> Cost:
     # lengths are values, which a cost may not read: every page of the table counts as full
     B, H, C = q_latent.shape
     S, D = block_table.shape[1] * PAGE_SIZE, cache.shape[2]

@@ -75,6 +75,7 @@ def generate_tokens(
     try:
         while waiting or running:
             admitted = _admit(engine, waiting, running, sampling.max_new_tokens)
+            running += admitted  # before anything can fail: their pages must come back
             if admitted:
                 start = time.perf_counter()
                 places = [r.place for r in admitted]
@@ -83,7 +84,6 @@ def generate_tokens(
                 speed.prefill_seconds += time.perf_counter() - start
                 speed.prefill_tokens += sum(len(r.prompt) for r in admitted)
                 yield from _accept(admitted, chosen, sampling)
-                running += admitted
             running = _retire(engine, running)
             if not running:
                 continue

@@ -105,7 +105,7 @@ class Model:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
-        stop: Many[str] = (),
+        stop: str | Many[str] = (),
         stop_token_ids: Many[int] | None = None,
         stream: bool = False,
     ) -> Any:
@@ -116,7 +116,7 @@ class Model:
             max_new_tokens, temperature, top_k, top_p: ``None`` takes the checkpoint's ``generation_config.json``;
                 temperature 0 is greedy.
             seed: the same seed gives the same text, whatever else is in the batch.
-            stop: a string that ends a text; it is not part of the result.
+            stop: strings (or one) that end a text; they are not part of the result.
             stop_token_ids: tokens that end a text; ``None`` takes the checkpoint's end-of-text tokens.
             stream: return an iterator of pieces instead: of strings for one prompt, of ``(prompt number, piece)`` for
                 several. Pieces are token ids where prompts are.
@@ -137,7 +137,7 @@ class Model:
             raise TypeError("generate: want prompts all strings or all token ids, got both")
         if stop and not all(as_text):
             raise ValueError("generate: want string prompts with stop strings, got token ids; use stop_token_ids")
-        return self._run(ids, sampling, tuple(stop), text=all(as_text), single=single, stream=stream)
+        return self._run(ids, sampling, _strings(stop), text=all(as_text), single=single, stream=stream)
 
     def _run(
         self,
@@ -218,7 +218,7 @@ class Model:
         """
         tokenizer = self._tokenizer()
         ids = self._checked([tokenizer.encode(tokenizer.chat(messages), add_bos=False)])
-        stream, stop = options.pop("stream", False), tuple(options.pop("stop", ()))
+        stream, stop = options.pop("stream", False), _strings(options.pop("stop", ()))
         return self._run(ids, self._sampling(**options), stop, text=True, single=True, stream=stream)
 
     def save(self, path: str | Path) -> None:
@@ -296,3 +296,7 @@ class Model:
             seed=seed,
             stop_token_ids=tuple(stops),
         )
+
+
+def _strings(stop: str | Many[str]) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)

@@ -30,10 +30,11 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + text
-        ends = [i for i in (text.find(s) for s in self.stop) if i >= 0]
-        if ends:
+        # the first to be complete: the one that begins first would depend on where tokens end
+        found = [(begin + len(s), begin) for s in self.stop if (begin := text.find(s)) >= 0]
+        if found:
             self.stopped, self._held = True, ""
-            return text[: min(ends)]
+            return text[: min(found)[1]]
         keep = max((_overlap(text, s) for s in self.stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

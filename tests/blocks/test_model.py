@@ -37,7 +37,9 @@ def test_a_token_sees_the_tokens_before_it_and_no_others(model):
     changed = IDS.clone()
     changed[3] += 1
     with torch.no_grad():
-        different = (model(IDS, POSITIONS, STARTS) != model(changed, POSITIONS, STARTS)).any(-1)
+        # grouped otherwise by their experts, rows may be rounded otherwise
+        moved = (model(IDS, POSITIONS, STARTS) - model(changed, POSITIONS, STARTS)).abs().amax(-1)
+    different = moved > 1e-5
     assert different.tolist() == [False] * 3 + [True] * 3 + [False] * 3
 
 

@@ -67,10 +67,11 @@ def test_more_rows_than_are_compared(monkeypatch):
 @on_kernel_device
 @pytest.mark.parametrize("D", [1, 20, 1500])
 def test_views_and_widths(D):
-    x = torch.randn(D, 7, dtype=torch.bfloat16).t()
-    experts = _experts(7, 4, 5)[:, ::2]
-    for actual, expected in zip(_launch(x, experts, 5), expert_permute_ref(x, experts, 5), strict=True):
-        assert torch.equal(actual, expected)
+    x, experts = torch.randn(D, 7, dtype=torch.bfloat16).t(), _experts(7, 4, 5)[:, ::2]
+    # columns first; rows of a wider tensor
+    for view in (x, torch.cat([x, x], 1)[:, :D]):
+        for actual, expected in zip(_launch(view, experts, 5), expert_permute_ref(view, experts, 5), strict=True):
+            assert torch.equal(actual, expected)
 
 
 def test_experts_without_tokens_end_where_the_one_before_ends():

@@ -88,15 +88,27 @@ def test_kernel_error_is_at_most_twice_the_error_of_pytorch(dtype, counts, N, K)
     assert_as_accurate(_launch_wgrad(dy, x, offsets), grouped_matmul_wgrad_ref(dy, x, offsets), exact)
 
 
+def _within_nan(t):
+    """``t`` as a view whose rows have NaN before and after them."""
+    wide = t.new_full((*t.shape[:-1], t.shape[-1] + 8), float("nan"))
+    wide[..., 3:-5] = t
+    return wide[..., 3:-5]
+
+
 @on_kernel_device
 @pytest.mark.parametrize("provider", [_launch, _torch], ids=["triton", "torch"])
 def test_views(provider):
     x, weight, offsets, group = _arguments([3, 0, 4], 16, 32, torch.bfloat16)
-    padded = torch.zeros(7, 37, dtype=x.dtype)
-    padded[:, 5:] = x
-    # rows that do not begin at 16 bytes; columns first; one row for all; every second weight and offset
-    for view in (padded[:, 5:], x.t().contiguous().t(), x[:1].expand(7, -1)):
-        actual = provider(view, weight.repeat_interleave(2, 0)[::2], offsets.repeat_interleave(2)[::2])
+    every_second = weight.repeat_interleave(2, 0)[::2], offsets.repeat_interleave(2)[::2]
+    one_later = x.new_zeros(x.numel() + 1)[1:].view_as(x).copy_(x)
+    for view, rest in (
+        (_within_nan(x), (_within_nan(weight), offsets)),
+        (x, (_within_nan(weight.mT.contiguous()).mT, offsets)),
+        (x.t().contiguous().t(), every_second),
+        (x[:1].expand(7, -1), (weight, offsets)),
+        (one_later, (weight, offsets)),
+    ):
+        actual = provider(view, *rest)
         torch.testing.assert_close(actual.double(), _row_by_row(view, weight, group), atol=1e-3, rtol=1.6e-2)
 
 
@@ -104,10 +116,27 @@ def test_views(provider):
 @pytest.mark.parametrize("provider", [_launch_wgrad, _torch_wgrad], ids=["triton", "torch"])
 def test_views_for_the_weight_gradient(provider):
     x, _, offsets, group = _arguments([3, 0, 4], 16, 32, torch.bfloat16)
-    # the gradient of a sum has strides of zero
-    for dy in (torch.ones(1, 1, dtype=x.dtype).expand(7, 16), torch.randn(16, 7).to(x).t()):
-        actual = provider(dy, x.t().contiguous().t(), offsets)
-        torch.testing.assert_close(actual.double(), _wgrad_row_by_row(dy, x, group, 3), atol=1e-3, rtol=1.6e-2)
+    dy = torch.randn(7, 16, dtype=x.dtype)
+    for dy_view, x_view in (
+        (_within_nan(dy), _within_nan(x)),
+        (dy.t().contiguous().t(), x.t().contiguous().t()),
+        # the gradient of a sum
+        (torch.ones(1, 1, dtype=x.dtype).expand(7, 16), x),
+    ):
+        actual = provider(dy_view, x_view, offsets)
+        expected = _wgrad_row_by_row(dy_view, x_view, group, 3)
+        torch.testing.assert_close(actual.double(), expected, atol=1e-3, rtol=1.6e-2)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_torch_copies_no_weight(monkeypatch, transposed):
+    x, weight, offsets, _ = _arguments([3, 4], 16, 32)
+    weight = weight.mT.contiguous().mT if transposed else weight
+    seen = []
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda x, weight, offs: seen.extend([x, weight]))
+    _torch(x, weight, offsets)
+    assert [t.data_ptr() for t in seen] == [x.data_ptr(), weight.data_ptr()]
+    assert seen[1].stride() == weight.mT.stride()
 
 
 def test_gradient():

@@ -25,9 +25,7 @@ V3 = PRESETS["v3-671b"]()
 
 
 def cache_of(max_batch_size: int, max_seq_len: int) -> LatentCache:
-    return LatentCache(
-        TINY, max_batch_size=max_batch_size, max_seq_len=max_seq_len, dtype=torch.float32, device=CPU
-    )
+    return LatentCache(TINY, max_batch_size=max_batch_size, max_seq_len=max_seq_len, dtype=torch.float32, device=CPU)
 
 
 @given(
@@ -35,9 +33,7 @@ def cache_of(max_batch_size: int, max_seq_len: int) -> LatentCache:
     max_batch_size=st.integers(1, 4),
     max_seq_len=st.integers(1, 200),
 )
-def test_a_page_belongs_to_one_sequence(
-    steps: list[tuple[bool, int]], max_batch_size: int, max_seq_len: int
-) -> None:
+def test_a_page_belongs_to_one_sequence(steps: list[tuple[bool, int]], max_batch_size: int, max_seq_len: int) -> None:
     cache = cache_of(max_batch_size, max_seq_len)
     pages = cache.free_pages
     assert pages == max_batch_size * -(-max_seq_len // PAGE_SIZE) == len(cache.layers[0]) - 1

@@ -38,10 +38,7 @@ def text_stream(pieces: list[str], stop: tuple[str, ...], *, lag: bool = False) 
 
 
 def cut(text: str, stop: tuple[str, ...]) -> str:
-    """Before the stop string that begins first, of those that are complete first.
-
-    A text is read character by character; the first end of a stop string ends it.
-    """
+    """Read one character at a time, up to the first end of a stop string: what stands before the longest that ends there."""
     for end in range(len(text) + 1):
         begins = [end - len(s) for s in stop if text[:end].endswith(s)]
         if begins:
@@ -50,46 +47,29 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
 
 
 @given(pieces=st.lists(st.text("abc", max_size=3), max_size=12), stop=STOPS, lag=st.booleans())
-def test_text_ends_before_a_stop_string_and_only_grows(pieces: list[str], stop: tuple[str, ...], lag: bool) -> None:
+def test_text_is_cut_alike_however_it_is_split(pieces: list[str], stop: tuple[str, ...], lag: bool) -> None:
     stream = text_stream(pieces, stop, lag=lag)
-    whole, seen, given_out = "".join(pieces), "", ""
-    for i, piece in enumerate(pieces):
-        given_out += stream.push(i)
-        seen += piece
-        # certain: whatever comes next, this is how the text begins
-        assert whole.startswith(given_out)
+    wanted, got = cut("".join(pieces), stop), ""
+    for i in range(len(pieces)):
+        got += stream.push(i)
+        # certain: nothing of it is taken back
+        assert wanted.startswith(got)
         if stream.stopped:
             break
-        assert not any(s in given_out for s in stop)
-    given_out += stream.finish()
-    assert not any(s in given_out for s in stop)
-    assert stream.stopped == any(s in whole for s in stop)
-    if stream.stopped:
-        # one of the stop strings follows
-        assert any(whole[len(given_out) :].startswith(s) for s in stop)
-    else:
-        assert given_out == whole
+    assert got + stream.finish() == wanted
+    assert stream.stopped == any(s in "".join(pieces) for s in stop)
 
 
-@given(text=TEXTS, stop=STOPS)
-def test_character_by_character_the_first_complete_stop_string_counts(text: str, stop: tuple[str, ...]) -> None:
-    stream = text_stream(list(text), stop)
-    assert "".join(stream.push(i) for i in range(len(text))) + stream.finish() == cut(text, stop)
+@given(text=TEXTS, stop=st.text("abc", min_size=1, max_size=4))
+def test_one_stop_string_cuts_where_it_begins_first(text: str, stop: str) -> None:
+    stream = text_stream([text], (stop,))
+    assert stream.push(0) + stream.finish() == text.partition(stop)[0]
 
 
-@given(text=TEXTS, stop=STOPS)
-def test_in_one_piece_the_earliest_stop_string_counts(text: str, stop: tuple[str, ...]) -> None:
-    stream = text_stream([text], stop)
-    begins = [text.index(s) for s in stop if s in text]
-    assert stream.push(0) + stream.finish() == text[: min(begins, default=None)]
-
-
-@given(data=st.data(), text=TEXTS, stop=st.text("abc", min_size=1, max_size=4))
-def test_one_stop_string_cuts_every_split_alike(data: st.DataObject, text: str, stop: str) -> None:
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
-    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    stream = text_stream(pieces, (stop,), lag=data.draw(st.booleans()))
-    assert "".join(stream.push(i) for i in range(len(pieces))) + stream.finish() == text.partition(stop)[0]
+def test_the_stop_string_that_is_complete_first_counts() -> None:
+    for pieces in (["xabc"], ["xa", "bc"], list("xabc")):
+        stream = text_stream(pieces, ("abc", "b"))
+        assert "".join(stream.push(i) for i in range(len(pieces))) + stream.finish() == "xa"
 
 
 def test_only_what_may_begin_a_stop_string_waits() -> None:

@@ -1,0 +1,1 @@
+"""What build takes, gives back, reports and refuses."""

@@ -1,0 +1,1 @@
+"""Graphs for every size, and none made after the build."""
