@@ -9,6 +9,9 @@ LOWEST_TESTS := tests/ir tests/ops tests/passes tests/blocks
 
 UV := .uv/bin/uv
 BIN := .venv/bin
+# one worker a core, a file's tests on one of them: they share what they build
+SPREAD := --numprocesses auto --dist loadfile
+PYTEST = $(BIN)/pytest $(SPREAD)
 export UV_PYTHON_DOWNLOADS := never
 export UV_HTTP_TIMEOUT ?= 120
 # behind a proxy with certificates of its own, only the system's store knows them
@@ -78,17 +81,17 @@ demo: .venv/.ready ## Generate text with the shipped model: make demo PROMPT="..
 	@$(BIN)/deepfuse generate models/v3-tiny --prompt="$$DEMO_PROMPT" --report
 
 test: .venv/.ready ## Run the tests: make test ARGS="-k rms_norm"
-	@$(BIN)/pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 check: .venv/.ready ## Format, lint, types, layers and all tests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
-	@$(BIN)/pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 check-lowest: .venv-lowest/.ready ## Part of the tests with the lowest versions we support
-	@.venv-lowest/bin/pytest -m "not compile" $(LOWEST_TESTS) $(ARGS)
+	@.venv-lowest/bin/pytest $(SPREAD) -m "not compile" $(LOWEST_TESTS) $(ARGS)
 
 COMPILE := $(UV) --no-config pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links

@@ -11,7 +11,6 @@ from deepfuse.blocks.mlp import MLP
 from deepfuse.blocks.moe import MoE
 from deepfuse.blocks.norm import RMSNorm
 
-
 FEED_FORWARD: dict[str, Callable[[Config], nn.Module]] = {
     "dense": lambda config: MLP(config.hidden_size, config.intermediate_size),
     "sparse": MoE,

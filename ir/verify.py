@@ -5,6 +5,7 @@
 3. a call of a dialect op has the arguments of its schema, and its shape rule gives what ``meta["val"]`` says
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -49,7 +50,12 @@ def _verify_call(node: fx.Node) -> None:
             f"verify: want {wanted} positional arguments of {op.schema}, got {len(node.args)} and "
             f"{sorted(node.kwargs)} at {node.name}"
         )
-    _verify_value(node, op.fake(*fx.map_arg(list(node.args), lambda n: n.meta["val"])))
+    values = fx.map_arg(list(node.args), lambda n: n.meta["val"])
+    # symbolic sizes live in the mode they were traced in, and sizes of a real model must not be allocated
+    modes = (getattr(v, "fake_mode", None) for v in torch.utils._pytree.tree_leaves(values))
+    with next((mode for mode in modes if mode is not None), contextlib.nullcontext()):
+        expected = op.fake(*values)
+    _verify_value(node, expected)
 
 
 def _gives_nothing(node: fx.Node) -> bool:

@@ -6,7 +6,9 @@
 Sequence b owns queries ``q_start[b] .. q_start[b+1]`` and keys ``k_start[b] .. k_start[b] + k_len[b]``; its queries are
 the last tokens of its keys. The rotary key is one head, shared by all.
 Dims: T queries, S keys, B sequences, H heads, N nope width, R rotary width, V value width.
-Source: DeepSeek-V3 (arXiv:2412.19437), eq. 1-11.
+Source: DeepSeek-V3 (arXiv:2412.19437), eq. 1-11; FlashAttention-2 (arXiv:2307.08691) for the kernels.
+
+Longer than the files of other ops: the gradient is an op of its own, and both have kernels for GPUs and for CPUs.
 """
 
 from collections.abc import Iterator
@@ -140,7 +142,7 @@ def _mla_attention_kernel(
     q_ptrs = q_ptr + row * (N + R) + i_s[:, None] * (H * (N + R))
     q_nope = tl.load(q_ptrs + n[None, :], mask=(i < Q)[:, None] & (n < N)[None, :], other=0.0)
     q_rope = tl.load(q_ptrs + N + r[None, :], mask=(i < Q)[:, None] & (r < R)[None, :], other=0.0)
-    scale_log2 = scale * 1.4426950408889634
+    scale_log2 = scale * 1.4426950408889634  # log2(e): powers of two are what the hardware has
     m = tl.full((BLOCK_Q,), -1e30, tl.float32)  # finite: no NaN from a block without a visible key
     denominator = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, PAD_V), tl.float32)
@@ -290,6 +292,25 @@ def _mla_attention_dkv_kernel(
         tl.store(dk_rope_ptr + (h * S + key) * R + k_rope_tile + r[None, :], dk_rope * scale, mask=mask_r)
 
 
+def _widths(q: Tensor, kv: Tensor, k_rope: Tensor) -> dict[str, int]:
+    widths = {"N": q.shape[2] - k_rope.shape[1], "R": k_rope.shape[1], "V": _value_width(q, kv, k_rope)}
+    # tl.dot wants powers of two, 16 at least
+    return widths | {f"PAD_{name}": max(triton.next_power_of_2(width), 16) for name, width in widths.items()}
+
+
+def _padded_width(widths: dict[str, int]) -> int:
+    return widths["PAD_N"] + widths["PAD_R"] + widths["PAD_V"]
+
+
+def _constants(B: int, block_q: int, block_k: int) -> dict[str, Any]:
+    return {
+        "BLOCK_B": triton.next_power_of_2(B + 1),
+        "BLOCK_Q": block_q,
+        "BLOCK_K": block_k,
+        "DOT_FLOAT32": interpreted(),
+    }
+
+
 def _launch(
     q: Tensor, kv: Tensor, k_rope: Tensor, q_start: Tensor, k_start: Tensor, k_len: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -307,7 +328,7 @@ def _launch(
     else:
         block_q, block_k, num_warps, num_stages = (64 if T > 16 * B else 16), 64, 4, 2
     _mla_attention_kernel[(triton.cdiv(T, block_q) + B, H)](
-        q.contiguous(), kv.contiguous(), k_rope.contiguous(), q_start, k_start, k_len, out, lse, scale, T, B, H,
+        *(t.contiguous() for t in (q, kv, k_rope, q_start, k_start, k_len)), out, lse, scale, T, B, H,
         **widths, **_constants(B, block_q, block_k), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out, lse
@@ -342,38 +363,74 @@ def _launch_backward(
     for_keys = (64, 128, 8, 2) if narrow else (16, 32, 4, 1)
     for_values = (64, 128, 8, 2) if narrow else (16, 32, 4, 1)
     dout, q, kv, k_rope = dout.contiguous(), q.contiguous(), kv.contiguous(), k_rope.contiguous()
-    sequences = q_start, k_start, k_len
+    places = q_start.contiguous(), k_start.contiguous(), k_len.contiguous()
 
     block_q, block_k, num_warps, num_stages = for_queries
     _mla_attention_dq_kernel[(triton.cdiv(T, block_q) + B, H)](
-        dout, q, kv, k_rope, out.contiguous(), lse.contiguous(), *sequences, dq, *stats, scale, T, B, H,
+        dout, q, kv, k_rope, out.contiguous(), lse.contiguous(), *places, dq, *stats, scale, T, B, H,
         **widths, **_constants(B, block_q, block_k), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     for of_values, (block_q, block_k, num_warps, num_stages) in ((False, for_keys), (True, for_values)):
         _mla_attention_dkv_kernel[(triton.cdiv(S, block_k) + B, H)](
-            dout, q, kv, k_rope, *stats, *sequences, dkv, dk_rope, scale, T, S, B, H, OF_VALUES=of_values,
+            dout, q, kv, k_rope, *stats, *places, dkv, dk_rope, scale, T, S, B, H, OF_VALUES=of_values,
             **widths, **_constants(B, block_q, block_k), num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     return dq, dkv, dk_rope.sum(0).to(k_rope.dtype)
 
 
-def _widths(q: Tensor, kv: Tensor, k_rope: Tensor) -> dict[str, int]:
-    widths = {"N": q.shape[2] - k_rope.shape[1], "R": k_rope.shape[1], "V": _value_width(q, kv, k_rope)}
-    # tl.dot wants powers of two, 16 at least
-    return widths | {f"PAD_{name}": max(triton.next_power_of_2(width), 16) for name, width in widths.items()}
+def _batches(
+    q: Tensor, q_start: Tensor, k_start: Tensor, k_len: Tensor
+) -> Iterator[tuple[tuple[list[int], int], tuple[list[int], int], dict[str, Any]]]:
+    """First rows and length of the queries, those of the keys, and the masking, of all sequences of equal lengths."""
+    alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for queries, keys in sequences(q_start, k_start, k_len):
+        if keys.stop > keys.start:
+            lengths = queries.stop - queries.start, keys.stop - keys.start
+            alike.setdefault(lengths, []).append((queries.start, keys.start))
+    for (Q, K), firsts in alike.items():
+        mask = None
+        if 1 < Q < K:
+            mask = q.new_zeros(Q, K)
+            mask.masked_fill_(~_visible(mask), float("-inf"))
+        yield ([f for f, _ in firsts], Q), ([f for _, f in firsts], K), {"causal": 1 < Q == K, "mask": mask}
 
 
-def _padded_width(widths: dict[str, int]) -> int:
-    return widths["PAD_N"] + widths["PAD_R"] + widths["PAD_V"]
+def _keys_and_values(
+    kv: Tensor, k_rope: Tensor, keys: tuple[list[int], int], D: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """``[B, H, K, width]`` keys and values, padded with zeros: the fused attention wants both equally wide."""
+    kv_BKHX, k_rope_BKR = _take(kv, *keys), _take(k_rope, *keys)
+    N = D - k_rope.shape[1]
+    k_rope_BKHR = k_rope_BKR.unsqueeze(2).expand(-1, -1, kv.shape[1], -1)
+    k_BKHD = _padded(torch.cat((kv_BKHX[..., :N], k_rope_BKHR), -1), width)
+    return k_BKHD.transpose(1, 2), _padded(kv_BKHX[..., N:], width).transpose(1, 2)
 
 
-def _constants(B: int, block_q: int, block_k: int) -> dict[str, Any]:
-    return {
-        "BLOCK_B": triton.next_power_of_2(B + 1),
-        "BLOCK_Q": block_q,
-        "BLOCK_K": block_k,
-        "DOT_FLOAT32": interpreted(),
-    }
+def _take(x: Tensor, firsts: list[int], length: int) -> Tensor:
+    """Rows ``first .. first + length`` of ``x`` for each of ``firsts``, stacked; a view where they are neighbours."""
+    if _neighbours(firsts, length):
+        return x[firsts[0] : firsts[0] + len(firsts) * length].unflatten(0, (-1, length))
+    return torch.stack([x[first : first + length] for first in firsts])
+
+
+def _put(x: Tensor, firsts: list[int], length: int, rows: Tensor) -> None:
+    if _neighbours(firsts, length):
+        _take(x, firsts, length).copy_(rows)
+        return
+    for first, part in zip(firsts, rows, strict=True):
+        x[first : first + length] = part
+
+
+def _neighbours(firsts: list[int], length: int) -> bool:
+    return firsts == list(range(firsts[0], firsts[0] + len(firsts) * length, length))
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
+
+
+def _stats_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
 
 
 def _flash_cpu(
@@ -418,53 +475,6 @@ def _flash_cpu_backward(
         _put(dkv, *keys, torch.cat((dk_BKHD[..., :N], dv_BKHD[..., :V]), -1))
         _put(dk_rope, *keys, dk_BKHD[..., N:D].sum(2, dtype=_stats_dtype(q)))
     return dq, dkv, dk_rope
-
-
-def _batches(
-    q: Tensor, q_start: Tensor, k_start: Tensor, k_len: Tensor
-) -> Iterator[tuple[tuple[list[int], int], tuple[list[int], int], dict[str, Any]]]:
-    """First rows and length of the queries, those of the keys, and the masking, of all sequences of equal lengths."""
-    alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for queries, keys in sequences(q_start, k_start, k_len):
-        lengths = queries.stop - queries.start, keys.stop - keys.start
-        alike.setdefault(lengths, []).append((queries.start, keys.start))
-    for (Q, K), firsts in alike.items():
-        mask = None
-        if 1 < Q < K:
-            mask = q.new_zeros(Q, K)
-            mask.masked_fill_(~_visible(mask), float("-inf"))
-        yield ([f for f, _ in firsts], Q), ([f for _, f in firsts], K), {"causal": 1 < Q == K, "mask": mask}
-
-
-def _keys_and_values(
-    kv: Tensor, k_rope: Tensor, keys: tuple[list[int], int], D: int, width: int
-) -> tuple[Tensor, Tensor]:
-    """``[B, H, K, width]`` keys and values, padded with zeros: the fused attention wants both equally wide."""
-    kv_BKHX, k_rope_BKR = _take(kv, *keys), _take(k_rope, *keys)
-    N = D - k_rope.shape[1]
-    k_rope_BKHR = k_rope_BKR.unsqueeze(2).expand(-1, -1, kv.shape[1], -1)
-    k_BKHD = _padded(torch.cat((kv_BKHX[..., :N], k_rope_BKHR), -1), width)
-    return k_BKHD.transpose(1, 2), _padded(kv_BKHX[..., N:], width).transpose(1, 2)
-
-
-def _take(x: Tensor, firsts: list[int], length: int) -> Tensor:
-    """Rows ``first .. first + length`` of ``x`` for each of ``firsts``, stacked; a view where they are neighbours."""
-    if firsts == list(range(firsts[0], firsts[0] + len(firsts) * length, length)):
-        return x[firsts[0] : firsts[0] + len(firsts) * length].unflatten(0, (-1, length))
-    return torch.stack([x[first : first + length] for first in firsts])
-
-
-def _put(x: Tensor, firsts: list[int], length: int, rows: Tensor) -> None:
-    for first, part in zip(firsts, rows, strict=True):
-        x[first : first + length] = part
-
-
-def _padded(x: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
-
-
-def _stats_dtype(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
 
 
 def _float32_at_most(*args: Any) -> str | None:

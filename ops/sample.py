@@ -14,6 +14,7 @@ Source: Maddison et al. 2014 (arXiv:1411.0030), section 2; Holtzman et al. 2020 
 et al. 2011 (doi:10.1145/2063384.2063405), section 3.3.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -85,11 +86,10 @@ def _least_kept(x_BV: Tensor, scaled_BV: Tensor, top_k: Tensor, top_p: Tensor) -
     k_B1 = torch.where(top_k > 0, top_k, V).clamp(max=V)[:, None]
     by_top_k_BV = sorted_BV >= sorted_BV.gather(-1, k_B1 - 1)
     p_BV = scaled_BV.gather(-1, order_BV).masked_fill(~by_top_k_BV, float("-inf")).softmax(-1)
-    # the first of equal logits: what lies before it is what is strictly likelier
-    first_BV = torch.searchsorted(-sorted_BV, -sorted_BV)
-    likelier_BV = torch.nn.functional.pad(p_BV.cumsum(-1), (1, -1)).gather(-1, first_BV)
-    top_p_B1 = top_p[:, None]
-    by_top_p_BV = (likelier_BV < top_p_B1) | (top_p_B1 >= 1) | (first_BV == 0)
+    # right for the first of equal logits, which decides for all of them
+    likelier_BV = torch.nn.functional.pad(p_BV.cumsum(-1), (1, -1))
+    # a little at least, which only the first has before it
+    by_top_p_BV = (likelier_BV < top_p.clamp(min=1e-30)[:, None]) | (top_p >= 1)[:, None]
     return sorted_BV.masked_fill(~(by_top_k_BV & by_top_p_BV), float("inf")).amin(-1, keepdim=True)
 
 
@@ -108,11 +108,11 @@ def _without_idle_filters(
 
 
 @triton.jit
-def _threshold(row_ptr, V, top, scale, floor, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+def _threshold(row_ptr, V, top, scale, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
     """Largest number such that the logits from it upwards weigh at least ``wanted``.
 
-    A logit weighs 1 or, by mass, its unnormalised probability if it is at least ``floor``. The search goes through the
-    floats in order, as integers, two bits a pass. Sums in a fixed order never grow when terms become 0, so it is exact.
+    A logit weighs 1 or, by mass, its unnormalised probability. The search goes through the floats in order, as integers,
+    two bits a pass. Sums in a fixed order never grow when terms become 0, so it is exact.
     """
     ordinal = tl.full([], 0, tl.uint32)
     step = tl.full([], 1 << 30, tl.uint32)
@@ -128,7 +128,7 @@ def _threshold(row_ptr, V, top, scale, floor, wanted, BY_MASS: tl.constexpr, BLO
             v = start + tl.arange(0, BLOCK)
             x = tl.load(row_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
             # the minimum is for infinity; NaN fails the comparisons
-            weight = tl.where(x >= floor, tl.exp2(tl.minimum((x - top) * scale, 0.0)), 0.0) if BY_MASS else 1.0
+            weight = tl.exp2(tl.minimum((x - top) * scale, 0.0)) if BY_MASS else 1.0
             sum1 += tl.where(x >= from1, weight, 0.0)
             sum2 += tl.where(x >= from2, weight, 0.0)
             sum3 += tl.where(x >= from3, weight, 0.0)
@@ -193,16 +193,16 @@ def _sample_kernel(
         top_p = tl.load(top_p_ptr + b).to(tl.float32)
         floor = tl.full([], float("-inf"), tl.float32)
         if (top_k > 0) & (top_k < V):
-            floor = _threshold(row_ptr, V, top, scale, floor, top_k.to(tl.float32), False, BLOCK)
+            floor = _threshold(row_ptr, V, top, scale, top_k.to(tl.float32), False, BLOCK)
         if top_p < 1:
             mass = tl.full([BLOCK], 0.0, tl.float32)
             for start in range(0, V, BLOCK):
                 v = start + lane
                 x = tl.load(row_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
                 mass += tl.where(x >= floor, tl.exp2(tl.minimum((x - top) * scale, 0.0)), 0.0)
-            # a little at least, which only the likeliest have
+            # at most the mass of what top-k kept, so the search ends there; a little at least, which the likeliest have
             wanted = tl.maximum(top_p, 1e-30) * tl.sum(mass, 0)
-            floor = _threshold(row_ptr, V, top, scale, floor, wanted, True, BLOCK)
+            floor = _threshold(row_ptr, V, top, scale, wanted, True, BLOCK)
 
         seed = tl.load(seed_ptr + b)
         position = tl.load(position_ptr + b)
@@ -267,7 +267,9 @@ def _check(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, se
         )
     B = logits.shape[0]
     for rows in (t.shape[0] for t in per_row):
-        torch._check(rows == B, lambda rows=rows: f"sample: want {B} temperatures, seeds and so on, got {rows}")
+        torch._check(
+            rows == B, functools.partial("sample: want {} temperatures, seeds and so on, got {}".format, B, rows)
+        )
     if not logits.is_floating_point() or any(t.dtype != torch.int64 for t in (top_k, seed, position)):
         raise TypeError(
             "sample: want floating-point logits and int64 top_k, seed and position, got "

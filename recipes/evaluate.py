@@ -75,7 +75,7 @@ def main() -> None:
     heldout, text_bytes = np.load(args.data / "heldout.npy"), len((args.data / "heldout.txt").read_bytes())
     results: dict[str, Any] = {"heldout_bytes": text_bytes, "bits_per_byte": {}}
     for dtype in args.dtypes:
-        model = build(args.model, dtype=dtype, max_batch_size=8, compile=False)
+        model = build(args.model, dtype=dtype, max_batch_size=1)
         results["bits_per_byte"][dtype] = round(bits_per_byte(model, heldout, text_bytes), 4)
     texts = samples(model)
     results["known_words"] = round(known_words(texts, (args.data / "train.txt").read_text()), 4)

@@ -64,7 +64,7 @@ class Training:
         done = step - begin
         if done < self.warmup_steps:
             return self.lr * (done + 1) / self.warmup_steps
-        progress = (done - self.warmup_steps) / max(end - begin - self.warmup_steps, 1)
+        progress = (done - self.warmup_steps) / max(end - begin - self.warmup_steps - 1, 1)
         return self.lr * (
             self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
         )

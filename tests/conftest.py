@@ -54,6 +54,11 @@ if os.environ["TRITON_INTERPRET"] == "1":
     _repair_interpreter_casts()
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # workers with a thread pool each would wait for one another's threads
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -45,7 +45,9 @@ def attend(q, k, v, scale):
 def by_the_equations(module, x, config):
     """One sequence in float64, equations 1 to 11 of DeepSeek-V3's report."""
     w = {k: v.double() for k, v in module.state_dict().items()}
-    H, N, R, C = (getattr(config, n) for n in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "kv_lora_rank"))
+    H, N, R, C = (
+        getattr(config, n) for n in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "kv_lora_rank")
+    )
     positions = torch.arange(len(x))
 
     def norm(y, weight):
@@ -123,5 +125,8 @@ def test_a_new_kind_of_attention_needs_no_change_of_the_model(monkeypatch):
 
 
 def test_an_unknown_kind_is_refused():
-    with torch.device("meta"), pytest.raises(ValueError, match=r"config: want attention out of \['mla', 'mha'\], got 'gqa'"):
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=r"config: want attention out of \['mla', 'mha'\], got 'gqa'"),
+    ):
         CausalLM(replace(TINY, attention="gqa"))

@@ -55,9 +55,9 @@ def test_gradients_equal_those_of_transformers(name):
     gradients = {"x": (our_x.grad, their_x.grad[0])}
     expected = dict(theirs.named_parameters())
     gradients |= {name: (p.grad, expected[name].grad) for name, p in ours.named_parameters()}
-    for name, (actual, wanted) in gradients.items():
-        assert wanted.abs().sum() > 0, name
-        torch.testing.assert_close(actual, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=0.0, msg=name)
+    for which, (actual, wanted) in gradients.items():
+        assert wanted.abs().sum() > 0, which
+        torch.testing.assert_close(actual, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=0.0, msg=which)
 
 
 def test_the_bias_chooses_but_does_not_weigh():

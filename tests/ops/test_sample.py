@@ -202,6 +202,8 @@ def test_nan_is_never_drawn_and_rows_without_a_number_give_0(run, temperature, o
     )
     tokens = run(*_arguments(logits, temperature=temperature, **one))
     assert tokens.tolist() == [1, 3, 0, 0, 1]
+    # past any block too
+    assert run(*_arguments(torch.full((1, 5000), NAN), temperature=temperature)).tolist() == [0]
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -212,10 +214,11 @@ def test_nan_is_never_drawn_and_rows_without_a_number_give_0(run, temperature, o
     top_k=st.integers(-1, 80),
     top_p=st.floats(0.003, 1.1),
     seed=st.integers(-(2**63), 2**63 - 1),
+    position=st.integers(0, 2**62),
 )
-def test_kernel_draws_what_the_reference_draws(logits, noise, temperature, top_k, top_p, seed):
+def test_kernel_draws_what_the_reference_draws(logits, noise, temperature, top_k, top_p, seed, position):
     x = torch.tensor(logits) + noise * torch.randn(len(logits))
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "position": position}
     arguments = _arguments(x.expand(2, -1), **settings)
     assert torch.equal(TRITON(*arguments), sample_ref(*arguments))
 

@@ -1,1 +1,171 @@
-"""Graphs for every size, and none made after the build."""
+"""One prefill graph and one decode graph a bucket serve every size, and none is made after the build.
+
+What they compute is compared with the modules run eagerly; the modules with transformers in tests/blocks.
+"""
+
+import pytest
+import torch
+
+from deepfuse.ir.private import dynamo_counters
+from deepfuse.ops.append_latent import PAGE_SIZE
+from deepfuse.runtime.engine import buckets
+from tiny_model import MAX_BATCH_SIZE, MAX_SEQ_LEN, ONE_LAYER, build, eager_logits, random_weights, tiny_model
+
+LENGTHS = (1, 2, 3, 5, 17, 31, 63, 64, 65, 100, 128)
+"""One token, ten other lengths, and those around the end of a page."""
+# float32, summed in another order: see oracle.TOLERANCE; logits are below 5 here
+CLOSE = {"atol": 1e-4, "rtol": 0.0}
+
+
+@pytest.fixture
+def engine():
+    return tiny_model().engine
+
+
+@pytest.fixture
+def steps(engine):
+    """Prefill prompts and decode tokens behind them: ``steps(prompts, following)`` -> logits of each step."""
+    taken = []
+
+    def run(prompts, following):
+        places = [engine.cache.allocate(len(p) + len(f)) for p, f in zip(prompts, following, strict=True)]
+        taken.extend(places)
+        logits = [engine.prefill(prompts, places, last_only=True)]
+        logits += [engine.decode(list(tokens), places) for tokens in zip(*following, strict=True)]
+        return torch.stack(logits, 1)
+
+    yield run
+    for place in taken:
+        engine.cache.release(place)
+
+
+def tokens(*shape):
+    return torch.randint(2, 300, shape).tolist()
+
+
+@pytest.mark.parametrize(
+    ("largest", "expected"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4]), (6, [1, 2, 4, 6])]
+)
+def test_buckets_are_powers_of_two_and_the_largest(largest, expected):
+    assert list(buckets(largest)) == expected
+
+
+def test_one_graph_for_prefill_and_one_for_each_bucket(engine):
+    assert [graph.name for graph in engine.runner.journal.graphs] == ["prefill", "decode_1", "decode_2", "decode_4"]
+
+
+def test_nothing_is_compiled_after_the_build(engine, steps):
+    report = tiny_model().report
+    before = dynamo_counters()
+    decoded = 0
+    for batch in range(1, MAX_BATCH_SIZE + 1):
+        for length in LENGTHS:
+            steps_behind = 5
+            prompts = [tokens(max(length - row, 1)) for row in range(batch)]
+            steps(prompts, tokens(batch, steps_behind))
+            decoded += steps_behind
+            for place in engine_places(steps):
+                engine.cache.release(place)
+    assert decoded >= 200
+    assert report.recompiles == 0 and report.graph_breaks == 0
+    assert dynamo_counters() == before
+
+
+def engine_places(steps):
+    """The places a ``steps`` fixture has taken so far."""
+    return next(cell.cell_contents for cell in steps.__closure__ if isinstance(cell.cell_contents, list))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_prefill_of_every_length(engine, length):
+    prompt = tokens(length)
+    expected = eager_logits(tiny_model(), prompt)
+    torch.testing.assert_close(engine.prefill([prompt], [None], last_only=False), expected, **CLOSE)
+    torch.testing.assert_close(engine.prefill([prompt], [None], last_only=True), expected[-1:], **CLOSE)
+
+
+@pytest.mark.parametrize("batch", range(1, MAX_BATCH_SIZE + 1))
+def test_steps_of_every_batch_size_with_unequal_lengths(engine, steps, batch):
+    # one begins with one token, one ends a page while it decodes
+    prompts = [tokens(n) for n in (PAGE_SIZE - 3, 1, 2 * PAGE_SIZE, 30)[:batch]]
+    following = tokens(batch, 6)
+    logits = steps(prompts, following)
+    for row in range(batch):
+        expected = eager_logits(tiny_model(), prompts[row] + following[row])[-7:]
+        torch.testing.assert_close(logits[row], expected, **CLOSE)
+
+
+def test_a_sequence_as_long_as_the_cache(engine, steps):
+    prompt, following = tokens(MAX_SEQ_LEN - 2), tokens(1, 2)
+    logits = steps([prompt], following)
+    torch.testing.assert_close(logits[0], eager_logits(tiny_model(), prompt + following[0])[-3:], **CLOSE)
+
+
+def test_what_lies_in_unused_slots_does_not_matter(engine, steps):
+    prompt, following = tokens(40), tokens(3, 4)
+    expected = steps([prompt] * 3, following)
+    for place in engine_places(steps):
+        engine.cache.release(place)
+    kept = [layer.clone() for layer in engine.cache.layers]
+    try:
+        for layer in engine.cache.layers:
+            layer.fill_(torch.nan)
+        assert torch.equal(steps([prompt] * 3, following), expected)
+    finally:
+        for layer, values in zip(engine.cache.layers, kept, strict=True):
+            layer.copy_(values)
+
+
+def test_a_call_without_places_leaves_the_cache_alone(engine):
+    place = engine.cache.allocate(PAGE_SIZE)
+    engine.prefill([tokens(PAGE_SIZE)], [place], last_only=True)
+    before = [layer[1:].clone() for layer in engine.cache.layers]
+    engine.prefill([tokens(7), tokens(90)], [None, None], last_only=True)
+    for layer, values in zip(engine.cache.layers, before, strict=True):
+        assert values.any() and torch.equal(layer[1:], values)
+    engine.cache.release(place)
+
+
+def test_places_know_their_length(engine):
+    place = engine.cache.allocate(10)
+    engine.prefill([tokens(6)], [place], last_only=True)
+    assert place.length == 6
+    engine.decode(tokens(1), [place])
+    assert place.length == 7
+    engine.cache.release(place)
+    assert place.length == 0
+
+
+def test_no_gradients_are_kept(engine):
+    assert not engine.prefill([tokens(3)], [None], last_only=True).requires_grad
+
+
+def test_a_graph_made_later_is_counted():
+    """The count that other tests want to be 0 is one that moves."""
+    model = build(random_weights(ONE_LAYER))
+    assert model.report.recompiles == 0
+    inputs = model.engine._prefill_inputs([[1, 2]], [None], last_only=True)
+    model.engine._prefill(model.engine.model, model.engine.cache.layers, inputs[0].clone(), *inputs[1:])
+    assert model.report.recompiles == 1
+
+
+@pytest.mark.compile
+def test_nothing_is_compiled_after_a_compiled_build(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEPFUSE_CACHE_DIR", str(tmp_path))
+    model = build(random_weights(ONE_LAYER), compile=True, max_batch_size=3, max_seq_len=300)
+    before = dynamo_counters()
+    for batch in (1, 2, 3):
+        for length in LENGTHS:
+            prompts = [tokens(max(length - row, 1)) for row in range(batch)]
+            logits = model.engine.prefill(prompts, [None] * batch, last_only=True)
+            for row, prompt in enumerate(prompts):
+                torch.testing.assert_close(logits[row], eager_logits(model, prompt)[-1], **CLOSE)
+    prompts = [tokens(20), tokens(1), tokens(64)]
+    # 200 steps in a batch that shrinks from 3 to 1
+    text = model.generate(prompts, max_new_tokens=200, temperature=0.0, stop_token_ids=())
+    assert dynamo_counters() == before and model.report.recompiles == 0
+    for prompt, generated in zip(prompts, text, strict=True):
+        logits = eager_logits(model, prompt + generated)[len(prompt) - 1 : -1]
+        chosen = logits.gather(-1, torch.tensor(generated)[:, None])[:, 0]
+        # each is the likeliest, or as likely as that within rounding
+        assert ((logits.amax(-1) - chosen) <= CLOSE["atol"]).all()

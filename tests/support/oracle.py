@@ -48,7 +48,16 @@ V2 = {**V3, "norm_topk_prob": False, "n_shared_experts": 2, "topk_method": "grou
 def yarn(**changes: Any) -> dict[str, Any]:
     """Of four times the context; the prompts lie within and beyond the original one."""
     rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-    return {"rope_parameters": {**rope, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, **changes}}
+    return {
+        "rope_parameters": {
+            **rope,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            **changes,
+        }
+    }
 
 
 ODD_SIZES = {
