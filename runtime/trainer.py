@@ -76,10 +76,18 @@ class Trainer:
     def __init__(self, model: CausalLM, training: Training, *, compile: bool = True):
         """``model`` is trained in place, in float32; without ``compile`` the step's graphs run as the passes left them."""
         self.model, self.training = model, training
+        mtp_layers = len(model.model.layers) - model.config.num_hidden_layers
+        if training.mtp_steps and not mtp_layers:
+            raise ValueError(
+                f"trainer: want a model with a multi-token-prediction module for mtp_steps = {training.mtp_steps}, got none"
+            )
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
         # parameters alone are narrowed: the buffers (rotary frequencies, expert biases) mean what they are
-        self.compute = CausalLM(model.config).train()
+        self.compute = CausalLM(model.config, mtp_layers=mtp_layers).train()
         for parameter in self.compute.parameters():
             parameter.data = parameter.data.to(training.dtype)
+        self._copy_buffers()
         self.routers = [m for m in self.compute.modules() if isinstance(m, Router)]
         self.pairs = list(zip(model.parameters(), self.compute.parameters(), strict=True))
         self.step = 0
@@ -95,6 +103,11 @@ class Trainer:
         how |= {"fullgraph": True, "dynamic": False}
         self.next_token_loss = torch.compile(with_own_code(self._next_token_loss), **how)
         self.mtp_loss = torch.compile(with_own_code(self._mtp_loss), **how)
+
+    @torch.no_grad()
+    def _copy_buffers(self) -> None:
+        for master, working in zip(self.model.buffers(), self.compute.buffers(), strict=True):
+            working.copy_(master)
 
     def _optimizer(self, parameters: Any) -> torch.optim.AdamW:
         parameters = list(parameters)
@@ -165,7 +178,9 @@ class Trainer:
         masters = [m for m in self.model.modules() if isinstance(m, Router)]
         for master, router in zip(masters, self.routers, strict=True):
             load = router.tokens_per_expert
-            if master.e_score_correction_bias is not None and load.any():
+            # in the last steps the main model's routers see tokens too, but stay as they are
+            trained = router.weight.requires_grad and load.any()
+            if master.e_score_correction_bias is not None and trained:
                 master.e_score_correction_bias += self.training.bias_update_speed * (load.mean() - load).sign()
                 router.e_score_correction_bias.copy_(master.e_score_correction_bias)  # type: ignore[union-attr]
             load.zero_()
@@ -243,7 +258,6 @@ class Trainer:
             moments = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             if moments:
                 self.optimizer.state[parameter] = moments
-        for master, working in zip(self.model.buffers(), self.compute.buffers(), strict=True):
-            working.copy_(master)
+        self._copy_buffers()
         if self.step > self.training.steps:
             self._fix_all_but_mtp()

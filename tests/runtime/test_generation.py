@@ -15,7 +15,6 @@ from tiny_model import (
     MAX_BATCH_SIZE,
     MAX_SEQ_LEN,
     TEMPLATE,
-    build,
     eager_logits,
     tiny_model,
     write_checkpoint,
