@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from deepfuse.recipes.corpus import read_documents
 from deepfuse.runtime.build import build
 from deepfuse.runtime.model import Model
 
@@ -25,11 +26,11 @@ PROMPTS = (
     "Emma was not at all sorry",
     "Fellow citizens of the Senate and House of Representatives,",
     "She had been so long in the country that",
-    "We must continue to",
-    "Mr. Elliot",
+    "Our relations with foreign powers",
+    "Anne was not sorry to be",
     "The revenue for the last fiscal year",
     '"I hope," said Elinor,',
-    "My fellow Americans,",
+    "The people of this country have",
 )
 WINDOW = 512
 """Tokens a window of held-out text has: the length the model was trained on. Windows do not overlap."""
@@ -51,7 +52,7 @@ def bits_per_byte(model: Model, tokens: np.ndarray, text_bytes: int) -> float:
 def samples(model: Model) -> list[str]:
     """Ten texts, prompt included."""
     return [
-        prompt + model.generate(prompt, max_new_tokens=100, temperature=0.7, top_p=0.9, seed=seed)
+        prompt + model.generate(prompt, max_new_tokens=100, temperature=0.5, top_p=0.9, seed=seed)
         for seed, prompt in enumerate(PROMPTS)
     ]
 
@@ -72,7 +73,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    heldout, text_bytes = np.load(args.data / "heldout.npy"), len((args.data / "heldout.txt").read_bytes())
+    heldout, documents = np.load(args.data / "heldout.npy"), read_documents(args.data / "heldout.txt")
+    text_bytes = sum(len(document.encode()) for document in documents)
     results: dict[str, Any] = {"heldout_bytes": text_bytes, "bits_per_byte": {}}
     for dtype in args.dtypes:
         model = build(args.model, dtype=dtype, max_batch_size=1)

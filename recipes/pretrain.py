@@ -19,6 +19,7 @@ import torch
 
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.presets import PRESETS
+from deepfuse.recipes.corpus import read_documents
 from deepfuse.runtime.save import save_checkpoint
 from deepfuse.runtime.trainer import Trainer, Training
 
@@ -33,7 +34,7 @@ GENERATION = {
     "bos_token_id": 0,
     "eos_token_id": 1,
     "do_sample": True,
-    "temperature": 0.7,
+    "temperature": 0.5,
     "top_p": 0.9,
     "max_new_tokens": 128,
 }
@@ -54,7 +55,7 @@ def main() -> None:
     model = CausalLM(PRESETS[args.preset]())
     model.initialize()
     tokens, heldout = np.load(args.data / "train.npy"), np.load(args.data / "heldout.npy")
-    heldout_bytes = len((args.data / "heldout.txt").read_bytes())
+    heldout_bytes = sum(len(document.encode()) for document in read_documents(args.data / "heldout.txt"))
     trainer = Trainer(model, v3_tiny_training())
     for row in trainer.run(args.out, tokens, heldout):
         bits_per_byte = row["heldout_loss"] * (len(heldout) - 1) / math.log(2) / heldout_bytes

@@ -141,6 +141,8 @@ class Engine:
             mark_unbacked(block_table, 1)
         return step, block_table
 
+    # whatever the caller's mode, as graphs are made for this one
+    @torch.inference_mode(False)
     @torch.no_grad()
     def prefill(self, prompts: Many[Many[int]], places: Many[Sequence | None], *, last_only: bool) -> Tensor:
         """Logits ``[R, vocab]`` float32 of the prompts' last tokens, or of all their tokens one after the other.
@@ -157,6 +159,7 @@ class Engine:
                 place.length = len(prompt)
         return logits
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def decode(self, ids: Many[int], places: Many[Sequence]) -> Tensor:
         """Logits ``[B, vocab]`` float32 after one more token of each sequence."""

@@ -203,7 +203,7 @@ def test_nan_is_never_drawn_and_rows_without_a_number_give_0(run, temperature, o
     tokens = run(*_arguments(logits, temperature=temperature, **one))
     assert tokens.tolist() == [1, 3, 0, 0, 1]
     # past any block too
-    assert run(*_arguments(torch.full((1, 5000), NAN), temperature=temperature)).tolist() == [0]
+    assert run(*_arguments(torch.full((1, 5000), -INF), temperature=temperature)).tolist() == [0]
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -235,9 +235,26 @@ def test_kernel_takes_large_vocabularies_and_strided_rows(V, settings, dtype):
     assert torch.equal(TRITON(*arguments), sample_ref(*arguments))
 
 
-def test_kernel_takes_transposed_logits():
-    arguments = _arguments(torch.randn(500, 3).t(), seed=12)
+def test_kernel_takes_transposed_logits_and_long_words():
+    arguments = _arguments(torch.randn(500, 3).t(), seed=-(3 << 40), position=5 << 40)
     assert torch.equal(TRITON(*arguments), sample_ref(*arguments))
+
+
+@every_run
+def test_infinite_logits_are_one_another_s_equals(run):
+    tokens = run(*_arguments(torch.tensor([0.0, INF, 3e38, INF]).expand(12, -1)))
+    assert set(tokens.tolist()) == {1, 3}
+
+
+@every_run
+def test_top_p_is_of_the_mass_at_this_temperature(run):
+    logits, temperature = torch.tensor([0.0, -1.4]), 1.6
+    first = (logits / temperature).softmax(0)[0].item()
+    # where the second of two tokens is drawn if it is kept
+    second = sample_ref(*_arguments(logits.expand(50, -1), temperature=temperature)).nonzero()[:2, 0]
+    for top_p, drawn in [(first * 0.995, 0), (first * 1.005, 1)]:
+        arguments = _arguments(logits.expand(50, -1), temperature=temperature, top_p=top_p)
+        assert run(*(a[second] for a in arguments)).tolist() == [drawn, drawn]
 
 
 def test_idle_filters_are_left_out_to_the_same_end():

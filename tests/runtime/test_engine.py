@@ -71,6 +71,17 @@ def test_nothing_is_compiled_after_the_build(engine, steps):
     assert dynamo_counters() == before
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_the_modes_of_a_caller_change_nothing(engine, mode):
+    model, ids = tiny_model(), torch.tensor([tokens(5), tokens(5)])
+    logits, answer = model(ids), model.generate(ids[0].tolist(), max_new_tokens=3, temperature=0.0)
+    with mode():
+        assert torch.equal(model(ids.clone()), logits)
+        assert model.generate(ids[0].tolist(), max_new_tokens=3, temperature=0.0) == answer
+    assert torch.equal(model(ids), logits)
+    assert model.report.recompiles == 0
+
+
 def engine_places(steps):
     """The places a ``steps`` fixture has taken so far."""
     return next(cell.cell_contents for cell in steps.__closure__ if isinstance(cell.cell_contents, list))
@@ -144,8 +155,9 @@ def test_a_graph_made_later_is_counted():
     """The count that other tests want to be 0 is one that moves."""
     model = build(random_weights(ONE_LAYER))
     assert model.report.recompiles == 0
-    inputs = model.engine._prefill_inputs([[1, 2]], [None], last_only=True)
-    model.engine._prefill(model.engine.model, model.engine.cache.layers, inputs[0].clone(), *inputs[1:])
+    tokens_3T, q_start, rows = model.engine._prefill_inputs([[1, 2]], [None], last_only=True)
+    with torch.no_grad():
+        model.engine._prefill(model.engine.model, model.engine.cache.layers, tokens_3T, q_start, rows.int())
     assert model.report.recompiles == 1
 
 
