@@ -104,7 +104,8 @@ class Op:
         self._register_flops()
 
     def _register_flops(self) -> None:
-        # torch.ops makes the packet of an op anew when an overload is added, and the registry is keyed by packet
+        # torch.ops makes the packet of an op anew when an overload is added; calls may come with any of them, and the
+        # registry is keyed by packet
         packet = getattr(torch.ops.deepfuse, self.name)
         if packet not in flop_registry:
             register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None, **_: self.cost(*args).flops)
@@ -155,6 +156,7 @@ def define(
         differentiable=backward is not None,
         tolerance=tolerance or {},
     )
+    op._register_flops()
     wanted = [a.name for a in op.overload._schema.arguments]
     if list(inspect.signature(reference).parameters) != wanted:
         raise ValueError(f"{name}: want a reference with parameters {wanted}, got {inspect.signature(reference)}")
@@ -169,7 +171,6 @@ def define(
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
     op.provide(REFERENCE, reference, priority={"cpu": 0, "cuda": 0, "meta": 0}, inline=inline_reference)
-    op._register_flops()
     OPS[name] = op
     return op
 

@@ -49,6 +49,7 @@ MAX_SEQ_LEN = 4096
 """Length the cache is made for where the caller names none and the model allows it."""
 
 
+@torch.inference_mode(False)  # what is made in it can be used in no other mode
 def build(
     source: str | Path | Config | nn.Module,
     *,
