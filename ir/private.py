@@ -135,13 +135,6 @@ def with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
     return copy if method is None else types.MethodType(copy, method.__self__)
 
 
-def without_inductor_cache() -> contextlib.AbstractContextManager[None]:
-    """Inside, Inductor compiles anew."""
-    import torch._inductor.config
-
-    return torch._inductor.config.patch(force_disable_caches=True)
-
-
 def dynamo_counters() -> dict[str, int]:
     """Since the process began: graphs captured, graph breaks, and recompilations."""
     from torch._dynamo.utils import counters

@@ -35,11 +35,13 @@ class Runner:
     pipeline: Pipeline
     settings: Mapping[str, Any]
     journal: Journal = field(default_factory=Journal)
+    salt: str = ""
+    """Enters the compiler's cache key: a new one makes it compile, and so the passes run, anew."""
 
     def options(self) -> dict[str, Any]:
         """For ``torch.compile(options=...)``: hooks of this compilation only."""
         hooks = {hook: self._hook(hook) for hook in HOOKS}
-        return inductor_options(hooks, self.pipeline.key(sorted(self.settings.items())))
+        return inductor_options(hooks, self.pipeline.key(sorted(self.settings.items())) + self.salt)
 
     def backend(self) -> Callable[..., Any]:
         """For ``torch.compile(backend=...)``: the same rewrites, run without Inductor."""

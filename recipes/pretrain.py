@@ -34,7 +34,7 @@ GENERATION = {
     "bos_token_id": 0,
     "eos_token_id": 1,
     "do_sample": True,
-    "temperature": 0.5,
+    "temperature": 0.6,
     "top_p": 0.9,
     "max_new_tokens": 128,
 }

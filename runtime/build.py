@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import platform
 import time
+import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,6 @@ from deepfuse.blocks.parameters import count_parameters
 from deepfuse.blocks.presets import PRESETS
 from deepfuse.ir.device import device_row
 from deepfuse.ir.op import OPS
-from deepfuse.ir.private import without_inductor_cache
 from deepfuse.passes.journal import Journal
 from deepfuse.passes.pipeline import Pipeline, default
 from deepfuse.passes.runner import Runner
@@ -152,23 +152,33 @@ def _engine(
     causal_lm: CausalLM, cache: LatentCache, runner: Runner, max_batch_size: int, folder: BuildFolder | None
 ) -> Engine:
     """Graphs and their report are kept together: where one is missing or damaged, both are made again."""
-    kept = None if folder is None else folder.read_report()
+    graphs = 1 + len(list(engine.buckets(max_batch_size)))
+    kept = None if folder is None else _journal(folder.read_report(), graphs)
     if folder is not None and kept is None:
         folder.discard()
     made = Engine(causal_lm, cache, runner, max_batch_size=max_batch_size, folder=folder)
     if folder is None:
         return made
     if made.from_cache and kept is not None:
-        runner.journal.graphs[:] = Journal.from_json(kept).graphs
+        runner.journal.graphs[:] = kept.graphs
         return made
-    if len(runner.journal.graphs) < 1 + len(made.buckets):
+    if len(runner.journal.graphs) < graphs:
         # Inductor had a graph that we had lost: its passes did not run, so that the report would have a gap
         folder.discard()
         runner.journal.graphs.clear()
-        with without_inductor_cache():
-            made = Engine(causal_lm, cache, runner, max_batch_size=max_batch_size, folder=folder)
+        runner.salt = uuid.uuid4().hex
+        made = Engine(causal_lm, cache, runner, max_batch_size=max_batch_size, folder=folder)
     folder.write_report(runner.journal.to_json())
     return made
+
+
+def _journal(report: Any, graphs: int) -> Journal | None:
+    """The kept report of so many graphs; ``None`` where it is damaged."""
+    try:
+        journal = Journal.from_json(report)
+    except (AttributeError, KeyError, TypeError):
+        return None
+    return journal if len(journal.graphs) == graphs else None
 
 
 def _folder_and_config(source: str | Path | Config | CausalLM) -> tuple[Path | None, Config]:

@@ -71,9 +71,12 @@ class BuildFolder:
         with contextlib.suppress(OSError):
             self.path.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=self.path)
-            with os.fdopen(handle, "wb") as f:
-                f.write(data)
-            os.replace(temporary, self.path / name)
+            try:
+                with os.fdopen(handle, "wb") as f:
+                    f.write(data)
+                os.replace(temporary, self.path / name)
+            except OSError:
+                os.unlink(temporary)
 
     def read_report(self) -> dict[str, Any] | None:
         """The report of the build that filled the folder; ``None`` if there is none that can be read."""

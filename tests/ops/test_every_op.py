@@ -55,8 +55,12 @@ def test_every_provider_takes_some_sample(op: Op):
 
 @every_op
 def test_opcheck(op: Op):
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     for args in op.samples(CPU, torch.float32):
-        torch.library.opcheck(op.overload, _leaves(args, torch.float32) if op.differentiable else args)
+        leaves = _leaves(args, torch.float32) if op.differentiable else args
+        torch.library.opcheck(op.overload, leaves, test_utils=checks)
+        # the last traces forward and backward with symbolic sizes, of which one sample is as good as another
+        checks = checks[:3]
 
 
 @pytest.mark.parametrize("op", [op for op in OPS.values() if op.differentiable], ids=lambda op: op.name)

@@ -189,6 +189,15 @@ def test_a_damaged_file_is_made_again(cold, name, damage):
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("report", ["{}", "[]", '{"graphs": []}', '{"graphs": [{"name": "prefill", "passes": [{}]}]}'])
+def test_a_report_of_another_form_is_made_again(cold, report):
+    model, root = cold
+    (file,) = root.glob("torch-*/builds/*/report.json")
+    file.write_text(report)
+    assert without_milliseconds(story(compiled())) == without_milliseconds(story(model))
+
+
+@pytest.mark.compile
 def test_other_settings_do_not_share(cold):
     model, root = cold
     other = build(random_weights(ONE_LAYER), compile=True, providers={"linear": "reference"})
