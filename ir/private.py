@@ -4,7 +4,6 @@
 must not pay for them. :func:`check` says in one place what a torch lacks.
 """
 
-import contextlib
 import types
 from collections.abc import Callable, Mapping
 from typing import Any

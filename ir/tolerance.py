@@ -2,7 +2,7 @@
 
 A kernel sums in another order than PyTorch, so float32 results differ by a few units in the last place for each of the
 sums; rounding the result to a narrow dtype may then fall to the other side, which is one unit in the last place of that
-dtype. ``rtol`` is 11 units of roundoff for float32 (2**-24; torch.testing's own default, made for sums of some
+dtype. ``rtol`` is 11 units in the last place for float32 (2**-23; torch.testing's own default, made for sums of some
 thousand terms) and two for the narrow dtypes; ``atol`` covers results near zero that are differences of terms near one.
 """
 

@@ -43,11 +43,11 @@ def absorb_mla(graph: fx.Graph, *, device: Device, max_seq_len: int) -> int:
             note(f"{where(attention)}: expanded: {site}")
             continue
         expand_us, absorb_us = _predict(attention, site, device, max_seq_len // 2)
-        text = f"absorbed {absorb_us:.1f} us, expanded {expand_us:.1f} us at {max_seq_len // 2} tokens, predicted"
+        text = f"predicted {absorb_us:.1f} us, or {expand_us:.1f} us expanded, at {max_seq_len // 2} tokens"
         if absorb_us >= expand_us:
-            note(f"{where(attention)}: expanded: {text}")
+            note(f"{where(attention)}: left expanded; absorbed {text}")
             continue
-        note(f"{where(attention)}: absorbed: {text}")
+        note(f"{where(attention)}: absorbed; {text}")
         _absorb(graph, attention, **site)
         absorbed += 1
     return absorbed

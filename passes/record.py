@@ -46,8 +46,11 @@ class Pass:
 
     def source_hash(self) -> str:
         """Of the whole file the pass stands in, so that editing a helper counts as editing the pass."""
-        source = inspect.getsource(inspect.getmodule(self.fn) or self.fn)
-        return hashlib.sha256(source.encode()).hexdigest()
+        try:
+            source = inspect.getsource(inspect.getmodule(self.fn) or self.fn).encode()
+        except (OSError, TypeError):  # typed into a prompt or a notebook: there is no file, but there is the code
+            source = self.fn.__code__.co_code + repr((self.fn.__code__.co_consts, self.fn.__code__.co_names)).encode()
+        return hashlib.sha256(source).hexdigest()
 
     def __call__(self, graph: fx.Graph, **settings: Any) -> int:
         return self.fn(graph, **{name: settings[name] for name in self.settings})

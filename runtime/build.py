@@ -113,7 +113,7 @@ def build(
     if problem is not None:
         compile = False
         notes.append(f"runs uncompiled: {problem}")
-        warnings.warn(f"build: {notes[-1]}", stacklevel=2)
+        warnings.warn(f"build: {notes[-1]}", stacklevel=3)  # beyond the decorator
     row = device_row(wanted)
     settings = {"providers": forced, "device": row, "max_seq_len": length}
     runner = Runner(pipeline, settings)
@@ -179,6 +179,13 @@ def _journal(report: Any, graphs: int) -> Journal | None:
     except (AttributeError, KeyError, TypeError):
         return None
     return journal if len(journal.graphs) == graphs else None
+
+
+def check_chat_template(source: str | Path) -> None:
+    """Raise the error of ``Model.chat`` for a checkpoint or preset without a chat template, before it is built."""
+    folder, _ = _folder_and_config(source)
+    if folder is not None and (folder / "tokenizer.json").exists():
+        Tokenizer.from_folder(folder).chat([{"role": "user", "content": ""}])
 
 
 def _folder_and_config(source: str | Path | Config | CausalLM) -> tuple[Path | None, Config]:

@@ -1,6 +1,8 @@
 """What there is: the ops and the passes, as tables for people and for programs."""
 
+import importlib
 import inspect
+import pkgutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 import deepfuse.blocks.model
-import deepfuse.ops.sample  # noqa: F401
+import deepfuse.ops.sample
 from deepfuse.ir.op import OPS, Op
 from deepfuse.ir.provider import choose
 from deepfuse.passes.pipeline import default
+
+for _module in pkgutil.iter_modules(deepfuse.ops.__path__, "deepfuse.ops."):
+    importlib.import_module(_module.name)  # defines its op
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,15 @@ pytestmark = pytest.mark.slow
 
 import_ops()
 
-WGMMA_OPS = ["head_matmul", "grouped_matmul", "grouped_matmul_wgrad"]
-"""Matrix products whose tiles have the 64 rows that Hopper's tensor cores want, for large enough arguments."""
+WGMMA_OPS = [
+    "grouped_matmul",
+    "grouped_matmul_wgrad",
+    "head_matmul",
+    "mla_attention",
+    "mla_attention_backward",
+    "mla_decode",
+]
+"""Ops of matrix products, whose tiles have the 64 rows that Hopper's tensor cores want where the arguments have."""
 
 
 @pytest.fixture(scope="module")

@@ -143,7 +143,8 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             (t(T, H, C), t(H, 2 * N, C)[:, N:].mT),
         ],
         "mla_attention": [(*attention, *starts, scale)],
-        "mla_attention_backward": [(t(T, H, N), *attention, t(T, H, N), f(T, H), *starts, scale)],
+        # nobody trains on one token
+        "mla_attention_backward": [(t(T, H, N), *attention, t(T, H, N), f(T, H), *starts, scale)] if T > 1 else [],
         "mla_decode": [(t(T, H, C), t(T, H, R), cache, table, i(T, dtype=torch.int32), scale)],
         "rotary": [(t(T, heads, R), f(T, R // 2), f(T, R // 2), True) for heads in (H, 1)],
         "route": [(f(T, E), f(E), *router)],
