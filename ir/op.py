@@ -104,11 +104,13 @@ class Op:
         self._register_flops()
 
     def _register_flops(self) -> None:
-        # torch.ops makes the packet of an op anew when an overload is added; calls may come with any of them, and the
-        # registry is keyed by packet
         packet = getattr(torch.ops.deepfuse, self.name)
-        if packet not in flop_registry:
-            register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None, **_: self.cost(*args).flops)
+        # torch's registry is keyed by packet, and a packet's hash changes when it gets an overload: what stands under an
+        # earlier hash would be found or not by chance
+        others = [(key, formula) for key, formula in flop_registry.items() if key is not packet]
+        flop_registry.clear()
+        flop_registry.update(others)
+        register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None, **_: self.cost(*args).flops)
 
 
 def device_type(args: Iterable[Any]) -> str:

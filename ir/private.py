@@ -18,7 +18,7 @@ def flash_attention_cpu(
     """PyTorch's fused attention on a CPU, with its statistics (the public function keeps them to itself).
 
     Args:
-        q: ``[B, H, Q, D]``; only the last dimension must be contiguous, as in ``k`` and ``v``.
+        q: ``[B, H, Q, D]``; the last dimension of it, ``k`` and ``v`` must be contiguous: else the numbers are wrong.
         k: ``[B, H, K, D]``, dtype of ``q``.
         v: ``[B, H, K, D]``, dtype of ``q``; as wide as the keys.
         scale: of the scores.

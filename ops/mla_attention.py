@@ -438,6 +438,7 @@ def _flash_cpu(
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's fused attention on a CPU, one call for all sequences of the same lengths."""
     (T, H, D), V = q.shape, _value_width(q, kv, k_rope)
+    q, kv, k_rope = q.contiguous(), kv.contiguous(), k_rope.contiguous()  # other strides give wrong numbers
     out, lse = q.new_zeros(T, H, V), q.new_full((T, H), float("-inf"), dtype=_stats_dtype(q))
     width = max(D, V)
     for queries, keys, masks in _batches(q, q_start, k_start, k_len):
@@ -464,7 +465,7 @@ def _flash_cpu_backward(
     (_, _, D), V = q.shape, _value_width(q, kv, k_rope)
     N, width = D - k_rope.shape[1], max(D, V)
     dq, dkv, dk_rope = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, kv, k_rope))
-    dout = dout.contiguous()  # the gradient of a sum is expanded
+    dout, q, kv, k_rope, out = (t.contiguous() for t in (dout, q, kv, k_rope, out))
     for queries, keys, masks in _batches(q, q_start, k_start, k_len):
         dout_BHQD, q_BHQD, out_BHQD = (_padded(_take(t, *queries), width).transpose(1, 2) for t in (dout, q, out))
         k_BHKD, v_BHKD = _keys_and_values(kv, k_rope, keys, D, width)

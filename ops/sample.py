@@ -200,9 +200,9 @@ def _sample_kernel(
                 v = start + lane
                 x = tl.load(row_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
                 mass += tl.where(x >= floor, tl.exp2(tl.minimum((x - top) * scale, 0.0)), 0.0)
-            # at most the mass of what top-k kept, so the search ends there; a little at least, which the likeliest have
+            # a little at least, which the likeliest have
             wanted = tl.maximum(top_p, 1e-30) * tl.sum(mass, 0)
-            floor = _threshold(row_ptr, V, top, scale, wanted, True, BLOCK)
+            floor = tl.maximum(floor, _threshold(row_ptr, V, top, scale, wanted, True, BLOCK))
 
         seed = tl.load(seed_ptr + b)
         position = tl.load(position_ptr + b)

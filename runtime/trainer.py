@@ -84,7 +84,8 @@ class Trainer:
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
         # parameters alone are narrowed: the buffers (rotary frequencies, expert biases) mean what they are
-        self.compute = CausalLM(model.config, mtp_layers=mtp_layers).train()
+        self.device = next(model.parameters()).device
+        self.compute = CausalLM(model.config, mtp_layers=mtp_layers).to(self.device).train()
         for parameter in self.compute.parameters():
             parameter.data = parameter.data.to(training.dtype)
         self._copy_buffers()
@@ -95,7 +96,7 @@ class Trainer:
         pipeline: Pipeline = default()
         settings = {
             "providers": {},
-            "device": device_row(next(model.parameters()).device),
+            "device": device_row(self.device),
             "max_seq_len": training.seq_len,
         }
         self.runner = Runner(pipeline, settings)
@@ -139,14 +140,14 @@ class Trainer:
         rng = np.random.default_rng((t.seed, step))
         starts = rng.integers(0, len(tokens) - t.seq_len - 2, size=t.batch_size)
         rows = np.stack([tokens[s : s + t.seq_len + 2] for s in starts]).astype(np.int64)
-        return torch.from_numpy(rows)
+        return torch.from_numpy(rows).to(self.device)
 
     def train_step(self, tokens: np.ndarray) -> float:
         """One step on windows of ``tokens [N]``; returns the loss in nats a token."""
         t = self.training
         L = t.seq_len
-        positions = torch.arange(L).repeat(t.batch_size)
-        q_start = torch.arange(0, (t.batch_size + 1) * L, L, dtype=torch.int32)
+        positions = torch.arange(L, device=self.device).repeat(t.batch_size)
+        q_start = torch.arange(0, (t.batch_size + 1) * L, L, dtype=torch.int32, device=self.device)
         if self.step == t.steps:
             self._fix_all_but_mtp()
         with torch.no_grad():
@@ -192,9 +193,10 @@ class Trainer:
         was_training = self.model.training
         self.model.eval()
         for start in range(0, len(tokens) - 1, L):
-            window = torch.from_numpy(tokens[start : start + L + 1].astype(np.int64))
+            window = torch.from_numpy(tokens[start : start + L + 1].astype(np.int64)).to(self.device)
             n = len(window) - 1
-            logits = self.model(window[:-1], torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
+            q_start = torch.tensor([0, n], dtype=torch.int32, device=self.device)
+            logits = self.model(window[:-1], torch.arange(n, device=self.device), q_start)
             total += float(nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
             count += n
         self.model.train(was_training)

@@ -407,7 +407,7 @@ def key_of(**changes):
         {"device": torch.device("cuda")},
         {"max_batch_size": 2},
     ],
-    ids=str,
+    ids=lambda changes: next(iter(changes)),
 )
 def test_what_changes_a_graph_changes_the_key(changes):
     assert key_of(**changes) != key_of()

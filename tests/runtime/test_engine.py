@@ -22,21 +22,29 @@ def engine():
     return tiny_model().engine
 
 
-@pytest.fixture
-def steps(engine):
-    """Prefill prompts and decode tokens behind them: ``steps(prompts, following)`` -> logits of each step."""
-    taken = []
+class Steps:
+    """Prefills prompts and decodes tokens behind them; gives the logits of each step, ``[B, steps + 1, V]``."""
 
-    def run(prompts, following):
-        places = [engine.cache.allocate(len(p) + len(f)) for p, f in zip(prompts, following, strict=True)]
-        taken.extend(places)
-        logits = [engine.prefill(prompts, places, last_only=True)]
-        logits += [engine.decode(list(tokens), places) for tokens in zip(*following, strict=True)]
+    def __init__(self, engine):
+        self.engine, self.places = engine, []
+
+    def __call__(self, prompts, following):
+        places = [self.engine.cache.allocate(len(p) + len(f)) for p, f in zip(prompts, following, strict=True)]
+        self.places += places
+        logits = [self.engine.prefill(prompts, places, last_only=True)]
+        logits += [self.engine.decode(list(column), places) for column in zip(*following, strict=True)]
         return torch.stack(logits, 1)
 
-    yield run
-    for place in taken:
-        engine.cache.release(place)
+    def release(self):
+        for place in self.places:
+            self.engine.cache.release(place)
+
+
+@pytest.fixture
+def steps(engine):
+    steps = Steps(engine)
+    yield steps
+    steps.release()
 
 
 def tokens(*shape):
@@ -64,8 +72,7 @@ def test_nothing_is_compiled_after_the_build(engine, steps):
             prompts = [tokens(max(length - row, 1)) for row in range(batch)]
             steps(prompts, tokens(batch, steps_behind))
             decoded += steps_behind
-            for place in engine_places(steps):
-                engine.cache.release(place)
+            steps.release()
     assert decoded >= 200
     assert report.recompiles == 0 and report.graph_breaks == 0
     assert dynamo_counters() == before
@@ -80,11 +87,6 @@ def test_the_modes_of_a_caller_change_nothing(engine, mode):
         assert model.generate(ids[0].tolist(), max_new_tokens=3, temperature=0.0) == answer
     assert torch.equal(model(ids), logits)
     assert model.report.recompiles == 0
-
-
-def engine_places(steps):
-    """The places a ``steps`` fixture has taken so far."""
-    return next(cell.cell_contents for cell in steps.__closure__ if isinstance(cell.cell_contents, list))
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -115,8 +117,7 @@ def test_a_sequence_as_long_as_the_cache(engine, steps):
 def test_what_lies_in_unused_slots_does_not_matter(engine, steps):
     prompt, following = tokens(40), tokens(3, 4)
     expected = steps([prompt] * 3, following)
-    for place in engine_places(steps):
-        engine.cache.release(place)
+    steps.release()
     kept = [layer.clone() for layer in engine.cache.layers]
     try:
         for layer in engine.cache.layers:
