@@ -1,6 +1,7 @@
 """Put a traced PyTorch function in the place of a node."""
 
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -95,6 +96,9 @@ class Splicer:
             for inner in traced.graph.nodes:
                 if inner.op == "output":
                     result = fx.map_arg(inner.args[0], lambda n: env[n])
+                elif _takes_all(inner):
+                    # torch 2.11's Inductor cannot tell that a slice of a free size takes all of it
+                    env[inner] = env[inner.args[0]]
                 elif inner.op == "get_attr":
                     raise ValueError(f"splice: want a function without tensor constants, got {inner.target}")
                 elif inner.op != "placeholder":
@@ -104,6 +108,14 @@ class Splicer:
                     new.meta = {"val": target(*values(new.args), **values(new.kwargs))}
                     inherit(new, node)
         return result
+
+
+def _takes_all(node: fx.Node) -> bool:
+    """Whether a node is a slice from the beginning to the end, as indexing writes for ``x[:, :k]``."""
+    if node.target is not torch.ops.aten.slice.Tensor or node.kwargs:
+        return False
+    given: dict[str, Any] = dict(zip(("x", "dim", "start", "end", "step"), node.args, strict=False))
+    return given.get("start", 0) in (0, None) and given.get("end") in (None, sys.maxsize) and given.get("step", 1) == 1
 
 
 def _signature(value: Tensor) -> str:
