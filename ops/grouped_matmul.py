@@ -22,6 +22,7 @@ from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
 from deepfuse.ir.provider import at_most
+from deepfuse.ir.sizes import check_equal
 
 GATHER_ROWS = 64
 """Up to so many rows each reads its group's weight in place, by index, as a fused reduction."""
@@ -373,8 +374,8 @@ def _wgrad_check(dy: Tensor, x: Tensor, offsets: Tensor) -> None:
             "grouped_matmul_wgrad: want dy [M, N], x [M, K] and offsets [E], got "
             f"{list(dy.shape)}, {list(x.shape)} and {list(offsets.shape)}"
         )
-    torch._check(
-        dy.shape[0] == x.shape[0], lambda: f"grouped_matmul_wgrad: want x of {dy.shape[0]} rows, got {x.shape[0]}"
+    check_equal(
+        x.shape[0], dy.shape[0], lambda: f"grouped_matmul_wgrad: want x of {dy.shape[0]} rows, got {x.shape[0]}"
     )
     if dy.dtype != x.dtype or offsets.dtype != torch.int32:
         raise TypeError(
