@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_at_most
 from deepfuse.ir.sizes import check_equal
 
 
@@ -129,4 +130,4 @@ Raises:
     ValueError: shapes do not fit.
 """
 
-expert_unpermute.provide("triton", _launch, priority={"cuda": 10})
+expert_unpermute.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)

@@ -21,7 +21,7 @@ from torch.nn import functional
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
-from deepfuse.ir.provider import at_most
+from deepfuse.ir.provider import at_most, float32_at_most
 from deepfuse.ir.sizes import check_equal
 
 GATHER_ROWS = 64
@@ -362,7 +362,7 @@ Raises:
     TypeError: dtypes differ, or ``offsets`` is not int32.
 """
 
-grouped_matmul.provide("triton", _launch, priority={"cuda": 10})
+grouped_matmul.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)
 # CUTLASS on a GPU; on a CPU the reference's loop, in C++ (1.3 for 1.8 ms: 16384 rows, 16 matrices 256 x 256 of bfloat16)
 grouped_matmul.provide("torch", _torch, priority={"cuda": 20, "cpu": 5}, supports=_torch_supports)
 grouped_matmul.provide("gather", _gather, priority={"cpu": 10}, supports=_gather_supports, inline=True)
@@ -422,5 +422,5 @@ Raises:
     TypeError: dtypes differ, or ``offsets`` is not int32.
 """
 
-grouped_matmul_wgrad.provide("triton", _launch_wgrad, priority={"cuda": 10})
+grouped_matmul_wgrad.provide("triton", _launch_wgrad, priority={"cuda": 10}, supports=float32_at_most)
 grouped_matmul_wgrad.provide("torch", _torch_wgrad, priority={"cuda": 20, "cpu": 5}, supports=_torch_wgrad_supports)

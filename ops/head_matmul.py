@@ -16,7 +16,7 @@ from torch import Tensor
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
-from deepfuse.ir.provider import at_most
+from deepfuse.ir.provider import at_most, float32_at_most
 from deepfuse.ops.linear import MATVEC_ROWS
 
 
@@ -107,10 +107,6 @@ def _launch(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def _supports(x: Tensor, weight: Tensor) -> str | None:
-    return "computes in float32" if x.dtype == torch.float64 else None
-
-
 def _check(x: Tensor, weight: Tensor) -> None:
     if x.ndim != 3 or weight.ndim != 3 or x.shape[1:] != weight.shape[:2]:
         raise ValueError(
@@ -172,4 +168,4 @@ Raises:
 """
 
 head_matmul.provide("matvec", _matvec, priority={"cpu": 10}, supports=_matvec_supports, inline=True)
-head_matmul.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
+head_matmul.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)

@@ -23,6 +23,7 @@ from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
 from deepfuse.ir.private import flash_attention_cpu, flash_attention_cpu_backward
+from deepfuse.ir.provider import float32_at_most
 from deepfuse.ir.tolerance import Tolerance
 
 
@@ -478,15 +479,11 @@ def _flash_cpu_backward(
     return dq, dkv, dk_rope
 
 
-def _float32_at_most(*args: Any) -> str | None:
-    return "computes in float32 at most" if args[0].dtype == torch.float64 else None
-
-
 def _fits(q: Tensor, kv: Tensor, k_rope: Tensor, *rest: Any) -> str | None:
     width = _padded_width(_widths(q, kv, k_rope)) * q.element_size()
     if width > 2560:
         return f"32 queries and keys must fit shared memory: at most 2560 bytes a head (padded), not {width}"
-    return _float32_at_most(q)
+    return float32_at_most(q)
 
 
 def _backward_fits(dout: Tensor, *rest: Any) -> str | None:
@@ -642,7 +639,7 @@ mla_attention_backward = define(
 )
 """Gradient of ``mla_attention``: ``(dq, dkv, dk_rope)`` from ``dout`` and what the forward call took and gave."""
 
-mla_attention.provide("torch", _flash_cpu, priority={"cpu": 5}, supports=_float32_at_most)
-mla_attention_backward.provide("torch", _flash_cpu_backward, priority={"cpu": 5}, supports=_float32_at_most)
+mla_attention.provide("torch", _flash_cpu, priority={"cpu": 5}, supports=float32_at_most)
+mla_attention_backward.provide("torch", _flash_cpu_backward, priority={"cpu": 5}, supports=float32_at_most)
 mla_attention.provide("triton", _launch, priority={"cuda": 10}, supports=_fits)
 mla_attention_backward.provide("triton", _launch_backward, priority={"cuda": 10}, supports=_backward_fits)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_at_most
 from deepfuse.ir.sizes import check_equal
 
 
@@ -102,10 +103,6 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return y
 
 
-def _supports(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
-    return "computes in float32" if x.dtype == torch.float64 else None
-
-
 def _check(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     if x.ndim != 3 or x.shape[-1] % 2 or cos.ndim != 2 or cos.shape[1] * 2 != x.shape[-1] or cos.shape != sin.shape:
         raise ValueError(
@@ -173,4 +170,4 @@ Raises:
     ValueError: shapes do not fit.
 """
 
-rotary.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
+rotary.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)

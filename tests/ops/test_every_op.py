@@ -33,7 +33,8 @@ WITHOUT_KERNEL = {
 """Ops without a Triton kernel, and why."""
 
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+# float64 is for the reference, which is the oracle in it: kernels that would round it refuse
+every_dtype = pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=["float32", "bfloat16", "float64"])
 every_device = pytest.mark.parametrize(
     "device_type", ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 )
