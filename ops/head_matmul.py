@@ -17,6 +17,7 @@ from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
 from deepfuse.ir.provider import at_most, float32_at_most
+from deepfuse.ops.dot import dot
 from deepfuse.ops.linear import MATVEC_ROWS
 
 
@@ -66,9 +67,7 @@ def _head_matmul_kernel(
     for start in range(0, K, BLOCK_K):
         x = tl.load(x_tile, mask=(t[:, None] < T) & (start + k[None, :] < K), other=0.0)
         weight = tl.load(weight_tile, mask=(start + k[:, None] < K) & (n[None, :] < N), other=0.0)
-        if DOT_FLOAT32:
-            x, weight = x.to(tl.float32), weight.to(tl.float32)
-        y = tl.dot(x, weight, y, input_precision="ieee")
+        y = dot(x, weight, y, DOT_FLOAT32)
         x_tile += BLOCK_K * x_stride_k
         weight_tile += BLOCK_K * weight_stride_k
     y_tile = y_ptr + (t[:, None] * H + h) * N + n[None, :]
