@@ -215,8 +215,9 @@ def _launch(
     dk_rope = torch.zeros((H, *k_rope.shape), dtype=torch.float32, device=k_rope.device)
     if 0 in (T, H, S, B):
         return dq.zero_(), dkv, dk_rope.sum(0).to(k_rope.dtype)
-    lse_log2, delta = torch.empty((2, H, T), dtype=torch.float32, device=q.device)
-    for_queries, for_keys = _blocks(q, kv, k_rope)
+    # not the halves of one: the second would not begin at a multiple of 16 bytes, and be compiled for on its own
+    lse_log2, delta = (torch.empty((H, T), dtype=torch.float32, device=q.device) for _ in range(2))
+    for_queries, *for_keys_and_values = _blocks(q, kv, k_rope)
     dout, q, kv, k_rope = dout.contiguous(), q.contiguous(), kv.contiguous(), k_rope.contiguous()
     places = q_start.contiguous(), k_start.contiguous(), k_len.contiguous()
 
@@ -226,22 +227,26 @@ def _launch(
         dout, q, kv, k_rope, out.contiguous(), lse.contiguous(), *places, dq, lse_log2, delta, scale, T, B, H,
         **constants, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    block_q, block_k, num_warps, num_stages = for_keys
-    constants = tile_constants(q, kv, k_rope, B, block_q, block_k)
-    for of_values in (False, True):
+    for of_values, (block_q, block_k, num_warps, num_stages) in enumerate(for_keys_and_values):
+        constants = tile_constants(q, kv, k_rope, B, block_q, block_k)
         _mla_attention_dkv_kernel[(triton.cdiv(S, block_k) + B, H)](
-            dout, q, kv, k_rope, lse_log2, delta, *places, dkv, dk_rope, scale, T, S, B, H, OF_VALUES=of_values,
+            dout, q, kv, k_rope, lse_log2, delta, *places, dkv, dk_rope, scale, T, S, B, H, OF_VALUES=bool(of_values),
             **constants, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     return dq, dkv, dk_rope.sum(0).to(k_rope.dtype)
 
 
-def _blocks(q: Tensor, kv: Tensor, k_rope: Tensor) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-    """Block of queries, block of keys, warps and stages: for the gradient of queries, and for that of keys or values."""
-    if q.element_size() == 2 and padded_width(q, kv, k_rope) <= 320:
-        # the largest that keep DeepSeek-V3's widths in registers
-        return (128, 64, 8, 2), (64, 128, 8, 2)
-    return (16, 32, 4, 1), (16, 32, 4, 1)
+def _blocks(q: Tensor, kv: Tensor, k_rope: Tensor) -> tuple[tuple[int, int, int, int], ...]:
+    """Block of queries, block of keys, warps and stages, for the gradients of queries, of keys and of values.
+
+    The largest that spill no register on sm_90, by triton 3.6 and 3.9 (``tests/ops/test_machine_code.py``).
+    """
+    width = padded_width(q, kv, k_rope)
+    if q.element_size() == 2 and width <= 320:
+        # keys take 255 registers at DeepSeek-V3's widths; where heads are no power of two, an address needs one more
+        keys = (64, 128, 8, 2) if q.shape[1].bit_count() == 1 else (32, 128, 8, 3)
+        return (128, 64, 8, 2), keys, (64, 128, 8, 2)
+    return ((16, 32, 4, 1) if width <= 160 else (16, 16, 8, 1),) * 3
 
 
 def _flash_cpu(

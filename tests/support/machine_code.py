@@ -116,8 +116,10 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
     def i(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return t(*shape, dtype=dtype)
 
+    def attention(heads: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
+        return t(T, heads, N + R, dtype=dtype), t(T, heads, 2 * N, dtype=dtype), t(T, R, dtype=dtype)
+
     starts = (i(2, dtype=torch.int32), i(1, dtype=torch.int32), i(1, dtype=torch.int32))
-    attention = (t(T, H, N + R), t(T, H, 2 * N), t(T, R))
     cache, table = t(T * P + 1, 64, C + R), i(T, P)
     experts_up, experts_down, offsets = t(E, 2 * F, D), t(E, D, F), i(E, dtype=torch.int32)
     per_row = (f(T), i(T), f(T), i(T), i(T))
@@ -142,9 +144,19 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             (t(T, H, N + R)[..., :N], t(H, 2 * N, C)[:, :N]),
             (t(T, H, C), t(H, 2 * N, C)[:, N:].mT),
         ],
-        "mla_attention": [(*attention, *starts, scale)],
-        # nobody trains on one token
-        "mla_attention_backward": [(t(T, H, N), *attention, t(T, H, N), f(T, H), *starts, scale)] if T > 1 else [],
+        "mla_attention": [(*attention(H), *starts, scale)],
+        "mla_attention_backward": [
+            (
+                t(T, heads, N, dtype=dtype),
+                *attention(heads, dtype),
+                t(T, heads, N, dtype=dtype),
+                f(T, heads),
+                *starts,
+                scale,
+            )
+            # numbers of heads and tokens that are no multiple of anything; the wide registers of float32
+            for heads, dtype in ((H, torch.bfloat16), (3, torch.bfloat16), (H, torch.float32))
+        ],
         "mla_decode": [(t(T, H, C), t(T, H, R), cache, table, i(T, dtype=torch.int32), scale)],
         "rotary": [(t(T, heads, R), f(T, R // 2), f(T, R // 2), True) for heads in (H, 1)],
         "route": [(f(T, E), f(E), *router)],
