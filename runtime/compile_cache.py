@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from deepfuse.ir.private import inductor_default_cache
+
 
 def cache_root() -> Path:
     """The folder; it need not exist."""
@@ -47,14 +49,19 @@ def clear_cache() -> None:
 def inductor_cache() -> Iterator[None]:
     """Inductor keeps its code in our folder while we compile, unless the user has chosen one."""
     name = "TORCHINDUCTOR_CACHE_DIR"
-    if name in os.environ:
+    before = os.environ.get(name)
+    # torch writes its default there as soon as it is asked for the folder
+    if before not in (None, inductor_default_cache()):
         yield
         return
     os.environ[name] = str(_versioned() / "inductor")
     try:
         yield
     finally:
-        del os.environ[name]
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 class BuildFolder:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import deepfuse as df
+from deepfuse.ir.private import inductor_default_cache
 from deepfuse.runtime import compile_cache
 from deepfuse.runtime.build import _journal as kept_journal
 from deepfuse.runtime.compile_cache import BuildFolder, cache_root, cache_size, clear_cache, inductor_cache
@@ -106,6 +107,11 @@ def test_inductor_keeps_its_code_beside(root, monkeypatch):
     with inductor_cache():
         assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(root)
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    # torch writes its default into the environment when it is first asked: that is nobody's choice
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", inductor_default_cache())
+    with inductor_cache():
+        assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(root)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == inductor_default_cache()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
     with inductor_cache():
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
@@ -158,8 +164,10 @@ def test_a_cold_build(cold):
 
 @pytest.mark.compile
 def test_a_warm_build_tells_the_same(cold):
-    model, _ = cold
+    model, root = cold
+    binaries = set(root.rglob("*.so"))
     warm = compiled()
+    assert binaries and set(root.rglob("*.so")) == binaries  # no C++ is compiled again, as with other flags it would be
     assert warm.report.warm and "(warm)" in str(warm.report)
     # times of passes are those of the build that ran them
     assert story(warm) == story(model)
