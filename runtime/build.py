@@ -117,7 +117,7 @@ def build(
     row = device_row(wanted)
     settings = {"providers": forced, "device": row, "max_seq_len": length}
     runner = Runner(pipeline, settings)
-    key = _key(pipeline, settings, cfg, dtype, wanted, room)
+    key = f"{_key(pipeline, settings, cfg, dtype, wanted, room)}-{_module_key(causal_lm)}"
     cache = LatentCache(cfg, dtype=dtype, device=wanted, **room)
     with inductor_cache():
         made = _engine(causal_lm.eval(), cache, runner, max_batch_size, BuildFolder(key) if compile else None)
@@ -260,4 +260,25 @@ def _key(
         f"{dtype} {device} {sorted(room.items())}",
         *(inspect.getsource(m) for m in modules),
     ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _module_key(causal_lm: CausalLM) -> str:
+    """Of what a captured graph takes for granted of a module, and does not check at a call.
+
+    Configuration and dtype do not settle it: a module may come with a router bias in bfloat16 (after ``.bfloat16()``),
+    with a setting changed by hand, or with blocks of the caller's own.
+    """
+    parts = []
+    for name, module in causal_lm.named_modules():
+        settings = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+        parts.append(f"{name} {type(module).__module__}.{type(module).__qualname__} {sorted(settings.items())}")
+    for name, tensor in (*causal_lm.named_parameters(), *causal_lm.named_buffers()):
+        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {tensor.device}")
+    for kind in sorted({type(m) for m in causal_lm.modules()}, key=lambda t: (t.__module__, t.__qualname__)):
+        try:
+            parts.append(inspect.getsource(inspect.getmodule(kind) or kind))
+        except (OSError, TypeError):  # typed into a prompt: there is no file, but there is the code
+            functions = [f.__code__ for f in vars(kind).values() if inspect.isfunction(f)]
+            parts.append(repr([(c.co_name, c.co_code, c.co_consts, c.co_names) for c in functions]))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
