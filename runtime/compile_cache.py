@@ -30,9 +30,9 @@ def _versioned() -> Path:
 
 
 def cache_size() -> tuple[int, int]:
-    """Number of files and bytes."""
+    """Number of files and bytes of what we made."""
     sizes = []
-    for path in cache_root().rglob("*"):
+    for path in cache_root().glob("torch-*/**/*"):
         with contextlib.suppress(FileNotFoundError):  # another process may be clearing
             if path.is_file():
                 sizes.append(path.stat().st_size)
@@ -40,7 +40,11 @@ def cache_size() -> tuple[int, int]:
 
 
 def clear_cache() -> None:
-    shutil.rmtree(cache_root(), ignore_errors=True)
+    """Delete what we made. The folder may be one of the user's that holds other things, and then stays."""
+    for path in cache_root().glob("torch-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        cache_root().rmdir()
 
 
 @contextlib.contextmanager

@@ -128,8 +128,8 @@ def test_cache(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     monkeypatch.setenv("DEEPFUSE_CACHE_DIR", str(tmp_path / "cache"))
     run(monkeypatch, "cache")
     assert capsys.readouterr().out == f"{tmp_path / 'cache'}: 0 files, 0.0 MB\n"
-    (tmp_path / "cache" / "torch" / "builds").mkdir(parents=True)
-    (tmp_path / "cache" / "torch" / "builds" / "x.graph").write_bytes(b"0" * 1_200_000)
+    (tmp_path / "cache" / "torch-2" / "builds").mkdir(parents=True)
+    (tmp_path / "cache" / "torch-2" / "builds" / "x.graph").write_bytes(b"0" * 1_200_000)
     (tmp_path / "other").write_text("mine")
     run(monkeypatch, "cache")
     assert capsys.readouterr().out.endswith("cache: 1 files, 1.2 MB\n")

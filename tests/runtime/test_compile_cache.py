@@ -50,6 +50,15 @@ def test_size_and_clearing(root):
     assert not root.exists() and cache_size() == (0, 0)
 
 
+def test_clearing_leaves_what_is_not_ours(root):
+    root.mkdir(exist_ok=True)
+    (root / "letter.txt").write_text("kept")
+    BuildFolder("a").write("prefill.graph", b"12345")
+    assert cache_size() == (1, 5)
+    clear_cache()
+    assert [path.name for path in root.iterdir()] == ["letter.txt"]
+
+
 def test_what_is_written_is_read(root):
     folder = BuildFolder("key")
     assert folder.read_report() is None
