@@ -212,10 +212,15 @@ def _weights(cfg: Config, folder: Path | None, device: torch.device, dtype: torc
             causal_lm = CausalLM(cfg, mtp_layers=present)
         load_weights(causal_lm, folder, device=device, dtype=dtype)
         return causal_lm
-    causal_lm = CausalLM(cfg)
+    # made in its dtype and place: in float32 first it would take twice the memory that was checked
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            causal_lm = CausalLM(cfg)
+    finally:
+        torch.set_default_dtype(default)
     causal_lm.initialize(seed)
-    for parameter in causal_lm.parameters():
-        parameter.data = parameter.data.to(dtype)
     return causal_lm.to(device)
 
 

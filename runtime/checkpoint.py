@@ -213,6 +213,6 @@ def _rebuild_buffers(model: CausalLM, device: torch.device) -> None:
             c = model.config
             module.inv_freq = inverse_frequencies(c.qk_rope_head_dim, c.rope_theta, c.rope_scaling).to(device)
         elif isinstance(module, Router):
-            module.tokens_per_expert = torch.zeros(module.tokens_per_expert.shape, device=device)
+            module.tokens_per_expert = torch.zeros(module.tokens_per_expert.shape, dtype=torch.float32, device=device)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not left, f"buffers that nothing rebuilds: {left}"
