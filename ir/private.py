@@ -4,6 +4,7 @@
 must not pay for them. :func:`check` says in one place what a torch lacks.
 """
 
+import os
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -85,6 +86,13 @@ def inductor_options(hooks: Mapping[str, Callable[[fx.Graph], None]], key: str) 
         "last": "post_grad_custom_post_pass",
     }
     return {names[name]: Hook(name, fn) for name, fn in hooks.items()}
+
+
+def default_inductor_folder() -> str:
+    """Where Inductor keeps its code unless ``TORCHINDUCTOR_CACHE_DIR`` says otherwise."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return os.path.abspath(default_cache_dir())
 
 
 def uncompiled_backend(run: Callable[[str, fx.GraphModule], None]) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """``build``: from a checkpoint, a preset or a configuration to a compiled model, in one call."""
 
+import contextlib
 import hashlib
 import inspect
 import platform
@@ -86,8 +87,15 @@ def build(
         ValueError, FileNotFoundError, MemoryError: what was wanted, what came, and what to do.
     """
     began = time.perf_counter()
+    if not isinstance(passes, Pipeline | None):
+        raise TypeError(f"build: want passes as a Pipeline, such as deepfuse.passes.default(), got {passes!r:.80}")
     pipeline, forced = passes or default(), _checked_providers(providers or {})
     wanted = check_device(device)
+    problem = missing_for_compilation() if compile else None
+    notes = [] if problem is None else [f"runs uncompiled: {problem}"]
+    if notes:
+        compile = False
+        warnings.warn(f"build: {notes[0]}", stacklevel=3)  # beyond the decorator
     if isinstance(source, nn.Module) and not isinstance(source, CausalLM):
         return CompiledModule(source, pipeline, forced, compile=compile)
     folder, cfg = _folder_and_config(source)
@@ -108,18 +116,15 @@ def build(
     if training is not None:
         return Trainer(causal_lm, training, compile=compile)
 
-    notes = []
-    problem = missing_for_compilation() if compile else None
-    if problem is not None:
-        compile = False
-        notes.append(f"runs uncompiled: {problem}")
-        warnings.warn(f"build: {notes[-1]}", stacklevel=3)  # beyond the decorator
+    # before a minute of compiling: these files may be damaged as well
+    defaults = GenerationConfig() if folder is None else GenerationConfig.from_folder(folder)
+    tokenizer = None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder)
     row = device_row(wanted)
     settings = {"providers": forced, "device": row, "max_seq_len": length}
     runner = Runner(pipeline, settings)
     key = f"{_key(pipeline, settings, cfg, dtype, wanted, room)}-{_module_key(causal_lm)}"
     cache = LatentCache(cfg, dtype=dtype, device=wanted, **room)
-    with inductor_cache():
+    with inductor_cache() if compile else contextlib.nullcontext():
         made = _engine(causal_lm.eval(), cache, runner, max_batch_size, BuildFolder(key) if compile else None)
     report = Report(
         model=str(source) if isinstance(source, str | Path) else type(source).__name__,
@@ -142,9 +147,9 @@ def build(
         made,
         report,
         max_seq_len=length,
-        tokenizer=None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder),
-        defaults=GenerationConfig() if folder is None else GenerationConfig.from_folder(folder),
-        source=folder,
+        tokenizer=tokenizer,
+        defaults=defaults,
+        source=None if folder is None else folder.absolute(),  # still right where the program changes its directory
     )
 
 

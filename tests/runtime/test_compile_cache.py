@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_folder
 
 import deepfuse as df
 from deepfuse.runtime import compile_cache
@@ -119,6 +120,23 @@ def test_inductor_keeps_its_code_beside(root, monkeypatch):
     with inductor_cache():
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
+
+
+def test_the_default_that_torch_sets_is_no_choice_of_the_users(root, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    inductor_folder()  # as the import of Dynamo does: it sets the variable
+    default = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    with inductor_cache():
+        assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(root)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default
+
+
+def test_inductor_keeps_its_own_folder_where_ours_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DEEPFUSE_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    with inductor_cache():
+        assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
 # builds

@@ -98,7 +98,9 @@ def test_nothing_is_missing_where_all_is_there(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("CXX", "clang++ -O2")
     assert missing_for_compilation() is None
     monkeypatch.setenv("CXX", "g++-99")
-    assert str(missing_for_compilation()).startswith("no C++ compiler ('g++-99', which CXX names, is not there): install")
+    assert str(missing_for_compilation()).startswith(
+        "no C++ compiler ('g++-99', which CXX names, is not there): install"
+    )
 
 
 def test_missing_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
