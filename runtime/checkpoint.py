@@ -95,7 +95,9 @@ def load_weights(
             bar.advance(stored[piece.name].nbytes)
     if broken and not allow_nan:
         text = _listed({f"NaN or infinite in {dtype}": broken})
-        raise CheckpointError(f"{path}: want finite weights, got {text}; allow_nan=True takes them as they are")
+        raise CheckpointError(
+            f"{path}: want finite weights, got {text}; load_weights(allow_nan=True) takes them as they are"
+        )
     model.load_state_dict(state, assign=True)
     _rebuild_buffers(model, torch.device(device))
 
