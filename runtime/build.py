@@ -70,8 +70,9 @@ def build(
         source: a Hugging Face checkpoint directory; a preset (``v3-tiny``, with the weights that come with the library;
             ``v2-lite``, ``v2``, ``v3-671b``, ``kimi-k2``, ``moonlight``, with random weights); a :class:`Config` (random
             weights); a :class:`CausalLM` (used as it is); or any other module (compiled with the passes).
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
-        dtype: of weights and activations; ``auto`` is the checkpoint's, and float32 where there is none.
+        device: ``auto`` (a :class:`CausalLM`'s own; else CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
+        dtype: of weights and activations; ``auto`` is that of the checkpoint or :class:`CausalLM`, and float32 where
+            there is none.
         max_batch_size: sequences that generate at once; the cache is made for them.
         max_seq_len: tokens a sequence may have; the model's limit, at most 4096, where ``None``.
         passes: the rewrites; ``deepfuse.passes.default()`` where ``None``.
@@ -84,7 +85,7 @@ def build(
         A :class:`Model`; a :class:`Trainer` with ``training``; a :class:`CompiledModule` for another module.
 
     Raises:
-        ValueError, FileNotFoundError, MemoryError: what was wanted, what came, and what to do.
+        ValueError, TypeError, FileNotFoundError, MemoryError: what was wanted, what came, and what to do.
     """
     began = time.perf_counter()
     if not isinstance(passes, Pipeline | None):
@@ -99,7 +100,10 @@ def build(
     if isinstance(source, nn.Module) and not isinstance(source, CausalLM):
         return CompiledModule(source, pipeline, forced, compile=compile)
     folder, cfg = _folder_and_config(source)
-    dtype = _dtype(dtype, folder, source)
+    if isinstance(source, CausalLM):
+        wanted, dtype = _place(source, device, dtype)
+    else:
+        dtype = _dtype(dtype, folder)
     if max_batch_size < 1:
         raise ValueError(f"build: want max_batch_size >= 1, got {max_batch_size}")
     length = min(cfg.max_position_embeddings, MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
@@ -229,9 +233,24 @@ def _weights(cfg: Config, folder: Path | None, device: torch.device, dtype: torc
     return causal_lm.to(device)
 
 
-def _dtype(dtype: str | torch.dtype, folder: Path | None, source: Any) -> torch.dtype:
-    if isinstance(source, CausalLM):
-        return next(source.parameters()).dtype
+def _place(
+    causal_lm: CausalLM, device: str | torch.device, dtype: str | torch.dtype
+) -> tuple[torch.device, torch.dtype]:
+    """Where a module lies and in which dtype: it is used as it is, and what else is asked for is refused."""
+    places = {(p.device, p.dtype) for p in causal_lm.parameters()}
+    own_device, own_dtype = next(iter(places))
+    if len(places) > 1 or own_device.type == "meta":
+        found = ", ".join(sorted(f"{d} {t}" for d, t in places))
+        raise ValueError(f"build: want a CausalLM with all weights on one device and of one dtype, got {found}")
+    asked = own_device if device == "auto" else check_device(device)
+    if asked.type != own_device.type or asked.index not in (None, own_device.index):
+        raise ValueError(f"build: want a CausalLM on {asked}, got one on {own_device}; move it there first")
+    if dtype != "auto" and _dtype(dtype, None) != own_dtype:
+        raise ValueError(f"build: want a CausalLM in {dtype}, got one in {own_dtype}; convert it first")
+    return own_device, own_dtype
+
+
+def _dtype(dtype: str | torch.dtype, folder: Path | None) -> torch.dtype:
     if dtype == "auto":
         return torch.float32 if folder is None else stored_dtype(folder)
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

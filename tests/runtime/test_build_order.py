@@ -11,7 +11,7 @@ import deepfuse as df
 from deepfuse.runtime import build as build_module
 from deepfuse.runtime import requirements
 from deepfuse.runtime.checkpoint import CheckpointError
-from tiny_model import CONFIG, ONE_LAYER, build, write_checkpoint
+from tiny_model import CONFIG, ONE_LAYER, build, random_weights, write_checkpoint
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
@@ -27,6 +27,29 @@ def test_damaged_small_files(name: str, tmp_path: Path, monkeypatch: pytest.Monk
 def test_passes_are_a_pipeline(passes: Any) -> None:
     with pytest.raises(TypeError, match="build: want passes as a Pipeline, such as deepfuse.passes.default"):
         build(ONE_LAYER, passes=passes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bfloat16"}, "want a CausalLM in bfloat16, got one in torch.float32; convert it first"),
+        ({"dtype": "nonsense"}, "want dtype 'auto', 'float32', 'bfloat16' or 'float16', got 'nonsense'"),
+    ],
+)
+def test_a_module_is_taken_as_it_is_or_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(random_weights(ONE_LAYER), **options)
+
+
+def test_a_module_has_one_device_and_one_dtype() -> None:
+    mixed = random_weights(ONE_LAYER)
+    mixed.lm_head.half()  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="one device and of one dtype, got cpu torch.float16, cpu torch.float32"):
+        build(mixed)
+    with torch.device("meta"):
+        empty = df.CausalLM(ONE_LAYER)
+    with pytest.raises(ValueError, match="one device and of one dtype, got meta torch.float32"):
+        build(empty)
 
 
 def test_a_module_runs_uncompiled_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
