@@ -203,6 +203,12 @@ class Model:
                 piece = self._text_piece(streams[request.index], request, token)
                 if piece:
                     yield request.index, piece
+        except KeyboardInterrupt:
+            # what might have become a stop string was generated as well
+            for index, stream in enumerate(streams):
+                if rest := stream.finish():
+                    yield index, rest
+            raise
         finally:
             self.report.prefill_tokens_per_second = speed.prefill_tokens / max(speed.prefill_seconds, 1e-9)
             self.report.decode_tokens_per_second = speed.decode_tokens / max(speed.decode_seconds, 1e-9)
