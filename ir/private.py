@@ -4,6 +4,7 @@
 must not pay for them. :func:`check` says in one place what a torch lacks.
 """
 
+import os
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -56,13 +57,6 @@ def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
-def inductor_default_cache() -> str:
-    """Where Inductor keeps its code if nobody chooses a folder."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    return default_cache_dir()
-
-
 CPP_FLAGS: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
 """A product and its sum in one instruction, as on GPUs: decode on a CPU is 15 to 25% faster (60M parameters, AVX-512)."""
 
@@ -110,6 +104,13 @@ def materialize(x: Tensor) -> Tensor:
     for size in reversed(x.shape[1:]):
         strides.insert(0, strides[0] * size)
     return inductor_prims.force_stride_order(x, strides)
+
+
+def default_inductor_folder() -> str:
+    """Where Inductor keeps its code unless ``TORCHINDUCTOR_CACHE_DIR`` says otherwise."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return os.path.abspath(default_cache_dir())
 
 
 def uncompiled_backend(run: Callable[[str, fx.GraphModule], None]) -> Callable[..., Any]:

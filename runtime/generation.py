@@ -122,9 +122,9 @@ def _choose(logits: Tensor, requests: list[Request], sampling: Sampling) -> list
     device, rows = logits.device, len(requests)
     tokens = sample(
         logits,
-        torch.full((rows,), sampling.temperature, device=device),
+        torch.full((rows,), sampling.temperature, dtype=torch.float32, device=device),
         torch.full((rows,), sampling.top_k, device=device),
-        torch.full((rows,), sampling.top_p, device=device),
+        torch.full((rows,), sampling.top_p, dtype=torch.float32, device=device),
         torch.tensor([sampling.seed + r.index for r in requests], device=device),
         torch.tensor([len(r.prompt) + len(r.generated) for r in requests], device=device),
     )

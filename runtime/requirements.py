@@ -1,5 +1,6 @@
 """What this machine must have, checked before work begins: a device, memory, and a compiler where one is needed."""
 
+import os
 import shutil
 import sysconfig
 from pathlib import Path
@@ -56,8 +57,11 @@ def available_memory() -> int | None:
 
 def missing_for_compilation() -> str | None:
     """What keeps Inductor from compiling here, with the package that brings it; ``None`` if nothing does."""
-    if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
-        return "no C++ compiler: install g++ (Debian and Ubuntu: apt-get install g++)"
+    # what Inductor takes, which looks for no other
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler.partition(" ")[0]) is None:
+        named = "" if compiler == "g++" else f" ({compiler!r}, which CXX names, is not there)"
+        return f"no C++ compiler{named}: install g++ (Debian and Ubuntu: apt-get install g++)"
     include = sysconfig.get_path("include")
     if not (Path(include) / "Python.h").exists():
         return f"no Python headers in {include}: install python3-dev (Debian and Ubuntu: apt-get install python3-dev)"

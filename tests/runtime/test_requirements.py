@@ -89,8 +89,18 @@ def test_a_model_too_large_is_refused_before_anything_is_made(monkeypatch: pytes
 def test_nothing_is_missing_where_all_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(requirements.sysconfig, "get_path", lambda _: str(tmp_path))
-    monkeypatch.setattr(requirements.shutil, "which", lambda name: "/usr/bin/clang++" if name == "clang++" else None)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(requirements.shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else None)
     assert missing_for_compilation() is None
+    # Inductor takes no other, unless CXX names it
+    monkeypatch.setattr(requirements.shutil, "which", lambda name: "/opt/clang++" if name == "clang++" else None)
+    assert missing_for_compilation() == "no C++ compiler: install g++ (Debian and Ubuntu: apt-get install g++)"
+    monkeypatch.setenv("CXX", "clang++ -O2")
+    assert missing_for_compilation() is None
+    monkeypatch.setenv("CXX", "g++-99")
+    assert str(missing_for_compilation()).startswith(
+        "no C++ compiler ('g++-99', which CXX names, is not there): install"
+    )
 
 
 def test_missing_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
