@@ -90,6 +90,8 @@ def build(
     began = time.perf_counter()
     if not isinstance(passes, Pipeline | None):
         raise TypeError(f"build: want passes as a Pipeline, such as deepfuse.passes.default(), got {passes!r:.80}")
+    if not isinstance(training, Training | None):
+        raise TypeError(f"build: want training as a Training, got {training!r:.80}")
     pipeline, forced = passes or default(), _checked_providers(providers or {})
     wanted = check_device(device)
     problem = missing_for_compilation() if compile else None
@@ -104,12 +106,18 @@ def build(
         wanted, dtype = _place(source, device, dtype)
     else:
         dtype = _dtype(dtype, folder)
-    if max_batch_size < 1:
-        raise ValueError(f"build: want max_batch_size >= 1, got {max_batch_size}")
+    if not isinstance(max_batch_size, int) or max_batch_size < 1:
+        raise ValueError(f"build: want max_batch_size as an integer >= 1, got {max_batch_size!r}")
     length = min(cfg.max_position_embeddings, MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
-    if not 1 <= length <= cfg.max_position_embeddings:
+    if not isinstance(length, int) or not 1 <= length <= cfg.max_position_embeddings:
         raise ValueError(
-            f"build: want 1 <= max_seq_len <= max_position_embeddings = {cfg.max_position_embeddings}, got {length}"
+            f"build: want max_seq_len as an integer in 1 .. max_position_embeddings = {cfg.max_position_embeddings}, "
+            f"got {length!r}"
+        )
+    if cfg.attention == "mha" and training is None:
+        raise ValueError(
+            "build: want attention 'mla', which has a cache to generate from, got 'mha'; it can be trained, or "
+            "called as a plain module"
         )
     counts = count_parameters(cfg)
     weight_bytes = weights_bytes(cfg, dtype)
@@ -202,6 +210,8 @@ def _folder_and_config(source: str | Path | Config | CausalLM) -> tuple[Path | N
         return None, source
     if isinstance(source, CausalLM):
         return None, source.config
+    if not isinstance(source, str | Path):
+        raise TypeError(f"build: want a path, a preset, a Config or a module, got {source!r:.80}")
     if str(source) in PRESETS:
         folder = SHIPPED / str(source)
         if (folder / "config.json").exists():
@@ -260,6 +270,8 @@ def _dtype(dtype: str | torch.dtype, folder: Path | None) -> torch.dtype:
 
 
 def _checked_providers(providers: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(providers, Mapping):
+        raise TypeError(f"build: want providers as a mapping from op to provider, got {providers!r:.80}")
     for name, provider in providers.items():
         if name not in OPS:
             raise ValueError(f"build: want providers for ops out of {', '.join(sorted(OPS))}, got {name!r}")

@@ -137,14 +137,17 @@ class Model:
         """
         single = _is_one(prompts)
         listed: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
-        sampling = self._sampling(max_new_tokens, temperature, top_k, top_p, seed, stop_token_ids)
+        sampling, stops = (
+            self._sampling(max_new_tokens, temperature, top_k, top_p, seed, stop_token_ids),
+            _strings(stop),
+        )
         ids = self._checked([self._ids(p) for p in listed])
         as_text = [isinstance(p, str) for p in listed]
         if any(as_text) and not all(as_text):
             raise TypeError("generate: want prompts all strings or all token ids, got both")
-        if stop and not all(as_text):
+        if stops and not all(as_text):
             raise ValueError("generate: want string prompts with stop strings, got token ids; use stop_token_ids")
-        return self._run(ids, sampling, _strings(stop), text=all(as_text), single=single, stream=stream)
+        return self._run(ids, sampling, stops, text=all(as_text), single=single, stream=stream)
 
     def _run(
         self,
@@ -326,4 +329,7 @@ def _is_one(prompts: Prompt | Many[Prompt]) -> bool:
 
 
 def _strings(stop: str | Many[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, list | tuple) or not all(isinstance(s, str) for s in stops):
+        raise TypeError(f"generate: want stop as a string or a list of strings, got {stop!r}")
+    return tuple(stops)

@@ -1,5 +1,6 @@
 """Mistakes that ``build`` can see are told before it compiles anything."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,19 @@ def test_random_weights_are_never_wider_than_asked_for(monkeypatch: pytest.Monke
     original(expected, 0)
     for (name, got), want in zip(model.engine.model.named_parameters(), expected.parameters(), strict=True):
         assert torch.equal(got, want.bfloat16()), name
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "error", "message"),
+    [
+        (None, {}, TypeError, "want a path, a preset, a Config or a module, got None"),
+        (ONE_LAYER, {"max_batch_size": 1.5}, ValueError, "want max_batch_size as an integer >= 1, got 1.5"),
+        (ONE_LAYER, {"max_seq_len": "8"}, ValueError, "want max_seq_len as an integer in 1 .. .*, got '8'"),
+        (ONE_LAYER, {"providers": ["triton"]}, TypeError, "want providers as a mapping from op to provider"),
+        (ONE_LAYER, {"training": 5}, TypeError, "want training as a Training, got 5"),
+        (replace(ONE_LAYER, attention="mha"), {}, ValueError, "want attention 'mla', which has a cache"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(source: Any, options: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        build(source, **options)

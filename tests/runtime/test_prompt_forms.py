@@ -35,3 +35,21 @@ def test_what_is_no_integer_is_no_token(prompts: Any) -> None:
 def test_one_text_is_no_list_to_score(text: Any) -> None:
     with pytest.raises(TypeError, match="score: want a list of texts, got a single one"):
         tiny_model().score(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_new_tokens": 2.5}, TypeError, "want max_new_tokens as integral number, got 2.5"),
+        ({"temperature": "hot"}, TypeError, "want temperature as real number, got 'hot'"),
+        ({"temperature": 1e39}, ValueError, "want temperature in 0 .. 1e6"),
+        ({"top_k": 10**20}, ValueError, "want top_k >= 0 and below"),
+        ({"seed": None}, TypeError, "want seed as integral number, got None"),
+        ({"seed": 2**63}, ValueError, "want a seed of at most 62 bits"),
+        ({"stop": 7}, TypeError, "want stop as a string or a list of strings, got 7"),
+        ({"stop": [7]}, TypeError, "want stop as a string or a list of strings"),
+    ],
+)
+def test_options_of_the_wrong_kind(options: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=f"generate: {message}"):
+        tiny_model().generate(IDS, **{**NEW, **options})
