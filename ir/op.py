@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from deepfuse.ir.cost import Cost
+from deepfuse.ir.private import schema_parameters
 from deepfuse.ir.provider import REFERENCE, Choice, Provider, choose
 from deepfuse.ir.tolerance import DEFAULT_TOLERANCE, Tolerance
 
@@ -146,6 +147,10 @@ def define(
     signature = "(" + signature
     if name in OPS:
         raise ValueError(f"op {name!r} is already defined; was its module imported under two names?")
+    # torch cannot forget an op: nothing is registered before everything is checked
+    wanted = schema_parameters(schema)
+    if list(inspect.signature(reference).parameters) != wanted:
+        raise ValueError(f"{name}: want a reference with parameters {wanted}, got {inspect.signature(reference)}")
     LIBRARY.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
     op = Op(
         name=name,
@@ -159,9 +164,6 @@ def define(
         tolerance=tolerance or {},
     )
     op._register_flops()
-    wanted = [a.name for a in op.overload._schema.arguments]
-    if list(inspect.signature(reference).parameters) != wanted:
-        raise ValueError(f"{name}: want a reference with parameters {wanted}, got {inspect.signature(reference)}")
 
     def dispatch(*args: Any) -> Any:
         check(*args)

@@ -1,7 +1,7 @@
 """Every private PyTorch API the project uses: torch may change these without notice, and a new one is tried here first.
 
 ``torch._inductor`` and ``torch._dynamo`` are imported inside the functions: they cost seconds, and ``import deepfuse``
-must not pay for them. :func:`check` says in one place what a torch lacks.
+must not pay for them.
 """
 
 import os
@@ -48,6 +48,15 @@ def flash_attention_cpu_backward(
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
     )
+
+
+def schema_parameters(schema: str) -> list[str]:
+    """Names of the arguments of a schema, which is not registered.
+
+    Raises:
+        RuntimeError: it is no schema.
+    """
+    return [argument.name for argument in torch._C.parse_schema(schema).arguments]
 
 
 def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:

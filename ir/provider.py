@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 REFERENCE = "reference"
 
 
@@ -84,6 +86,11 @@ def choose(
 @functools.cache
 def _ranked(providers: tuple[Provider, ...], device_type: str) -> tuple[Provider, ...]:
     return tuple(sorted(providers, key=lambda p: p.priority.get(device_type, -1), reverse=True))
+
+
+def float32_at_most(*args: Any) -> str | None:
+    """What ``supports`` says of kernels that compute in float32: float64, the dtype of oracles, is left to others."""
+    return "computes in float32 at most" if args[0].dtype == torch.float64 else None
 
 
 def at_most(size: Any, limit: int) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_at_most
 from deepfuse.ops.rms_norm import rms_norm_grad, rms_norm_ref
 
 
@@ -70,10 +71,6 @@ def _launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Te
 def _rows(x: Tensor) -> Tensor:
     x_TD = x.reshape(-1, x.shape[-1])
     return x_TD if x_TD.stride(-1) == 1 else x_TD.contiguous()
-
-
-def _supports(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> str | None:
-    return "computes in float32" if x.dtype == torch.float64 else None
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
@@ -135,4 +132,4 @@ Raises:
     ValueError: shapes or dtypes differ.
 """
 
-add_rms_norm.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
+add_rms_norm.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_at_most
+from deepfuse.ir.sizes import check_equal
 
 
 def expert_unpermute_ref(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
@@ -68,8 +70,9 @@ def _check(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor) -> None:
             "expert_unpermute: want y [M, D], order [M], inverse [M] and weights [T, K], got "
             f"{[list(t.shape) for t in (y, order, inverse, weights)]}"
         )
-    torch._check(
-        weights.numel() == inverse.shape[0],
+    check_equal(
+        weights.numel(),
+        inverse.shape[0],
         lambda: f"expert_unpermute: want T * K = {inverse.shape[0]} weights, got {list(weights.shape)}",
     )
 
@@ -127,4 +130,4 @@ Raises:
     ValueError: shapes do not fit.
 """
 
-expert_unpermute.provide("triton", _launch, priority={"cuda": 10})
+expert_unpermute.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)

@@ -17,7 +17,8 @@ from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
 from deepfuse.ir.private import materialize
-from deepfuse.ir.provider import at_most
+from deepfuse.ir.provider import at_most, float32_at_most
+from deepfuse.ops.dot import dot
 from deepfuse.ops.linear import MATVEC_ROWS
 
 
@@ -67,9 +68,7 @@ def _head_matmul_kernel(
     for start in range(0, K, BLOCK_K):
         x = tl.load(x_tile, mask=(t[:, None] < T) & (start + k[None, :] < K), other=0.0)
         weight = tl.load(weight_tile, mask=(start + k[:, None] < K) & (n[None, :] < N), other=0.0)
-        if DOT_FLOAT32:
-            x, weight = x.to(tl.float32), weight.to(tl.float32)
-        y = tl.dot(x, weight, y, input_precision="ieee")
+        y = dot(x, weight, y, DOT_FLOAT32)
         x_tile += BLOCK_K * x_stride_k
         weight_tile += BLOCK_K * weight_stride_k
     y_tile = y_ptr + (t[:, None] * H + h) * N + n[None, :]
@@ -106,10 +105,6 @@ def _launch(x: Tensor, weight: Tensor) -> Tensor:
         num_stages=3,
     )
     return y
-
-
-def _supports(x: Tensor, weight: Tensor) -> str | None:
-    return "computes in float32" if x.dtype == torch.float64 else None
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
@@ -173,4 +168,4 @@ Raises:
 """
 
 head_matmul.provide("matvec", _matvec, priority={"cpu": 10}, supports=_matvec_supports, inline=True)
-head_matmul.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
+head_matmul.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)

@@ -22,6 +22,7 @@ from deepfuse.ir.op import define
 from deepfuse.ir.private import materialize
 from deepfuse.ir.provider import at_most
 from deepfuse.ops.append_latent import PAGE_SIZE
+from deepfuse.ops.dot import dot
 
 
 def mla_decode_ref(
@@ -39,13 +40,6 @@ def mla_decode_ref(
     # a sequence without tokens (a padding row of the batch) gives zeros, not NaN
     p_BHS = torch.where(seqlens[:, None, None] > 0, scores_BHS.softmax(-1), 0.0)
     return (p_BHS @ rows_BSD[..., :C]).to(q_latent.dtype)
-
-
-@triton.jit
-def _dot(a, b, acc, DOT_FLOAT32: tl.constexpr):
-    if DOT_FLOAT32:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["P", "NUM_SPLITS"])
@@ -85,10 +79,10 @@ def _mla_decode_kernel(
         live = t0 + t_s < end
         latent = tl.load(row_ptrs + c[None, :], mask=live[:, None] & (c < C)[None, :], other=0.0)
         k_rope = tl.load(row_ptrs + C + r[None, :], mask=live[:, None] & (r < R)[None, :], other=0.0)
-        s = _dot(q_latent, tl.trans(latent), tl.zeros((BLOCK_H, BLOCK_T), tl.float32), DOT_FLOAT32)
+        s = dot(q_latent, tl.trans(latent), tl.zeros((BLOCK_H, BLOCK_T), tl.float32), DOT_FLOAT32)
         # two products, a sum and a branch: from a product that leads to another one without a branch, by its sum or by
         # its operand, Triton lets both warpgroups compute all 64 rows
-        s_rope = _dot(q_rope, tl.trans(k_rope), tl.zeros((BLOCK_H, BLOCK_T), tl.float32), DOT_FLOAT32)
+        s_rope = dot(q_rope, tl.trans(k_rope), tl.zeros((BLOCK_H, BLOCK_T), tl.float32), DOT_FLOAT32)
         s = s * scale_log2 + s_rope * scale_log2
         if t0 + BLOCK_T > end:
             s = tl.where(live[None, :], s, float("-inf"))
@@ -96,7 +90,7 @@ def _mla_decode_kernel(
         p = tl.exp2(s - m_next[:, None])
         shrink = tl.exp2(m - m_next)
         denominator = denominator * shrink + tl.sum(p, 1)
-        acc = _dot(p.to(latent.dtype), latent, acc * shrink[:, None], DOT_FLOAT32)
+        acc = dot(p.to(latent.dtype), latent, acc * shrink[:, None], DOT_FLOAT32)
         m = m_next
     out = acc / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
     tl.store(out_ptr + out_row * C + tile_hc, out.to(out_ptr.dtype.element_ty), mask=mask_h & (c < C)[None, :])

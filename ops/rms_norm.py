@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_at_most
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -121,4 +122,4 @@ Raises:
     TypeError: ``x`` is not floating point.
 """
 
-rms_norm.provide("triton", _launch, priority={"cuda": 10})
+rms_norm.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)

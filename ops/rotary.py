@@ -17,6 +17,8 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_at_most
+from deepfuse.ir.sizes import check_equal
 
 
 def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -101,17 +103,13 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return y
 
 
-def _supports(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
-    return "computes in float32" if x.dtype == torch.float64 else None
-
-
 def _check(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     if x.ndim != 3 or x.shape[-1] % 2 or cos.ndim != 2 or cos.shape[1] * 2 != x.shape[-1] or cos.shape != sin.shape:
         raise ValueError(
             "rotary: want x [T, H, R] with even R, cos and sin [T, R/2], got "
             f"{list(x.shape)}, {list(cos.shape)} and {list(sin.shape)}"
         )
-    torch._check(cos.shape[0] == x.shape[0], lambda: f"rotary: want {x.shape[0]} rows in cos, got {cos.shape[0]}")
+    check_equal(cos.shape[0], x.shape[0], lambda: f"rotary: want {x.shape[0]} rows in cos, got {cos.shape[0]}")
 
 
 def _fake(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -172,4 +170,4 @@ Raises:
     ValueError: shapes do not fit.
 """
 
-rotary.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
+rotary.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_at_most
+from deepfuse.ir.sizes import check_equal
 
 WORD = 0xFFFFFFFF
 """Mask of the low 32 bits."""
@@ -252,10 +254,8 @@ def _launch(
 
 
 def _triton_supports(logits: Tensor, *rest: Tensor) -> str | None:
-    if logits.dtype == torch.float64:
-        return "computes in float32"
     # ranks are counted in float32
-    return None if logits.shape[1] <= 2**24 else "vocabulary is larger than 2**24"
+    return float32_at_most(logits) or (None if logits.shape[1] <= 2**24 else "vocabulary is larger than 2**24")
 
 
 def _check(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> None:
@@ -267,9 +267,7 @@ def _check(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, se
         )
     B = logits.shape[0]
     for rows in (t.shape[0] for t in per_row):
-        torch._check(
-            rows == B, functools.partial("sample: want {} temperatures, seeds and so on, got {}".format, B, rows)
-        )
+        check_equal(rows, B, functools.partial("sample: want {} temperatures, seeds and so on, got {}".format, B, rows))
     if not logits.is_floating_point() or any(t.dtype != torch.int64 for t in (top_k, seed, position)):
         raise TypeError(
             "sample: want floating-point logits and int64 top_k, seed and position, got "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_at_most
 
 
 def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
@@ -51,10 +52,6 @@ def _launch(gate: Tensor, up: Tensor) -> Tensor:
 def _rows(x: Tensor) -> Tensor:
     x_TF = x.reshape(-1, x.shape[-1])
     return x_TF if x_TF.stride(-1) == 1 else x_TF.contiguous()
-
-
-def _supports(gate: Tensor, up: Tensor) -> str | None:
-    return "computes in float32" if gate.dtype == torch.float64 else None
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
@@ -114,4 +111,4 @@ Raises:
     ValueError: shapes or dtypes differ.
 """
 
-swiglu.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
+swiglu.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)

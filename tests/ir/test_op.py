@@ -63,6 +63,14 @@ def test_the_reference_has_the_parameters_of_the_schema():
         _define("(Tensor x, int scale) -> Tensor")
 
 
+def test_a_name_that_was_refused_can_be_defined_again():
+    name = f"test_op_{next(NUMBERS)}"
+    with pytest.raises(ValueError, match="want a reference with parameters"):
+        _define("(Tensor x, int scale) -> Tensor", name=name)
+    assert name not in module.OPS
+    assert _define(name=name)(torch.ones(2), 1).tolist() == [3, 3]
+
+
 def test_every_way_to_call_checks_the_arguments():
     op = _define()
     op.provide("fast", double, priority={"cpu": 1})

@@ -102,7 +102,7 @@ def test_rejects():
     x, experts = torch.ones(4, 8), torch.ones(4, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"want x \[T, D\] and experts \[T, K\], got \[4, 8\] and \[8\]"):
         expert_permute(x, experts.flatten(), 4)
-    with pytest.raises(RuntimeError, match="want experts of 4 tokens, got 3"):
+    with pytest.raises(ValueError, match="want experts of 4 tokens, got 3"):
         expert_permute(x, experts[:3], 4)
     with pytest.raises(TypeError, match="want int64 experts, got torch.int32"):
         expert_permute(x, experts.int(), 4)

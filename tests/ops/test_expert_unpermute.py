@@ -65,5 +65,5 @@ def test_rejects():
     y, order, inverse, weights = _arguments(3, 2, 4)
     with pytest.raises(ValueError, match=r"got \[\[6, 4\], \[6\], \[6\], \[6\]\]"):
         expert_unpermute(y, order, inverse, weights.flatten())
-    with pytest.raises(RuntimeError, match=r"want T \* K = 6 weights, got \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"want T \* K = 6 weights, got \[2, 2\]"):
         expert_unpermute(y, order, inverse, weights[:2])

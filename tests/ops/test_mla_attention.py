@@ -8,16 +8,10 @@ from hypothesis import strategies as st
 from accuracy import assert_as_accurate
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ops import mla_attention as module
-from deepfuse.ops.mla_attention import (
-    _flash_cpu,
-    _flash_cpu_backward,
-    _launch,
-    _launch_backward,
-    mla_attention,
-    mla_attention_backward,
-    mla_attention_backward_ref,
-    mla_attention_ref,
-)
+from deepfuse.ops.mla_attention import _flash_cpu, _launch, mla_attention, mla_attention_ref
+from deepfuse.ops.mla_attention_backward import _flash_cpu as _flash_cpu_backward
+from deepfuse.ops.mla_attention_backward import _launch as _launch_backward
+from deepfuse.ops.mla_attention_backward import mla_attention_backward_ref
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 
@@ -202,13 +196,6 @@ def test_blocks_that_end_near_the_diagonal_are_masked_to_the_key():
     torch.testing.assert_close(_launch_backward(*grad_args), mla_attention_backward_ref(*grad_args))
 
 
-def test_gradient_is_the_same_every_time():
-    args = _arguments([(40, 20)], 3, 8, 4, 8)
-    out, lse = _launch(*args)
-    first, second = (_launch_backward(torch.ones_like(out), *args[:3], out, lse, *args[3:]) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 @pytest.mark.skipif(not interpreted(), reason="runs on the CPU")
 def test_sequences_of_equal_lengths_go_into_one_call(monkeypatch):
     batches = []
@@ -230,10 +217,6 @@ def test_float64_and_wide_heads_go_to_the_reference():
     assert supports["triton"](*wide) == "computes in float32 at most"
     assert "at most 2560 bytes a head (padded), not 4160" in supports["triton"](*_arguments([(1, 0)], 1, 512, 4, 512))
 
-    out, lse = mla_attention_ref(*wide)
-    grad_args = out, *wide[:3], out, lse, *wide[3:]
-    assert mla_attention_backward.choose(grad_args).provider.name == "reference"
-
 
 def test_refuses_what_does_not_fit():
     q, kv, k_rope, *rest = _arguments([(3, 0)], 2, 8, 4, 8)
@@ -243,6 +226,10 @@ def test_refuses_what_does_not_fit():
         mla_attention(q, kv, torch.ones(3, 12), *rest)
     with pytest.raises(TypeError, match=r"one dtype, got torch.float32, torch.float32 and torch.bfloat16"):
         mla_attention(q, kv, k_rope.bfloat16(), *rest)
-    out, lse = mla_attention(q, kv, k_rope, *rest)
-    with pytest.raises(ValueError, match=r"dout and out of one shape, got \[2, 2, 8\] and \[3, 2, 8\]"):
-        mla_attention_backward(out[:2], q, kv, k_rope, out, lse, *rest)
+    for wrong in [
+        (kv[:2], k_rope, *rest),
+        (kv, k_rope, rest[0][:1], *rest[1:]),
+        (kv, k_rope, *rest[:2], rest[2][:0], 1.0),
+    ]:
+        with pytest.raises(ValueError, match="mla_attention: want .* got"):
+            mla_attention(q, *wrong)

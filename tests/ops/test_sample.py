@@ -278,7 +278,7 @@ def test_refuses_what_does_not_fit():
         sample(logits[:, 0], *rows)
     with pytest.raises(ValueError, match=r"got \[\[2, 0\], "):
         sample(logits[:, :0], *rows)
-    with pytest.raises(RuntimeError, match="want 2 temperatures, seeds and so on, got 1"):
+    with pytest.raises(ValueError, match="want 2 temperatures, seeds and so on, got 1"):
         sample(logits, rows[0][:1], *rows[1:])
     with pytest.raises(TypeError, match="int64 top_k, seed and position, got"):
         sample(logits, rows[0], rows[1].int(), *rows[2:])

@@ -19,12 +19,16 @@ SCALE = (N + R) ** -0.5
 SETTINGS = {"device": CPU, "max_seq_len": 4096}
 
 
+def attend(q, weight, latent, k_rope, k_start, seqlens, *, bias=None, queries=1):
+    """Attention of ``queries`` of each sequence, over a latent that is expanded first: the result and its statistics."""
+    kv = linear(latent, weight, bias).unflatten(-1, (H, N + V))
+    q_start = torch.arange(0, q.shape[0] + 1, queries, dtype=torch.int32)
+    return mla_attention(q, kv, k_rope, q_start, k_start, seqlens, SCALE)
+
+
 def expanded(q, weight, cache, block_table, seqlens):
     rows, k_start = gather_latent(cache, block_table)
-    latent, k_rope = rows.split((C, R), -1)
-    kv = linear(latent, weight, None).unflatten(-1, (H, N + V))
-    q_start = torch.arange(q.shape[0] + 1, dtype=torch.int32)
-    return mla_attention(q, kv, k_rope, q_start, k_start, seqlens, SCALE)[0]
+    return attend(q, weight, *rows.split((C, R), -1), k_start, seqlens)[0]
 
 
 def absorbed(q, weight, cache, block_table, seqlens):
@@ -102,18 +106,19 @@ def test_leaves_a_prefill_alone():
 
 
 def test_leaves_several_queries_a_sequence_alone():
-    q, weight, cache, block_table, seqlens = arguments()
-    _, count, notes = rewritten(expanded, torch.cat((q, q)), weight, cache, block_table, seqlens)
+    def pairs(q, weight, cache, block_table, seqlens):
+        rows, k_start = gather_latent(cache, block_table)
+        return attend(q, weight, *rows.split((C, R), -1), k_start, seqlens, queries=2)[0]
+
+    q, *rest = arguments()
+    _, count, notes = rewritten(pairs, torch.cat((q, q)), *rest)
     assert count == 0 and "several queries" in notes[0]
 
 
 def test_leaves_it_alone_where_the_statistics_are_read():
     def with_lse(q, weight, cache, block_table, seqlens):
         rows, k_start = gather_latent(cache, block_table)
-        latent, k_rope = rows.split((C, R), -1)
-        kv = linear(latent, weight, None).unflatten(-1, (H, N + V))
-        q_start = torch.arange(q.shape[0] + 1, dtype=torch.int32)
-        return mla_attention(q, kv, k_rope, q_start, k_start, seqlens, SCALE)
+        return attend(q, weight, *rows.split((C, R), -1), k_start, seqlens)
 
     _, count, notes = rewritten(with_lse, *arguments())
     assert count == 0 and "statistics" in notes[0]
@@ -123,9 +128,7 @@ def test_leaves_swapped_parts_of_the_row_alone():
     def swapped(q, weight, cache, block_table, seqlens):
         rows, k_start = gather_latent(cache, block_table)
         k_rope, latent = rows.split((R, C), -1)
-        kv = linear(latent, weight, None).unflatten(-1, (H, N + V))
-        q_start = torch.arange(q.shape[0] + 1, dtype=torch.int32)
-        return mla_attention(q, kv, k_rope, q_start, k_start, seqlens, SCALE)[0]
+        return attend(q, weight, latent, k_rope, k_start, seqlens)[0]
 
     _, count, notes = rewritten(swapped, *arguments())
     assert count == 0 and "not the two parts" in notes[0]
@@ -134,10 +137,7 @@ def test_leaves_swapped_parts_of_the_row_alone():
 def test_leaves_keys_that_begin_elsewhere_alone():
     def shifted(q, weight, cache, block_table, seqlens):
         rows, k_start = gather_latent(cache, block_table)
-        latent, k_rope = rows.split((C, R), -1)
-        kv = linear(latent, weight, None).unflatten(-1, (H, N + V))
-        q_start = torch.arange(q.shape[0] + 1, dtype=torch.int32)
-        return mla_attention(q, kv, k_rope, q_start, k_start + 1, seqlens, SCALE)[0]
+        return attend(q, weight, *rows.split((C, R), -1), k_start + 1, seqlens)[0]
 
     _, count, notes = rewritten(shifted, *arguments())
     assert count == 0 and "not from the cache" in notes[0]
@@ -146,10 +146,7 @@ def test_leaves_keys_that_begin_elsewhere_alone():
 def test_leaves_a_linear_layer_with_bias_alone():
     def biased(q, weight, cache, block_table, seqlens, bias):
         rows, k_start = gather_latent(cache, block_table)
-        latent, k_rope = rows.split((C, R), -1)
-        kv = linear(latent, weight, bias).unflatten(-1, (H, N + V))
-        q_start = torch.arange(q.shape[0] + 1, dtype=torch.int32)
-        return mla_attention(q, kv, k_rope, q_start, k_start, seqlens, SCALE)[0]
+        return attend(q, weight, *rows.split((C, R), -1), k_start, seqlens, bias=bias)[0]
 
     _, count, _ = rewritten(biased, *arguments(), torch.randn(H * (N + V)))
     assert count == 0
