@@ -136,10 +136,21 @@ def scale_from_amax_bits(bits, FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr
 @triton.jit
 def quotient_for_fp8(x, scale, FP8_MAX: tl.constexpr):
     """``round_to_fp8`` in a kernel, up to the cast: ``x`` and ``scale`` float32 of shapes that broadcast."""
+    return saturate(quotient(x, scale), FP8_MAX)
+
+
+@triton.jit
+def quotient(x, scale):
+    """``x / scale`` rounded to nearest; NaN where the scale is no finite number, by which finite values would be 0."""
     divisor = tl.where(scale < float("inf"), scale, float("nan"))
-    quotient = tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
+    return tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
+
+
+@triton.jit
+def saturate(x, FP8_MAX: tl.constexpr):
+    """Within what FP8 holds; NaN stays."""
     # a GPU's cast saturates, but the interpreter's does not; and min and max must not make numbers of NaN
-    return tl.clamp(quotient, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+    return tl.clamp(x, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -158,6 +158,11 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             (f(C + R, D), fp8, 128, 128, False),
             (t(T, D), fp8, 0, 0, False),
         ],
+        "quantize_static": [
+            (t(T, D), f(1, 1), fp8, 0, 0),
+            (t(T, D), f((T + 127) // 128, D), fp8, 128, 1),
+            (t(C + R, D), f((C + R + 127) // 128, D // 128), fp8, 128, 128),
+        ],
         "rotary": [(t(T, heads, R), f(T, R // 2), f(T, R // 2), True) for heads in (H, 1)],
         "route": [(f(T, E), f(E), *router)],
         "sample": [(f(T, V), *per_row), (t(T, V), *per_row)],
