@@ -38,6 +38,10 @@ class RopeScaling:
                 "rope_scaling: want factor >= 1 and original_max_position_embeddings >= 1, got "
                 f"{self.factor} and {self.original_max_position_embeddings}"
             )
+        if not (0 < self.beta_slow < math.inf and 0 < self.beta_fast < math.inf):
+            raise ValueError(
+                f"rope_scaling: want finite beta_fast and beta_slow > 0, got {self.beta_fast} and {self.beta_slow}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +113,7 @@ class Config:
         for name in (
             "vocab_size",
             "hidden_size",
+            "intermediate_size",
             "num_hidden_layers",
             "num_attention_heads",
             "kv_lora_rank",
@@ -118,6 +123,17 @@ class Config:
             "max_position_embeddings",
         ):
             want(getattr(self, name) >= 1, f"want {name} >= 1, got {getattr(self, name)}")
+        for name in ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts"):
+            want((getattr(self, name) or 0) >= 0, f"want {name} >= 0, got {getattr(self, name)}")
+        for name in ("rms_norm_eps", "initializer_range", "routed_scaling_factor"):
+            value = getattr(self, name)
+            want(0 <= value < math.inf, f"want a finite {name} >= 0, got {value}")
+        # YaRN divides by its logarithm
+        want(1 < self.rope_theta < math.inf, f"want a finite rope_theta > 1, got {self.rope_theta}")
+        want(
+            self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling),
+            f"want rope_scaling a RopeScaling or None, got {self.rope_scaling!r}",
+        )
         want(self.qk_rope_head_dim % 2 == 0, f"want an even qk_rope_head_dim, got {self.qk_rope_head_dim}")
         want(
             self.q_lora_rank is None or self.q_lora_rank >= 1, f"want q_lora_rank >= 1 or null, got {self.q_lora_rank}"
@@ -143,6 +159,7 @@ class Config:
 
     def _check_experts(self, want: Any) -> None:
         E = self.n_routed_experts or 0
+        want(self.moe_intermediate_size >= 1, f"want moe_intermediate_size >= 1, got {self.moe_intermediate_size}")
         want(self.scoring_func in SCORES, f"want scoring_func out of {list(SCORES)}, got {self.scoring_func!r}")
         want(
             self.topk_method in TOPK_METHODS,

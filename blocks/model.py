@@ -106,5 +106,5 @@ class CausalLM(nn.Module):
             elif parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                noise = torch.empty(parameter.shape).normal_(std=self.config.initializer_range, generator=generator)
-                parameter.copy_(noise)
+                noise = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                parameter.copy_(noise.normal_(std=self.config.initializer_range, generator=generator))

@@ -30,10 +30,11 @@ class Router(nn.Module):
         assert config.n_routed_experts is not None
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        bias = torch.zeros(config.n_routed_experts) if config.has_router_bias else None
+        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.has_router_bias else None
         self.register_buffer("e_score_correction_bias", bias)
         # load of each expert since the trainer last looked; balances the bias (section 2.1.2 of the V3 report)
-        self.register_buffer("tokens_per_expert", torch.zeros(config.n_routed_experts), persistent=False)
+        load = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+        self.register_buffer("tokens_per_expert", load, persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config

@@ -70,7 +70,7 @@ class Op:
         return "!" in self.signature
 
     def tolerance_for(self, dtype: torch.dtype) -> Tolerance:
-        return self.tolerance.get(dtype, DEFAULT_TOLERANCE[dtype])
+        return self.tolerance[dtype] if dtype in self.tolerance else DEFAULT_TOLERANCE[dtype]
 
     def choose(self, args: tuple[Any, ...], *, compiled: bool = False, forced: str | None = None) -> Choice:
         return choose(self.providers, args, device_type(args), compiled=compiled, forced=forced)

@@ -4,6 +4,7 @@
 must not pay for them.
 """
 
+import os
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -65,6 +66,10 @@ def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
+CPP_FLAGS: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
+"""A product and its sum in one instruction, as on GPUs: decode on a CPU is 15 to 25% faster (60M parameters, AVX-512)."""
+
+
 def inductor_options(hooks: Mapping[str, Callable[[fx.Graph], None]], key: str) -> dict[str, Any]:
     """Options for ``torch.compile`` that call functions on the graph of this compilation only.
 
@@ -93,7 +98,28 @@ def inductor_options(hooks: Mapping[str, Callable[[fx.Graph], None]], key: str) 
         "partitioned": "post_grad_custom_pre_pass",
         "last": "post_grad_custom_post_pass",
     }
-    return {names[name]: Hook(name, fn) for name, fn in hooks.items()}
+    return CPP_FLAGS | {names[name]: Hook(name, fn) for name, fn in hooks.items()}
+
+
+def materialize(x: Tensor) -> Tensor:
+    """Have Inductor compute ``x`` once, into memory, and not again in every loop that reads it.
+
+    Args:
+        x: of known sizes; comes out contiguous.
+    """
+    from torch._inductor import inductor_prims
+
+    strides = [1]
+    for size in reversed(x.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return inductor_prims.force_stride_order(x, strides)
+
+
+def default_inductor_folder() -> str:
+    """Where Inductor keeps its code unless ``TORCHINDUCTOR_CACHE_DIR`` says otherwise."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return os.path.abspath(default_cache_dir())
 
 
 def uncompiled_backend(run: Callable[[str, fx.GraphModule], None]) -> Callable[..., Any]:
@@ -169,7 +195,9 @@ def capture(
     import torch._dynamo
 
     with torch._dynamo.config.patch(enable_aot_compile=True):
-        lazy: Any = torch.compile(fn, fullgraph=True, dynamic=False, options=dict(options))
+        # checking the sizes of all weights at each call took 5% of a decode step (60M parameters in bfloat16, CPU)
+        options = {**options, "size_asserts": False}
+        lazy: Any = torch.compile(fn, fullgraph=True, dynamic=False, options=options)
         compiled = lazy.aot_compile((args, {}))
     compiled.disable_guard_check()
     return compiled, type(compiled).serialize(compiled).serialized_data
@@ -182,7 +210,10 @@ def load_captured(data: bytes) -> Callable[..., Any]:
         Exception: of any kind, where the bytes are damaged or come from another torch.
     """
     from torch._dynamo.aot_compile import AOTCompiledFunction
+    from torch._inductor import config
 
-    compiled = AOTCompiledFunction.deserialize(data)
+    # compiled C++ is found by its source and its flags; with other flags it would be compiled again
+    with config.patch(CPP_FLAGS):
+        compiled = AOTCompiledFunction.deserialize(data)
     compiled.disable_guard_check()
     return compiled

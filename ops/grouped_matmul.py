@@ -18,6 +18,7 @@ from torch.nn import functional
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
+from deepfuse.ir.private import materialize
 from deepfuse.ir.provider import at_most, float32_at_most
 from deepfuse.ops.dot import dot
 from deepfuse.ops.grouped_matmul_wgrad import (
@@ -45,8 +46,8 @@ def _gather(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     compute = torch.promote_types(x.dtype, torch.float32)
     row_M = torch.arange(x.shape[0], device=x.device)
     group_M = (offsets[None] <= row_M[:, None]).sum(-1)
-    weight_MNK = weight[group_M]
-    return (weight_MNK.to(compute) * x.to(compute)[:, None]).sum(-1).to(x.dtype)
+    weight_MNK, x_MK = weight[group_M], materialize(x.to(compute))
+    return (weight_MNK.to(compute) * x_MK[:, None]).sum(-1).to(x.dtype)
 
 
 def _gather_supports(x: Tensor, weight: Tensor, offsets: Tensor) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
+from deepfuse.ir.private import materialize
 from deepfuse.ir.provider import at_most, float32_at_most
 from deepfuse.ops.dot import dot
 from deepfuse.ops.linear import MATVEC_ROWS
@@ -27,8 +28,8 @@ def head_matmul_ref(x: Tensor, weight: Tensor) -> Tensor:
 
 def _matvec(x: Tensor, weight: Tensor) -> Tensor:
     compute = torch.promote_types(x.dtype, torch.float32)
-    weight_HKN = weight.to(compute)
-    return torch.stack([(x_HK.to(compute)[..., None] * weight_HKN).sum(1) for x_HK in x.unbind(0)]).to(x.dtype)
+    rows_HK, weight_HKN = materialize(x.to(compute)).unbind(0), weight.to(compute)
+    return torch.stack([(row_HK[..., None] * weight_HKN).sum(1) for row_HK in rows_HK]).to(x.dtype)
 
 
 def _matvec_supports(x: Tensor, weight: Tensor) -> str | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.private import materialize
 from deepfuse.ir.provider import at_most
 
 MATVEC_ROWS = 4
@@ -25,7 +26,8 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     compute = torch.promote_types(x.dtype, torch.float32)
-    rows_K, weight_NK = x.reshape(-1, x.shape[-1]).to(compute).unbind(0), weight.to(compute)
+    # else the norm or the activation that made x would be computed again for each of the N sums
+    rows_K, weight_NK = materialize(x.reshape(-1, x.shape[-1]).to(compute)).unbind(0), weight.to(compute)
     # one reduction a row, all over the same weight: Inductor fuses them into one loop that reads it once
     y = torch.stack([(weight_NK * row_K).sum(-1) for row_K in rows_K])
     if bias is not None:

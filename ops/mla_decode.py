@@ -19,6 +19,7 @@ from torch import Tensor
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
+from deepfuse.ir.private import materialize
 from deepfuse.ir.provider import at_most
 from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.ops.dot import dot
@@ -178,21 +179,25 @@ def _fits(q_latent: Tensor, q_rope: Tensor, cache: Tensor, *rest: Any) -> str | 
 def _stream(
     q_latent: Tensor, q_rope: Tensor, cache: Tensor, block_table: Tensor, seqlens: Tensor, scale: float
 ) -> Tensor:
-    """Reductions over the pages where they lie, which Inductor fuses: no gathered copy, and any number of pages."""
+    """Reductions over the pages where they lie, which Inductor fuses: no gathered copy, and any number of pages.
+
+    Page by page, so that all heads read a page while it is in the first cache, and threads share the pages.
+    """
     compute = torch.promote_types(q_latent.dtype, torch.float32)
     C, P = q_latent.shape[-1], block_table.shape[1]
     rows_BPSD = cache[block_table].to(compute)
     place_PS = torch.arange(P, device=cache.device)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=cache.device)
     written_BPS = place_PS < seqlens[:, None, None]
-    q_BHD = torch.cat((q_latent, q_rope), -1).to(compute) * scale
-    scores_BHPS = (q_BHD[:, :, None, None] * rows_BPSD[:, None]).sum(-1)
-    scores_BHPS = torch.where(written_BPS[:, None], scores_BHPS, float("-inf"))
+    q_BHD = materialize(torch.cat((q_latent, q_rope), -1).to(compute) * scale)
+    scores_BPHS = (q_BHD[:, None, :, None] * rows_BPSD[:, :, None]).sum(-1)
+    scores_BPHS = torch.where(written_BPS[:, :, None], scores_BPHS, float("-inf"))
     # a padding row has no score: its maximum is -inf and its sum 0, and neither may make a NaN
-    top_BH11 = scores_BHPS.amax((2, 3), keepdim=True).clamp(min=torch.finfo(compute).min)
-    p_BHPS = (scores_BHPS - top_BH11).exp()
-    total_BH1 = p_BHPS.sum((2, 3))[..., None].clamp(min=torch.finfo(compute).tiny)
+    top_B1H1 = scores_BPHS.amax((1, 3), keepdim=True).clamp(min=torch.finfo(compute).min)
+    p_BPHS = (scores_BPHS - top_B1H1).exp()
+    total_BH1 = p_BPHS.sum((1, 3))[..., None].clamp(min=torch.finfo(compute).tiny)
     values_BPSC = torch.where(written_BPS[..., None], rows_BPSD[..., :C], 0.0)
-    return ((p_BHPS[..., None] * values_BPSC[:, None]).sum((2, 3)) / total_BH1).to(q_latent.dtype)
+    pages_BPHC = (p_BPHS[..., None] * values_BPSC[:, :, None]).sum(3)
+    return (pages_BPHC.sum(1) / total_BH1).to(q_latent.dtype)
 
 
 def _check(q_latent: Tensor, q_rope: Tensor, cache: Tensor, block_table: Tensor, seqlens: Tensor, scale: float) -> None:

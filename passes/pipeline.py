@@ -11,9 +11,10 @@ import hashlib
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import deepfuse.ir.op
-import deepfuse.ir.provider
+import deepfuse.passes
 from deepfuse.passes.absorb_mla import absorb_mla
 from deepfuse.passes.lower import lower
 from deepfuse.passes.record import STAGES, Pass
@@ -66,9 +67,12 @@ class Pipeline:
         return tuple(p for p in self.passes if p.stage in stages)
 
     def key(self, settings: object) -> str:
-        """Of the passes' sources, their order, the settings, and the choice of providers: for compile caches."""
+        """Of all sources of ``ir``, passes and ops, the passes' order and the settings: for compile caches."""
         parts = [f"{p.name}:{p.stage}:{p.source_hash()}" for p in self.passes]
-        parts += [inspect.getsource(deepfuse.ir.provider), inspect.getsource(deepfuse.ir.op), repr(settings)]
+        # helpers of passes, costs and the choice of providers among them
+        for package in (deepfuse.ir, deepfuse.passes):
+            parts += [path.read_text() for path in sorted(Path(package.__path__[0]).glob("*.py"))]
+        parts.append(repr(settings))
         for op in deepfuse.ir.op.OPS.values():
             parts.append(inspect.getsource(inspect.getmodule(op.reference) or op.reference))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()

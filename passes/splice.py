@@ -54,12 +54,16 @@ def fake_mode_of(graph: fx.Graph) -> Any:
 
 
 class Splicer:
-    """Traces functions and inserts their nodes; equal calls are traced once."""
+    """Traces functions and inserts their nodes; equal calls are traced once, and equal nodes inserted once.
+
+    Calls must come in the order of the graph, which is functional: an equal node before is as good as a new one.
+    """
 
     def __init__(self, graph: fx.Graph):
         self.graph = graph
         self._fake_mode = fake_mode_of(graph)
         self._traced: dict[tuple[Any, ...], fx.GraphModule] = {}
+        self._inserted: dict[tuple[Any, str], fx.Node] = {}
 
     def splice(self, node: fx.Node, fn: Callable[..., Any], args: Sequence[Any]) -> Any:
         """Insert the nodes of ``fn`` for these arguments before ``node``.
@@ -102,7 +106,12 @@ class Splicer:
                 elif inner.op == "get_attr":
                     raise ValueError(f"splice: want a function without tensor constants, got {inner.target}")
                 elif inner.op != "placeholder":
-                    new = env[inner] = self.graph.node_copy(inner, lambda n: env[n])
+                    args, kwargs = fx.map_arg((inner.args, inner.kwargs), lambda n: env[n])
+                    key = (inner.target, f"{args} {kwargs}")
+                    if key in self._inserted:
+                        env[inner] = self._inserted[key]
+                        continue
+                    new = env[inner] = self._inserted[key] = self.graph.node_copy(inner, lambda n: env[n])
                     # a value of its own: Inductor reads from its storage which nodes are views of which
                     target: Any = new.target
                     new.meta = {"val": target(*values(new.args), **values(new.kwargs))}

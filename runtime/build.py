@@ -1,5 +1,6 @@
 """``build``: from a checkpoint, a preset or a configuration to a compiled model, in one call."""
 
+import contextlib
 import hashlib
 import inspect
 import platform
@@ -69,8 +70,9 @@ def build(
         source: a Hugging Face checkpoint directory; a preset (``v3-tiny``, with the weights that come with the library;
             ``v2-lite``, ``v2``, ``v3-671b``, ``kimi-k2``, ``moonlight``, with random weights); a :class:`Config` (random
             weights); a :class:`CausalLM` (used as it is); or any other module (compiled with the passes).
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
-        dtype: of weights and activations; ``auto`` is the checkpoint's, and float32 where there is none.
+        device: ``auto`` (a :class:`CausalLM`'s own; else CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
+        dtype: of weights and activations; ``auto`` is that of the checkpoint or :class:`CausalLM`, and float32 where
+            there is none.
         max_batch_size: sequences that generate at once; the cache is made for them.
         max_seq_len: tokens a sequence may have; the model's limit, at most 4096, where ``None``.
         passes: the rewrites; ``deepfuse.passes.default()`` where ``None``.
@@ -83,21 +85,39 @@ def build(
         A :class:`Model`; a :class:`Trainer` with ``training``; a :class:`CompiledModule` for another module.
 
     Raises:
-        ValueError, FileNotFoundError, MemoryError: what was wanted, what came, and what to do.
+        ValueError, TypeError, FileNotFoundError, MemoryError: what was wanted, what came, and what to do.
     """
     began = time.perf_counter()
+    if not isinstance(passes, Pipeline | None):
+        raise TypeError(f"build: want passes as a Pipeline, such as deepfuse.passes.default(), got {passes!r:.80}")
+    if not isinstance(training, Training | None):
+        raise TypeError(f"build: want training as a Training, got {training!r:.80}")
     pipeline, forced = passes or default(), _checked_providers(providers or {})
     wanted = check_device(device)
+    problem = missing_for_compilation() if compile else None
+    notes = [] if problem is None else [f"runs uncompiled: {problem}"]
+    if notes:
+        compile = False
+        warnings.warn(f"build: {notes[0]}", stacklevel=3)  # beyond the decorator
     if isinstance(source, nn.Module) and not isinstance(source, CausalLM):
         return CompiledModule(source, pipeline, forced, compile=compile)
     folder, cfg = _folder_and_config(source)
-    dtype = _dtype(dtype, folder, source)
-    if max_batch_size < 1:
-        raise ValueError(f"build: want max_batch_size >= 1, got {max_batch_size}")
+    if isinstance(source, CausalLM):
+        wanted, dtype = _place(source, device, dtype)
+    else:
+        dtype = _dtype(dtype, folder)
+    if not isinstance(max_batch_size, int) or max_batch_size < 1:
+        raise ValueError(f"build: want max_batch_size as an integer >= 1, got {max_batch_size!r}")
     length = min(cfg.max_position_embeddings, MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
-    if not 1 <= length <= cfg.max_position_embeddings:
+    if not isinstance(length, int) or not 1 <= length <= cfg.max_position_embeddings:
         raise ValueError(
-            f"build: want 1 <= max_seq_len <= max_position_embeddings = {cfg.max_position_embeddings}, got {length}"
+            f"build: want max_seq_len as an integer in 1 .. max_position_embeddings = {cfg.max_position_embeddings}, "
+            f"got {length!r}"
+        )
+    if cfg.attention == "mha" and training is None:
+        raise ValueError(
+            "build: want attention 'mla', which has a cache to generate from, got 'mha'; it can be trained, or "
+            "called as a plain module"
         )
     counts = count_parameters(cfg)
     weight_bytes = weights_bytes(cfg, dtype)
@@ -108,18 +128,15 @@ def build(
     if training is not None:
         return Trainer(causal_lm, training, compile=compile)
 
-    notes = []
-    problem = missing_for_compilation() if compile else None
-    if problem is not None:
-        compile = False
-        notes.append(f"runs uncompiled: {problem}")
-        warnings.warn(f"build: {notes[-1]}", stacklevel=3)  # beyond the decorator
+    # before a minute of compiling: these files may be damaged as well
+    defaults = GenerationConfig() if folder is None else GenerationConfig.from_folder(folder)
+    tokenizer = None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder)
     row = device_row(wanted)
     settings = {"providers": forced, "device": row, "max_seq_len": length}
     runner = Runner(pipeline, settings)
-    key = _key(pipeline, settings, cfg, dtype, wanted, room)
+    key = f"{_key(pipeline, settings, cfg, dtype, wanted, room)}-{_module_key(causal_lm)}"
     cache = LatentCache(cfg, dtype=dtype, device=wanted, **room)
-    with inductor_cache():
+    with inductor_cache() if compile else contextlib.nullcontext():
         made = _engine(causal_lm.eval(), cache, runner, max_batch_size, BuildFolder(key) if compile else None)
     report = Report(
         model=str(source) if isinstance(source, str | Path) else type(source).__name__,
@@ -142,9 +159,9 @@ def build(
         made,
         report,
         max_seq_len=length,
-        tokenizer=None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder),
-        defaults=GenerationConfig() if folder is None else GenerationConfig.from_folder(folder),
-        source=folder,
+        tokenizer=tokenizer,
+        defaults=defaults,
+        source=None if folder is None else folder.absolute(),  # still right where the program changes its directory
     )
 
 
@@ -193,6 +210,8 @@ def _folder_and_config(source: str | Path | Config | CausalLM) -> tuple[Path | N
         return None, source
     if isinstance(source, CausalLM):
         return None, source.config
+    if not isinstance(source, str | Path):
+        raise TypeError(f"build: want a path, a preset, a Config or a module, got {source!r:.80}")
     if str(source) in PRESETS:
         folder = SHIPPED / str(source)
         if (folder / "config.json").exists():
@@ -212,16 +231,36 @@ def _weights(cfg: Config, folder: Path | None, device: torch.device, dtype: torc
             causal_lm = CausalLM(cfg, mtp_layers=present)
         load_weights(causal_lm, folder, device=device, dtype=dtype)
         return causal_lm
-    causal_lm = CausalLM(cfg)
+    # made in its dtype and place: in float32 first it would take twice the memory that was checked
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            causal_lm = CausalLM(cfg)
+    finally:
+        torch.set_default_dtype(default)
     causal_lm.initialize(seed)
-    for parameter in causal_lm.parameters():
-        parameter.data = parameter.data.to(dtype)
     return causal_lm.to(device)
 
 
-def _dtype(dtype: str | torch.dtype, folder: Path | None, source: Any) -> torch.dtype:
-    if isinstance(source, CausalLM):
-        return next(source.parameters()).dtype
+def _place(
+    causal_lm: CausalLM, device: str | torch.device, dtype: str | torch.dtype
+) -> tuple[torch.device, torch.dtype]:
+    """Where a module lies and in which dtype: it is used as it is, and what else is asked for is refused."""
+    places = {(p.device, p.dtype) for p in causal_lm.parameters()}
+    own_device, own_dtype = next(iter(places))
+    if len(places) > 1 or own_device.type == "meta":
+        found = ", ".join(sorted(f"{d} {t}" for d, t in places))
+        raise ValueError(f"build: want a CausalLM with all weights on one device and of one dtype, got {found}")
+    asked = own_device if device == "auto" else check_device(device)
+    if asked.type != own_device.type or asked.index not in (None, own_device.index):
+        raise ValueError(f"build: want a CausalLM on {asked}, got one on {own_device}; move it there first")
+    if dtype != "auto" and _dtype(dtype, None) != own_dtype:
+        raise ValueError(f"build: want a CausalLM in {dtype}, got one in {own_dtype}; convert it first")
+    return own_device, own_dtype
+
+
+def _dtype(dtype: str | torch.dtype, folder: Path | None) -> torch.dtype:
     if dtype == "auto":
         return torch.float32 if folder is None else stored_dtype(folder)
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -231,6 +270,8 @@ def _dtype(dtype: str | torch.dtype, folder: Path | None, source: Any) -> torch.
 
 
 def _checked_providers(providers: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(providers, Mapping):
+        raise TypeError(f"build: want providers as a mapping from op to provider, got {providers!r:.80}")
     for name, provider in providers.items():
         if name not in OPS:
             raise ValueError(f"build: want providers for ops out of {', '.join(sorted(OPS))}, got {name!r}")
@@ -260,4 +301,25 @@ def _key(
         f"{dtype} {device} {sorted(room.items())}",
         *(inspect.getsource(m) for m in modules),
     ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _module_key(causal_lm: CausalLM) -> str:
+    """Of what a captured graph takes for granted of a module, and does not check at a call.
+
+    Configuration and dtype do not settle it: a module may come with a router bias in bfloat16 (after ``.bfloat16()``),
+    with a setting changed by hand, or with blocks of the caller's own.
+    """
+    parts = []
+    for name, module in causal_lm.named_modules():
+        settings = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+        parts.append(f"{name} {type(module).__module__}.{type(module).__qualname__} {sorted(settings.items())}")
+    for name, tensor in (*causal_lm.named_parameters(), *causal_lm.named_buffers()):
+        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {tensor.device}")
+    for kind in sorted({type(m) for m in causal_lm.modules()}, key=lambda t: (t.__module__, t.__qualname__)):
+        try:
+            parts.append(inspect.getsource(inspect.getmodule(kind) or kind))
+        except (OSError, TypeError):  # typed into a prompt: there is no file, but there is the code
+            functions = [f.__code__ for f in vars(kind).values() if inspect.isfunction(f)]
+            parts.append(repr([(c.co_name, c.co_code, c.co_consts, c.co_names) for c in functions]))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

@@ -95,7 +95,9 @@ def load_weights(
             bar.advance(stored[piece.name].nbytes)
     if broken and not allow_nan:
         text = _listed({f"NaN or infinite in {dtype}": broken})
-        raise CheckpointError(f"{path}: want finite weights, got {text}; allow_nan=True takes them as they are")
+        raise CheckpointError(
+            f"{path}: want finite weights, got {text}; load_weights(allow_nan=True) takes them as they are"
+        )
     model.load_state_dict(state, assign=True)
     _rebuild_buffers(model, torch.device(device))
 
@@ -213,6 +215,6 @@ def _rebuild_buffers(model: CausalLM, device: torch.device) -> None:
             c = model.config
             module.inv_freq = inverse_frequencies(c.qk_rope_head_dim, c.rope_theta, c.rope_scaling).to(device)
         elif isinstance(module, Router):
-            module.tokens_per_expert = torch.zeros(module.tokens_per_expert.shape, device=device)
+            module.tokens_per_expert = torch.zeros(module.tokens_per_expert.shape, dtype=torch.float32, device=device)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not left, f"buffers that nothing rebuilds: {left}"

@@ -19,10 +19,22 @@ from typing import Any
 
 import torch
 
+from deepfuse.ir.private import default_inductor_folder
+
 
 def cache_root() -> Path:
-    """The folder; it need not exist."""
-    return Path(os.environ.get("DEEPFUSE_CACHE_DIR") or Path.home() / ".cache" / "deepfuse")
+    """The folder; it need not exist.
+
+    Raises:
+        RuntimeError: there is no home directory to have it in, and ``DEEPFUSE_CACHE_DIR`` names no other.
+    """
+    named = os.environ.get("DEEPFUSE_CACHE_DIR")
+    if named:
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "deepfuse"
+    except RuntimeError:
+        raise RuntimeError("cache: want a home directory or DEEPFUSE_CACHE_DIR, got neither") from None
 
 
 def _versioned() -> Path:
@@ -30,9 +42,9 @@ def _versioned() -> Path:
 
 
 def cache_size() -> tuple[int, int]:
-    """Number of files and bytes."""
+    """Number of files and bytes of what we made."""
     sizes = []
-    for path in cache_root().rglob("*"):
+    for path in cache_root().glob("torch-*/**/*"):
         with contextlib.suppress(FileNotFoundError):  # another process may be clearing
             if path.is_file():
                 sizes.append(path.stat().st_size)
@@ -40,21 +52,39 @@ def cache_size() -> tuple[int, int]:
 
 
 def clear_cache() -> None:
-    shutil.rmtree(cache_root(), ignore_errors=True)
+    """Delete what we made. The folder may be one of the user's that holds other things, and then stays."""
+    for path in cache_root().glob("torch-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        cache_root().rmdir()
 
 
 @contextlib.contextmanager
 def inductor_cache() -> Iterator[None]:
     """Inductor keeps its code in our folder while we compile, unless the user has chosen one."""
     name = "TORCHINDUCTOR_CACHE_DIR"
-    if name in os.environ:
+    before, ours = os.environ.get(name), _versioned() / "inductor"
+    # torch sets the variable to its default when Dynamo is imported: that is nobody's choice
+    chosen = before is not None and before != default_inductor_folder()
+    if chosen or not _writable(ours):
         yield
         return
-    os.environ[name] = str(_versioned() / "inductor")
+    os.environ[name] = str(ours)
     try:
         yield
     finally:
         del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def _writable(folder: Path) -> bool:
+    """Inductor fails where it cannot write; its own default is then the better folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 class BuildFolder:

@@ -118,6 +118,8 @@ def _provider_text(provider: Any) -> str:
 
 
 def _choice(op: Op, device_type: str) -> tuple[str, dict[str, str]]:
+    if device_type not in ("cpu", "cuda"):
+        raise ValueError(f"ops: want device 'cpu' or 'cuda', got {device_type!r}")
     choice = choose(op.providers, _sample(op), device_type, compiled=True)
     return choice.provider.name, dict(choice.refused)
 

@@ -117,9 +117,10 @@ class Engine:
             slots += [0] * len(prompt) if place is None else [place.slot(i) for i in range(len(prompt))]
             ends.append(len(ids))
         rows = [end - 1 for end in ends[1:]] if last_only else list(range(len(ids)))
-        tokens = torch.tensor([ids, positions, slots], device=self.device)
+        # a compiled graph checks no dtype, and an empty list would be float32
+        tokens = torch.tensor([ids, positions, slots], dtype=torch.int64, device=self.device)
         q_start = torch.tensor(ends, dtype=torch.int32, device=self.device)
-        rows_R = torch.tensor(rows, device=self.device)
+        rows_R = torch.tensor(rows, dtype=torch.int64, device=self.device)
         for tensor, dim in ((tokens, 1), (q_start, 0), (rows_R, 0)):
             mark_unbacked(tensor, dim)
         return tokens, q_start, rows_R
@@ -133,6 +134,7 @@ class Engine:
                 [*(p.slot(p.length) for p in places), *[0] * padding],
                 [*(p.length + 1 for p in places), *[0] * padding],
             ],
+            dtype=torch.int64,
             device=self.device,
         )
         table = [[*p.pages[:pages], *[0] * (pages - len(p.pages))] for p in places] + [[0] * pages] * padding

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -33,12 +34,23 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, kind in (
+            ("max_new_tokens", Integral),
+            ("temperature", Real),
+            ("top_k", Integral),
+            ("seed", Integral),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kind) and (name, value) != ("max_new_tokens", None):
+                raise TypeError(f"generate: want {name} as {kind.__name__.lower()} number, got {value!r}")
+        if not -(1 << 62) <= self.seed < 1 << 62:
+            raise ValueError(f"generate: want a seed of at most 62 bits, got {self.seed}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"generate: want max_new_tokens >= 1, got {self.max_new_tokens}")
-        if not self.temperature >= 0:
-            raise ValueError(f"generate: want temperature >= 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"generate: want top_k >= 0, got {self.top_k}")
+        if not 0 <= self.temperature <= 1e6:
+            raise ValueError(f"generate: want temperature in 0 .. 1e6, got {self.temperature}")
+        if not 0 <= self.top_k < 1 << 62:
+            raise ValueError(f"generate: want top_k >= 0 and below 2 ** 62, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"generate: want 0 < top_p <= 1, got {self.top_p}")
 
@@ -122,9 +134,9 @@ def _choose(logits: Tensor, requests: list[Request], sampling: Sampling) -> list
     device, rows = logits.device, len(requests)
     tokens = sample(
         logits,
-        torch.full((rows,), sampling.temperature, device=device),
+        torch.full((rows,), sampling.temperature, dtype=torch.float32, device=device),
         torch.full((rows,), sampling.top_k, device=device),
-        torch.full((rows,), sampling.top_p, device=device),
+        torch.full((rows,), sampling.top_p, dtype=torch.float32, device=device),
         torch.tensor([sampling.seed + r.index for r in requests], device=device),
         torch.tensor([len(r.prompt) + len(r.generated) for r in requests], device=device),
     )

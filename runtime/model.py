@@ -3,6 +3,7 @@
 Dims: B sequences, T tokens a sequence (padded), V vocabulary.
 """
 
+import operator
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import replace
@@ -87,7 +88,13 @@ class Model:
         """Log-probabilities, in nats, of each token but the first, given those before it: ``[T - 1]`` a text.
 
         A string is read with its beginning-of-text token, so that all of its own tokens are scored.
+
+        Raises:
+            TypeError: ``texts`` is one text instead of a list of them.
+            ValueError: a text is empty, has an id out of range, or is longer than ``max_seq_len``.
         """
+        if _is_one(texts):
+            raise TypeError("score: want a list of texts, got a single one")
         prompts = self._checked([self._ids(t) for t in texts])
         scores = []
         for prompt in prompts:
@@ -128,16 +135,19 @@ class Model:
         Raises:
             ValueError: a prompt is empty, has an id out of range, or does not fit ``max_seq_len`` with its continuation.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        single = _is_one(prompts)
         listed: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
-        sampling = self._sampling(max_new_tokens, temperature, top_k, top_p, seed, stop_token_ids)
+        sampling, stops = (
+            self._sampling(max_new_tokens, temperature, top_k, top_p, seed, stop_token_ids),
+            _strings(stop),
+        )
         ids = self._checked([self._ids(p) for p in listed])
         as_text = [isinstance(p, str) for p in listed]
         if any(as_text) and not all(as_text):
             raise TypeError("generate: want prompts all strings or all token ids, got both")
-        if stop and not all(as_text):
+        if stops and not all(as_text):
             raise ValueError("generate: want string prompts with stop strings, got token ids; use stop_token_ids")
-        return self._run(ids, sampling, _strings(stop), text=all(as_text), single=single, stream=stream)
+        return self._run(ids, sampling, stops, text=all(as_text), single=single, stream=stream)
 
     def _run(
         self,
@@ -196,6 +206,12 @@ class Model:
                 piece = self._text_piece(streams[request.index], request, token)
                 if piece:
                     yield request.index, piece
+        except KeyboardInterrupt:
+            # what might have become a stop string was generated as well
+            for index, stream in enumerate(streams):
+                if rest := stream.finish():
+                    yield index, rest
+            raise
         finally:
             self.report.prefill_tokens_per_second = speed.prefill_tokens / max(speed.prefill_seconds, 1e-9)
             self.report.decode_tokens_per_second = speed.decode_tokens / max(speed.decode_seconds, 1e-9)
@@ -258,7 +274,13 @@ class Model:
         return self.tokenizer
 
     def _ids(self, prompt: Prompt) -> list[int]:
-        return self._tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            return self._tokenizer().encode(prompt)
+        try:
+            # compiled graphs check no dtype: floats would be read as the integers their bits are
+            return [operator.index(token) for token in prompt]
+        except TypeError:
+            raise TypeError(f"model: want a prompt as a string or as integers, got {prompt!r:.80}") from None
 
     def _checked(self, prompts: list[list[int]]) -> list[list[int]]:
         for i, prompt in enumerate(prompts):
@@ -298,5 +320,16 @@ class Model:
         )
 
 
+def _is_one(prompts: Prompt | Many[Prompt]) -> bool:
+    """Whether this is one prompt, and not a list of them."""
+    if isinstance(prompts, str) or len(prompts) == 0:
+        return isinstance(prompts, str)
+    # a number, of Python, of an array or of a tensor
+    return isinstance(prompts[0], int | float) or getattr(prompts[0], "ndim", None) == 0
+
+
 def _strings(stop: str | Many[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, list | tuple) or not all(isinstance(s, str) for s in stops):
+        raise TypeError(f"generate: want stop as a string or a list of strings, got {stop!r}")
+    return tuple(stops)

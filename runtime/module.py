@@ -1,6 +1,7 @@
 """Any module, compiled with the passes: a single block, or somebody else's model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class CompiledModule(nn.Module):
         settings = {"providers": dict(providers), "device": device_row(device), "max_seq_len": 4096}
         self.runner = Runner(pipeline, settings)
         how: dict[str, Any] = {"options": self.runner.options()} if compile else {"backend": self.runner.backend()}
+        self._caching: Callable[[], AbstractContextManager[None]] = inductor_cache if compile else nullcontext
         self._compiled = torch.compile(module, fullgraph=True, **how)
 
     @property
@@ -32,5 +34,5 @@ class CompiledModule(nn.Module):
         return self.runner.journal
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with inductor_cache():
+        with self._caching():
             return self._compiled(*args, **kwargs)

@@ -1,5 +1,6 @@
 """What this machine must have, checked before work begins: a device, memory, and a compiler where one is needed."""
 
+import os
 import shutil
 import sysconfig
 from pathlib import Path
@@ -46,18 +47,34 @@ def check_memory(device: torch.device, weight_bytes: int, cache_bytes: int) -> N
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping; ``None`` where the system does not say."""
+    """Bytes that can be had without swapping, within the container's limit; ``None`` where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    machine = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    container = _left_in_container(Path("/sys/fs/cgroup"))
+    return min((free for free in (machine, container) if free is not None), default=None)
+
+
+def _left_in_container(cgroup: Path) -> int | None:
+    """What version 2 of Linux's control groups leaves; ``None`` without a limit. File pages count as free."""
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    return None if limit == "max" else max(int(limit) - used + int(stat["inactive_file"]), 0)
 
 
 def missing_for_compilation() -> str | None:
     """What keeps Inductor from compiling here, with the package that brings it; ``None`` if nothing does."""
-    if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
-        return "no C++ compiler: install g++ (Debian and Ubuntu: apt-get install g++)"
+    # what Inductor takes, which looks for no other
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler.partition(" ")[0]) is None:
+        named = "" if compiler == "g++" else f" ({compiler!r}, which CXX names, is not there)"
+        return f"no C++ compiler{named}: install g++ (Debian and Ubuntu: apt-get install g++)"
     include = sysconfig.get_path("include")
     if not (Path(include) / "Python.h").exists():
         return f"no Python headers in {include}: install python3-dev (Debian and Ubuntu: apt-get install python3-dev)"

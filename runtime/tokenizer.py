@@ -81,7 +81,12 @@ class Tokenizer:
         Args:
             text: special tokens in it are read as such.
             add_bos: begin with the beginning-of-text token, if there is one and ``text`` does not begin with it.
+
+        Raises:
+            ValueError: half a surrogate pair is in the text: it was decoded from bytes that are not UTF-8.
         """
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"tokenizer: want a text of whole characters, got {text!r:.80}; is it UTF-8?")
         ids = self.backend.encode(text, add_special_tokens=add_bos).ids
         if add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             return [self.bos_id, *ids]

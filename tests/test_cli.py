@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -128,8 +129,8 @@ def test_cache(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     monkeypatch.setenv("DEEPFUSE_CACHE_DIR", str(tmp_path / "cache"))
     run(monkeypatch, "cache")
     assert capsys.readouterr().out == f"{tmp_path / 'cache'}: 0 files, 0.0 MB\n"
-    (tmp_path / "cache" / "torch" / "builds").mkdir(parents=True)
-    (tmp_path / "cache" / "torch" / "builds" / "x.graph").write_bytes(b"0" * 1_200_000)
+    (tmp_path / "cache" / "torch-2" / "builds").mkdir(parents=True)
+    (tmp_path / "cache" / "torch-2" / "builds" / "x.graph").write_bytes(b"0" * 1_200_000)
     (tmp_path / "other").write_text("mine")
     run(monkeypatch, "cache")
     assert capsys.readouterr().out.endswith("cache: 1 files, 1.2 MB\n")
@@ -283,6 +284,52 @@ def test_a_checkpoint_that_does_not_exist(
     assert "want a checkpoint directory or a preset out of v3-tiny, v2-lite, v2, v3-671b" in line
     assert f"got '{tmp_path / 'nowhere'}'" in line
     assert "want a config.json, got none" in error(monkeypatch, capsys, "build", tmp_path, "--no-compile")
+
+
+def test_an_unknown_kind_of_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "deepfuse: ops: want device 'cpu' or 'cuda', got 'tpu'"
+    assert error(monkeypatch, capsys, "ops", "--device", "tpu") == line
+    assert error(monkeypatch, capsys, "ops", "rms_norm", "--device", "tpu") == line
+
+
+def test_an_interrupt_while_building(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(df, "build", build)
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, "build", tmp_path)
+    assert caught.value.code == 130 and capsys.readouterr().err == "deepfuse: interrupted\n"
+
+
+def test_a_reader_that_has_read_enough() -> None:
+    # one row of a longer output, as head reads it
+    command = [sys.executable, "-m", "deepfuse", "ops", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 141 and "deepfuse:" not in said and "Broken" not in said
+
+
+def test_an_interrupt_ends_an_answer_and_not_the_chat(
+    folder: Path, model: df.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heard: list[Any] = []
+
+    def chat(messages: list[Any], **_: Any) -> Iterator[str]:
+        heard.append(list(messages))
+        yield "Well"
+        if len(heard) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "chat", chat)
+    monkeypatch.setattr("deepfuse.runtime.build.check_chat_template", lambda source: None)
+    run(monkeypatch, "chat", folder, "--no-compile", stdin="Hello\nMore\n")
+    assert capsys.readouterr().out == "> Well\n> Well\n> \n"
+    assert [m["content"] for m in heard[1]] == ["Hello", "Well", "More"]
 
 
 def test_a_traceback_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,9 +129,12 @@ class Chat:
                 return
             messages.append({"role": "user", "content": said})
             answer = ""
-            for piece in model.chat(messages, stream=True, **_options(self.sampling)):
-                answer += piece
-                print(piece, end="", flush=True)
+            try:
+                for piece in model.chat(messages, stream=True, **_options(self.sampling)):
+                    answer += piece
+                    print(piece, end="", flush=True)
+            except KeyboardInterrupt:
+                pass  # what was said so far is the answer
             print()
             messages.append({"role": "assistant", "content": answer})
 
@@ -169,7 +172,7 @@ class Ops:
 
     op: Positional[str | None] = None
     device: str = "cpu"
-    """Kind of device the choice of provider is shown for."""
+    """cpu or cuda: the kind of device the choice of provider is shown for."""
     json: bool = False
 
     def run(self) -> None:
@@ -233,6 +236,14 @@ def main() -> None:
     try:
         command = subcommand_cli_from_dict(COMMANDS, prog="deepfuse", description=__doc__, config=(OmitArgPrefixes,))
         command.run()
+        sys.stdout.flush()  # here, where it may still fail quietly
+    except KeyboardInterrupt:
+        print("deepfuse: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # who reads has read enough (head, less); the interpreter would complain as it flushes at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
         if os.environ.get("DEEPFUSE_TRACEBACK"):
             raise

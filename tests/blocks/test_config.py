@@ -17,6 +17,16 @@ CONTRADICTIONS = {
     "qk_nope_head_dim": ({"qk_nope_head_dim": 0}, "want qk_nope_head_dim >= 1, got 0"),
     "v_head_dim": ({"v_head_dim": 0}, "want v_head_dim >= 1, got 0"),
     "max_position_embeddings": ({"max_position_embeddings": 0}, "want max_position_embeddings >= 1, got 0"),
+    "intermediate_size": ({"intermediate_size": -4}, "want intermediate_size >= 1, got -4"),
+    "moe_intermediate_size": ({"moe_intermediate_size": 0}, "want moe_intermediate_size >= 1, got 0"),
+    "n_shared_experts": ({"n_shared_experts": -1}, "want n_shared_experts >= 0, got -1"),
+    "first_k_dense_replace": ({"first_k_dense_replace": -1}, "want first_k_dense_replace >= 0, got -1"),
+    "num_nextn_predict_layers": ({"num_nextn_predict_layers": -1}, "want num_nextn_predict_layers >= 0, got -1"),
+    "rms_norm_eps": ({"rms_norm_eps": -1.0}, r"want a finite rms_norm_eps >= 0, got -1\.0"),
+    "routed_scaling_factor": ({"routed_scaling_factor": math.nan}, "want a finite routed_scaling_factor >= 0, got nan"),
+    "rope_theta": ({"rope_theta": 0.0}, r"want a finite rope_theta > 1, got 0\.0"),
+    "rope_theta nan": ({"rope_theta": math.nan}, "want a finite rope_theta > 1, got nan"),
+    "scaling of json": ({"rope_scaling": {"type": "yarn"}}, "want rope_scaling a RopeScaling or None, got {'type"),
     "odd rope": ({"qk_rope_head_dim": 7}, "want an even qk_rope_head_dim, got 7"),
     "q_lora_rank": ({"q_lora_rank": 0}, "want q_lora_rank >= 1 or null, got 0"),
     "hidden_act": ({"hidden_act": "gelu"}, "want hidden_act 'silu', got 'gelu'"),
@@ -59,6 +69,12 @@ def test_contradictions_are_refused(name):
 def test_impossible_scaling_is_refused(values):
     with pytest.raises(ValueError, match="rope_scaling: want factor >= 1 and original_max_position_embeddings >= 1"):
         RopeScaling(**{"factor": 2.0, "original_max_position_embeddings": 64, **values})
+
+
+@pytest.mark.parametrize("values", [{"beta_fast": -3.0}, {"beta_slow": 0.0}, {"beta_fast": math.nan}])
+def test_impossible_ramps_are_refused(values):
+    with pytest.raises(ValueError, match="rope_scaling: want finite beta_fast and beta_slow > 0, got "):
+        RopeScaling(factor=2.0, original_max_position_embeddings=64, **values)
 
 
 def test_routing_is_not_checked_where_nothing_is_routed():

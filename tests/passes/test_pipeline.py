@@ -1,6 +1,7 @@
 """The list of passes, how it is changed, and the runner: order, journal, key, errors."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +96,14 @@ def run(pipeline, fn, *args, name="graph"):
             runner.run(gm.graph, hook)
     gm.recompile()
     return gm, runner.journal
+
+
+def test_helpers_of_passes_and_costs_are_part_of_the_key(monkeypatch):
+    before, original = default().key("a"), Path.read_text
+    for name in ("splice.py", "cost.py"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", lambda p, *a, name=name: original(p, *a) + "#" * (p.name == name))
+            assert default().key("a") != before
 
 
 def norm(x, w):

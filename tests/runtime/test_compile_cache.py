@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_folder
 
 import deepfuse as df
+from deepfuse.ir.private import default_inductor_folder
 from deepfuse.runtime import compile_cache
 from deepfuse.runtime.build import _journal as kept_journal
 from deepfuse.runtime.compile_cache import BuildFolder, cache_root, cache_size, clear_cache, inductor_cache
@@ -48,6 +50,15 @@ def test_size_and_clearing(root):
     assert cache_size() == (2, 7)
     clear_cache()
     assert not root.exists() and cache_size() == (0, 0)
+
+
+def test_clearing_leaves_what_is_not_ours(root):
+    root.mkdir(exist_ok=True)
+    (root / "letter.txt").write_text("kept")
+    BuildFolder("a").write("prefill.graph", b"12345")
+    assert cache_size() == (1, 5)
+    clear_cache()
+    assert [path.name for path in root.iterdir()] == ["letter.txt"]
 
 
 def test_what_is_written_is_read(root):
@@ -106,10 +117,32 @@ def test_inductor_keeps_its_code_beside(root, monkeypatch):
     with inductor_cache():
         assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(root)
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    # torch writes its default into the environment when it is first asked: that is nobody's choice
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_inductor_folder())
+    with inductor_cache():
+        assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(root)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_inductor_folder()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
     with inductor_cache():
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
+
+
+def test_the_default_that_torch_sets_is_no_choice_of_the_users(root, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    inductor_folder()  # as the import of Dynamo does: it sets the variable
+    default = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    with inductor_cache():
+        assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(root)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default
+
+
+def test_inductor_keeps_its_own_folder_where_ours_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DEEPFUSE_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    with inductor_cache():
+        assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
 # builds
@@ -158,8 +191,10 @@ def test_a_cold_build(cold):
 
 @pytest.mark.compile
 def test_a_warm_build_tells_the_same(cold):
-    model, _ = cold
+    model, root = cold
+    binaries = set(root.rglob("*.so"))
     warm = compiled()
+    assert binaries and set(root.rglob("*.so")) == binaries  # no C++ is compiled again, as with other flags it would be
     assert warm.report.warm and "(warm)" in str(warm.report)
     # times of passes are those of the build that ran them
     assert story(warm) == story(model)

@@ -404,9 +404,9 @@ REFUSED = {
     "id too large": (lambda m: m.generate([5, 300]), r"want token ids in 0 \.\. 299, got 300 in prompt 0"),
     "negative id": (lambda m: m.generate([[5], [-1]]), r"want token ids in 0 \.\. 299, got -1 in prompt 1"),
     "no new tokens": (lambda m: m.generate([5], max_new_tokens=0), "want max_new_tokens >= 1, got 0"),
-    "temperature": (lambda m: m.generate([5], temperature=-0.1), "want temperature >= 0, got -0.1"),
-    "temperature nan": (lambda m: m.generate([5], temperature=float("nan")), "want temperature >= 0, got nan"),
-    "top_k": (lambda m: m.generate([5], top_k=-1), "want top_k >= 0, got -1"),
+    "temperature": (lambda m: m.generate([5], temperature=-0.1), "want temperature in 0 .. 1e6, got -0.1"),
+    "temperature nan": (lambda m: m.generate([5], temperature=float("nan")), "want temperature in 0 .. 1e6, got nan"),
+    "top_k": (lambda m: m.generate([5], top_k=-1), "want top_k >= 0 and below .*, got -1"),
     "top_p 0": (lambda m: m.generate([5], top_p=0.0), r"want 0 < top_p <= 1, got 0\.0"),
     "top_p 2": (lambda m: m.generate([5], top_p=2.0), r"want 0 < top_p <= 1, got 2\.0"),
     "stop strings of ids": (

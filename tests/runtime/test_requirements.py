@@ -8,7 +8,13 @@ import torch
 
 import deepfuse as df
 from deepfuse.runtime import requirements
-from deepfuse.runtime.requirements import available_memory, check_device, check_memory, missing_for_compilation
+from deepfuse.runtime.requirements import (
+    _left_in_container,
+    available_memory,
+    check_device,
+    check_memory,
+    missing_for_compilation,
+)
 from tiny_checkpoint import TINY
 
 CPU = torch.device("cpu")
@@ -74,6 +80,7 @@ def test_memory_is_not_checked_where_it_is_not_known(monkeypatch: pytest.MonkeyP
 def test_free_memory_is_read_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "MemTotal:       100 kB\nMemFree:        20 kB\nMemAvailable:   70 kB\n"
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
+    monkeypatch.setattr(requirements, "_left_in_container", lambda _: None)
     assert available_memory() == 70 * 1024
 
 
@@ -89,8 +96,18 @@ def test_a_model_too_large_is_refused_before_anything_is_made(monkeypatch: pytes
 def test_nothing_is_missing_where_all_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(requirements.sysconfig, "get_path", lambda _: str(tmp_path))
-    monkeypatch.setattr(requirements.shutil, "which", lambda name: "/usr/bin/clang++" if name == "clang++" else None)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(requirements.shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else None)
     assert missing_for_compilation() is None
+    # Inductor takes no other, unless CXX names it
+    monkeypatch.setattr(requirements.shutil, "which", lambda name: "/opt/clang++" if name == "clang++" else None)
+    assert missing_for_compilation() == "no C++ compiler: install g++ (Debian and Ubuntu: apt-get install g++)"
+    monkeypatch.setenv("CXX", "clang++ -O2")
+    assert missing_for_compilation() is None
+    monkeypatch.setenv("CXX", "g++-99")
+    assert str(missing_for_compilation()).startswith(
+        "no C++ compiler ('g++-99', which CXX names, is not there): install"
+    )
 
 
 def test_missing_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -110,3 +127,15 @@ def test_without_a_compiler_a_model_runs_uncompiled(monkeypatch: pytest.MonkeyPa
     assert model.report.warnings == [str(caught[0].message).removeprefix("build: ")]
     assert "warning: runs uncompiled: no C++ compiler" in str(model.report)
     assert len(model.generate([1, 2, 3], max_new_tokens=2, stop_token_ids=())) == 2
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 250\n")
+    assert _left_in_container(tmp_path) == 350
+    monkeypatch.setattr(requirements, "_left_in_container", lambda _: 350)
+    assert available_memory() == 350
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _left_in_container(tmp_path) is None
+    assert _left_in_container(tmp_path / "none") is None

@@ -55,6 +55,12 @@ def configure(folder: Path, **settings: Any) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def test_bytes_that_are_no_text_are_refused() -> None:
+    text = b"caf\xff".decode(errors="surrogateescape")  # as Python reads arguments
+    with pytest.raises(ValueError, match="tokenizer: want a text of whole characters, got 'caf.*is it UTF-8"):
+        BYTE_LEVEL.encode(text)
+
+
 def test_text_comes_back(folder: Path) -> None:
     tokenizer = Tokenizer.from_folder(folder)
     ids = tokenizer.encode(TEXT)

@@ -105,7 +105,7 @@ def deepseek_v3_arguments() -> dict[str, list[tuple[Any, ...]]]:
 
 def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
     D, H, C, Q, R, N, E, K, F, V, P = 7168, 128, 512, 1536, 64, 128, 256, 8, 2048, 129280, 64
-    M, scale, eps = T * K, (N + R) ** -0.5, 1e-6
+    M, scale, eps, fp8 = T * K, (N + R) ** -0.5, 1e-6, torch.float8_e4m3fn
 
     def t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -129,6 +129,11 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
         "add_rms_norm": [(t(T, D), t(T, D), t(D), eps)],
         "append_latent": [(cache, t(T, C), t(T, R), i(T))],
         "gather_latent": [(cache, table)],
+        "dequantize": [
+            (t(T, D, dtype=fp8), f(T, D // 128), 1, 128, torch.bfloat16),
+            (t(T, D, dtype=fp8), f((T + 127) // 128, D), 128, 1, torch.bfloat16),
+            (t(C + R, D, dtype=fp8), f((C + R + 127) // 128, D // 128), 128, 128, torch.bfloat16),
+        ],
         "expert_permute": [(t(T, D), i(T, K), E)],
         "expert_unpermute": [(t(M, D), i(M), i(M), f(T, K))],
         "grouped_matmul": [
@@ -158,6 +163,18 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             for heads, dtype in ((H, torch.bfloat16), (3, torch.bfloat16), (H, torch.float32))
         ],
         "mla_decode": [(t(T, H, C), t(T, H, R), cache, table, i(T, dtype=torch.int32), scale)],
+        "quantize": [
+            *((t(T, width), fp8, 1, 128, pow2) for width in (D, Q) for pow2 in (False, True)),
+            (t(T, D), fp8, 128, 1, False),
+            (t(C + R, D), fp8, 128, 128, False),
+            (f(C + R, D), fp8, 128, 128, False),
+            (t(T, D), fp8, 0, 0, False),
+        ],
+        "quantize_static": [
+            (t(T, D), f(1, 1), fp8, 0, 0),
+            (t(T, D), f((T + 127) // 128, D), fp8, 128, 1),
+            (t(C + R, D), f((C + R + 127) // 128, D // 128), fp8, 128, 128),
+        ],
         "rotary": [(t(T, heads, R), f(T, R // 2), f(T, R // 2), True) for heads in (H, 1)],
         "route": [(f(T, E), f(E), *router)],
         "sample": [(f(T, V), *per_row), (t(T, V), *per_row)],

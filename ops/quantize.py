@@ -1,0 +1,348 @@
+"""To FP8, with a scale for each block: ``scale = max(amax, 1e-4) / max``, ``values = round(clamp(x / scale, -max, max))``.
+
+``max`` is the largest finite value, 448 (E4M3) or 57344 (E5M2). A block is 1x128 (activations), 128x1 (what the weight
+gradient sums over tokens), 128x128 (weights), or all of ``x``. Each step rounds to nearest, ties to even: ``max(amax,
+1e-4)`` over ``max`` to float32, ``x / scale`` to float32, and that to FP8. On request scales are rounded up to a power of
+two, which makes dequantization exact.
+
+Dims: M rows, K columns.
+Source: DeepSeek-V3 (arXiv:2412.19437), section 3.3.2; `inference/kernel.py` of deepseek-ai/DeepSeek-V3 (the 1e-4, and
+the division by the scale); formats: Micikevicius et al. 2022 (arXiv:2209.05433), table 1.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from deepfuse.ir.cost import Cost, tensor_bytes
+from deepfuse.ir.op import define
+from deepfuse.ir.tolerance import EXACT
+
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu)
+BLOCKS = ((1, 128), (128, 1), (128, 128), (0, 0))
+"""Rows and columns that share a scale; 0x0 is the whole tensor."""
+LEAST_AMAX = 1e-4
+"""Keeps the scale of a block of zeros, or of noise, away from zero."""
+BITWISE = dict.fromkeys(
+    (*FP8_DTYPES, *SCALE_DTYPES, torch.float16, torch.bfloat16, torch.float64),
+    EXACT,
+)
+"""Tolerance of ops whose every rounding is stated."""
+
+
+def quantize_ref(x: Tensor, dtype: torch.dtype, rows: int, cols: int, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    # no gradient comes through float8 (it would itself be rounded to float8), so none is recorded
+    x_MK = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    scale = block_scale(block_amax(x_MK, rows, cols), dtype, power_of_two)
+    values_MK = round_to_fp8(x_MK, expand_scale(scale, x_MK.shape, rows, cols), dtype)
+    return values_MK.contiguous(), in_scale_layout(scale, rows, cols, power_of_two)
+
+
+def block_amax(x: Tensor, rows: int, cols: int) -> Tensor:
+    """Largest magnitude in each block, ``[ceil(M / rows), ceil(K / cols)]``; NaN where the block has one."""
+    if rows == 0:
+        return functional.pad(x.abs().flatten(), (0, 1)).amax().reshape(1, 1)
+    M, K = x.shape
+    padded = functional.pad(x.abs(), (0, -K % cols, 0, -M % rows))
+    return padded.reshape(padded.shape[0] // rows, rows, padded.shape[1] // cols, cols).amax((1, 3))
+
+
+def block_scale(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
+    """Scale in float32 for the largest magnitude of a block: the rule both quantize and its fused forms follow."""
+    scale = (amax.clamp(min=LEAST_AMAX) / torch.finfo(dtype).max).to(torch.float32)
+    if not power_of_two:
+        return scale
+    # any mantissa carries into the exponent; it is then cut off
+    up = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return torch.where(scale.isfinite(), up, float("nan"))
+
+
+def round_to_fp8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x / scale`` in FP8, saturated; NaN where the scale is no finite number. ``scale`` has the shape of ``x``."""
+    largest = torch.finfo(dtype).max
+    # x / inf would be 0, which looks like a number
+    divisor = torch.where(scale.isfinite(), scale, float("nan")).to(x.dtype)
+    return (x / divisor).clamp(-largest, largest).to(dtype)
+
+
+def expand_scale(scale: Tensor, shape: torch.Size, rows: int, cols: int) -> Tensor:
+    """The scale of every element, ``[M, K]``, from one of every block."""
+    M, K = shape
+    if rows == 0:
+        return scale.expand(M, K)
+    blocks_M, blocks_K = scale.shape
+    whole = scale[:, None, :, None].expand(blocks_M, rows, blocks_K, cols)
+    return whole.reshape(blocks_M * rows, blocks_K * cols)[:M, :K]
+
+
+def scale_shape(shape: torch.Size, rows: int, cols: int) -> tuple[Any, Any]:
+    """Shape of the scales of ``[M, K]``."""
+    M, K = shape
+    return (1, 1) if rows == 0 else ((M + rows - 1) // rows, (K + cols - 1) // cols)
+
+
+def empty_scale(x: Tensor, rows: int, cols: int, power_of_two: bool) -> Tensor:
+    """Memory for the scales of ``x [M, K]``, as the matrix product reads them.
+
+    1x128: columns contiguous, each padded to 16 bytes of float32, which is what TMA asks of strides. Else row-major.
+    """
+    dtype = torch.float8_e8m0fnu if power_of_two else torch.float32
+    shape = scale_shape(x.shape, rows, cols)
+    if (rows, cols) == (1, 128):
+        M = x.shape[0]
+        return torch.empty((shape[1], (M + 3) // 4 * 4), dtype=dtype, device=x.device).t()[:M]
+    return torch.empty(shape, dtype=dtype, device=x.device)
+
+
+def in_scale_layout(scale: Tensor, rows: int, cols: int, power_of_two: bool) -> Tensor:
+    """Scales computed in float32, with the dtype and memory of :func:`empty_scale`."""
+    dtype = torch.float8_e8m0fnu if power_of_two else torch.float32
+    if (rows, cols) == (1, 128):
+        M = scale.shape[0]
+        return functional.pad(scale.t(), (0, -M % 4)).contiguous().to(dtype).t()[:M]
+    return scale.contiguous().to(dtype)
+
+
+@triton.jit
+def amax_bits(x, axis: tl.constexpr):
+    """Largest magnitude of float32 values along an axis (``None``: of all), as the bits of a float32.
+
+    Floats that are not negative are ordered as their bits are, NaN last: so NaN is passed on, which ``tl.max`` of floats
+    does not do, and the order of the comparisons does not matter.
+    """
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
+
+
+@triton.jit
+def scale_from_amax_bits(bits, FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """``block_scale`` in a kernel. Returns the scale, float32, and what is stored: it, or the byte of a power of two."""
+    # 0x38D1B717 is 1e-4; integers keep NaN
+    amax = tl.maximum(bits, 0x38D1B717).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(amax, tl.full(amax.shape, FP8_MAX, tl.float32))
+    if POWER_OF_TWO:
+        # what is not finite reaches 255, the NaN of the format
+        exponent = tl.minimum((scale.to(tl.uint32, bitcast=True) + 0x7FFFFF) >> 23, 255)
+        return (exponent << 23).to(tl.float32, bitcast=True), exponent.to(tl.uint8)
+    else:  # noqa: RET505 - behind an if with a return Triton would compile both
+        return scale, scale
+
+
+@triton.jit
+def quotient_for_fp8(x, scale, FP8_MAX: tl.constexpr):
+    """``round_to_fp8`` in a kernel, up to the cast: ``x`` and ``scale`` float32 of shapes that broadcast."""
+    return saturate(quotient(x, scale), FP8_MAX)
+
+
+@triton.jit
+def quotient(x, scale):
+    """``x / scale`` rounded to nearest; NaN where the scale is no finite number, by which finite values would be 0."""
+    divisor = tl.where(scale < float("inf"), scale, float("nan"))
+    return tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
+
+
+@triton.jit
+def saturate(x, FP8_MAX: tl.constexpr):
+    """Within what FP8 holds; NaN stays."""
+    # a GPU's cast saturates, but the interpreter's does not; and min and max must not make numbers of NaN
+    return tl.clamp(x, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr,
+    amax_ptr,
+    values_ptr,
+    scale_ptr,
+    x_stride_m,
+    x_stride_k,
+    scale_stride_m,
+    scale_stride_k,
+    M,
+    K,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program per tile. A tile is one block, or several side by side in the direction in which blocks measure 1."""
+    tile_m = tl.program_id(0).to(tl.int64)
+    tile_k = tl.program_id(1).to(tl.int64)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (m < M)[:, None] & (k < K)[None, :]
+    x = tl.load(x_ptr + m[:, None] * x_stride_m + k[None, :] * x_stride_k, mask=mask, other=0.0).to(tl.float32)
+    if ROWS == 0:
+        # a tensor of one element, so that it has a shape
+        bits = tl.load(amax_ptr + tl.zeros((1, 1), tl.int32))
+        scale, stored = scale_from_amax_bits(bits, FP8_MAX, POWER_OF_TWO)
+        if tile_m + tile_k == 0:
+            tl.store(scale_ptr + tl.zeros((1, 1), tl.int32), stored)
+    elif ROWS == 1:
+        scale, stored = scale_from_amax_bits(amax_bits(x, 1), FP8_MAX, POWER_OF_TWO)
+        tl.store(scale_ptr + m * scale_stride_m + tile_k * scale_stride_k, stored, mask=m < M)
+        scale = scale[:, None]
+    elif COLS == 1:
+        scale, stored = scale_from_amax_bits(amax_bits(x, 0), FP8_MAX, POWER_OF_TWO)
+        tl.store(scale_ptr + tile_m * scale_stride_m + k * scale_stride_k, stored, mask=k < K)
+        scale = scale[None, :]
+    else:
+        bits = tl.max(amax_bits(x, 1)[None, :], 1)
+        scale, stored = scale_from_amax_bits(bits, FP8_MAX, POWER_OF_TWO)
+        one = tl.zeros((1,), tl.int32)
+        tl.store(scale_ptr + tile_m * scale_stride_m + tile_k * scale_stride_k + one, stored)
+        scale = scale[:, None]
+    values = quotient_for_fp8(x, scale, FP8_MAX).to(values_ptr.dtype.element_ty)
+    tl.store(values_ptr + m[:, None] * K + k[None, :], values, mask=mask)
+
+
+@triton.jit
+def _amax_kernel(
+    x_ptr, amax_ptr, x_stride_m, x_stride_k, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr
+):
+    """Largest magnitude of all; one program goes through ``TILES`` tiles of a row of tiles."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(1).to(tl.int64) * BLOCK_K * TILES
+    bits = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
+    for tile in range(TILES):
+        k = first + tile * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = (m < M)[:, None] & (k < K)[None, :]
+        x = tl.load(x_ptr + m[:, None] * x_stride_m + k[None, :] * x_stride_k, mask=mask, other=0.0).to(tl.float32)
+        bits = tl.maximum(bits, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    # integers: the result does not depend on who comes first
+    tl.atomic_max(amax_ptr, tl.max(tl.max(bits, 1), 0))
+
+
+def _launch(x: Tensor, dtype: torch.dtype, rows: int, cols: int, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    M, K = x.shape
+    values = torch.empty((M, K), dtype=dtype, device=x.device)
+    scale = empty_scale(x, rows, cols, power_of_two)
+    if scale.numel() == 0:
+        return values, scale
+    amax = torch.zeros((1,), dtype=torch.int32, device=x.device) if rows == 0 else x
+    if rows == 0 and values.numel():
+        tiles = min(triton.cdiv(K, 128), 8)
+        grid = (triton.cdiv(M, 32), triton.cdiv(K, 128 * tiles))
+        _amax_kernel[grid](x, amax, *x.stride(), M, K, BLOCK_M=32, BLOCK_K=128, TILES=tiles, num_warps=4)
+    block_m, block_k, num_warps = tile_of(M, rows, cols)
+    # an empty tensor has a scale too
+    grid = (max(triton.cdiv(M, block_m), 1), max(triton.cdiv(K, block_k), 1))
+    _quantize_kernel[grid](
+        x,
+        amax,
+        values,
+        scale.view(torch.uint8) if power_of_two else scale,
+        *x.stride(),
+        *scale.stride(),
+        M,
+        K,
+        ROWS=rows,
+        COLS=cols,
+        FP8_MAX=torch.finfo(dtype).max,
+        POWER_OF_TWO=power_of_two,
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        num_warps=num_warps,
+    )
+    return values, scale
+
+
+def tile_of(M: int, rows: int, cols: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile made of blocks, and its warps."""
+    if (rows, cols) == (128, 128):
+        # 64 elements a thread
+        return 128, 128, 8
+    if cols == 1:
+        # 128 bytes of each row in bfloat16
+        return 128, 64, 8
+    # 16 elements a thread; a decode step has few rows
+    return min(triton.next_power_of_2(max(M, 1)), 16), 128, 4 if M > 4 else 1
+
+
+def _supports(x: Tensor, dtype: torch.dtype, rows: int, cols: int, power_of_two: bool) -> str | None:
+    return "computes in float32" if x.dtype == torch.float64 else None
+
+
+def _check(x: Tensor, dtype: torch.dtype, rows: int, cols: int, power_of_two: bool) -> None:
+    check_blocks("quantize", dtype, rows, cols)
+    if x.ndim != 2:
+        raise ValueError(f"quantize: want x [M, K], got {list(x.shape)}")
+    if not x.is_floating_point() or x.element_size() < 2:
+        raise TypeError(f"quantize: want x in float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def check_blocks(op: str, dtype: torch.dtype, rows: int, cols: int) -> None:
+    """Refuse what is no format of FP8 or no block of ours."""
+    if dtype not in FP8_DTYPES:
+        raise TypeError(f"{op}: want dtype float8_e4m3fn or float8_e5m2, got {dtype}")
+    if (rows, cols) not in BLOCKS:
+        raise ValueError(f"{op}: want blocks of 1x128, 128x1, 128x128 or 0x0 (all), got {rows}x{cols}")
+
+
+def _fake(x: Tensor, dtype: torch.dtype, rows: int, cols: int, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    values = torch.empty(x.shape, dtype=dtype, device=x.device)
+    return values, empty_scale(x, rows, cols, power_of_two)
+
+
+def _cost(x: Tensor, dtype: torch.dtype, rows: int, cols: int, power_of_two: bool) -> Cost:
+    scales_M, scales_K = scale_shape(x.shape, rows, cols)
+    scale_bytes = scales_M * scales_K * (1 if power_of_two else 4)
+    # the scale of a whole tensor is known only once all of it was read
+    reads = 2 if rows == 0 else 1
+    # magnitude, comparison, division, two bounds
+    return Cost(flops=5 * x.numel(), bytes=reads * tensor_bytes(x) + x.numel() + scale_bytes)
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, torch.dtype, int, int, bool]]:
+    e4m3, e5m2 = FP8_DTYPES
+    for i, (rows, cols) in enumerate(BLOCKS):
+        # one row; no rows; blocks that are not full; whole blocks; 576 columns
+        for j, shape in enumerate([(1, 128), (0, 128), (5, 200), (256, 256), (3, 576), (130, 1)]):
+            x = torch.randn(shape, device=device, dtype=dtype)
+            yield x, (e4m3, e5m2)[(i + j) % 2], rows, cols, (i + j // 2) % 2 == 1
+        # columns contiguous, and rows that lie apart
+        yield torch.randn(150, 140, device=device, dtype=dtype).t(), e4m3, rows, cols, False
+        yield torch.randn(9, 300, device=device, dtype=dtype)[::2, 7:], e4m3, rows, cols, True
+
+
+quantize = define(
+    "quantize(Tensor x, ScalarType dtype, int rows, int cols, bool power_of_two) -> (Tensor values, Tensor scale)",
+    reference=quantize_ref,
+    check=_check,
+    fake=_fake,
+    cost=_cost,
+    samples=_samples,
+    tolerance=BITWISE,
+)
+"""Round to FP8 with a scale for each block, computed from the values. Defined bit by bit.
+
+A block that holds NaN has the scale NaN; one that holds an infinity has the scale inf (NaN with ``power_of_two``, whose
+format has no inf). All values of such a block are NaN: what is no number is passed on, and never becomes one.
+
+It has no gradient: a gradient of ``values`` would be float8 itself. The straight-through gradient belongs to the pair
+of this op and ``dequantize``; see :func:`deepfuse.ops.dequantize.straight_through`.
+
+Args:
+    x: ``[M, K]``, any strides; float16, bfloat16 or float32 (float64 by the reference).
+    dtype: ``float8_e4m3fn`` or ``float8_e5m2``.
+    rows, cols: of a block; 1x128, 128x1, 128x128, or 0x0 for one scale. Blocks at the edge may be partial.
+    power_of_two: round scales up to a power of two, and store them as ``float8_e8m0fnu`` (UE8M0).
+
+Returns:
+    ``values [M, K]``, contiguous. ``scale [ceil(M / rows), ceil(K / cols)]`` (``[1, 1]`` for 0x0), float32 or
+    ``float8_e8m0fnu``; multiply by it to dequantize. For 1x128 it is column-major with strides
+    ``(1, ceil(M / 4) * 4)``, else contiguous.
+
+Raises:
+    ValueError: ``x`` is no matrix, or no such block.
+    TypeError: ``x`` is not floating point of 16 bits or more, or ``dtype`` is no FP8 format.
+"""
+
+quantize.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
