@@ -82,11 +82,19 @@ def test_routing_is_not_checked_where_nothing_is_routed():
     assert [config.feed_forward(i) for i in range(4)] == ["dense"] * 4
 
 
-def test_the_last_possible_values_are_taken():
-    replace(TINY, topk_group=4, num_experts_per_tok=8)
-    replace(TINY, num_key_value_heads=None)
-    replace(TINY, num_key_value_heads=1)
-    replace(TINY, qk_rope_head_dim=2)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"topk_group": 4, "num_experts_per_tok": 8},
+        {"num_key_value_heads": None},
+        {"num_key_value_heads": 1},
+        {"qk_rope_head_dim": 2},
+    ],
+    ids=str,
+)
+def test_the_last_possible_values_are_taken(values):
+    config = replace(TINY, **values)
+    assert {name: getattr(config, name) for name in values} == values
 
 
 def test_a_config_does_not_change():

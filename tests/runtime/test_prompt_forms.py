@@ -17,7 +17,9 @@ def test_one_prompt_in_any_form_gives_one_answer(prompt: Any) -> None:
     assert tiny_model().generate(prompt, **NEW) == tiny_model().generate(IDS, **NEW)
 
 
-@pytest.mark.parametrize("prompts", [[tuple(IDS)], np.array([IDS]), torch.tensor([IDS])])
+@pytest.mark.parametrize(
+    "prompts", [[tuple(IDS)], [np.array(IDS)], [torch.tensor(IDS)], np.array([IDS]), torch.tensor([IDS])]
+)
 def test_rows_are_prompts(prompts: Any) -> None:
     assert tiny_model().generate(prompts, **NEW) == [tiny_model().generate(IDS, **NEW)]
 
