@@ -28,3 +28,11 @@ DEFAULT_TOLERANCE: Mapping[torch.dtype, Tolerance] = {
     torch.float16: Tolerance(atol=1e-3, rtol=2e-3),  # 11-bit significand: two units are 2 * 2**-10
     torch.bfloat16: Tolerance(atol=1e-3, rtol=1.6e-2),  # 8-bit significand: two units are 2 * 2**-7
 }
+
+ONE_FLOAT8_STEP: Mapping[torch.dtype, Tolerance] = {
+    torch.float8_e4m3fn: Tolerance(atol=2**-9, rtol=2**-3),
+    torch.float8_e5m2: Tolerance(atol=2**-16, rtol=2**-2),
+    torch.float8_e8m0fnu: EXACT,
+}
+"""For ops that round to float8 what they computed: a difference in the last place may fall to the next value, which is
+one unit in the last place away (4-bit and 3-bit significand), or the least positive value. Powers of two do not move."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
 from deepfuse.ir.provider import float32_at_most
-from deepfuse.ops.rms_norm import rms_norm_grad, rms_norm_ref
+from deepfuse.ops.rms_norm import normed_row, rms_norm_grad, rms_norm_ref, row_tile
 
 
 def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -38,8 +38,7 @@ def _add_rms_norm_kernel(
     # the norm is of the rounded sum, which is what the next layer reads
     h = h.to(tl.float32)
     weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    inv_rms = tl.rsqrt(tl.sum(h * h, 0) / D + eps)
-    tl.store(y_ptr + t * D + d, (h * inv_rms * weight).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + t * D + d, normed_row(h, weight, D, eps).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -49,9 +48,7 @@ def _launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Te
     if y.numel() == 0:
         return y, h
     x_TD, residual_TD = (_rows(t) for t in (x, residual))
-    block_d = triton.next_power_of_2(D)
-    # eight elements a thread up to 8 warps: enough loads in flight without spilling at D = 16384
-    num_warps = min(max(block_d // 256, 1), 8)
+    block_d, num_warps = row_tile(D)
     _add_rms_norm_kernel[(x_TD.shape[0],)](
         x_TD,
         residual_TD,

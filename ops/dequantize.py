@@ -6,7 +6,7 @@ Source: DeepSeek-V3 (arXiv:2412.19437), section 3.3.2; the straight-through grad
 (arXiv:1308.3432).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -142,11 +142,11 @@ def _check(values: Tensor, scale: Tensor, rows: int, cols: int, dtype: torch.dty
         raise TypeError(f"dequantize: want dtype float16, bfloat16, float32 or float64, got {dtype}")
 
 
-def check_scale(op: str, name: str, scale: Tensor, shape: tuple[Any, Any]) -> None:
+def check_scale(op: str, name: str, scale: Tensor, shape: Sequence[Any]) -> None:
     """Refuse scales of another dtype or shape."""
     if scale.dtype not in SCALE_DTYPES:
         raise TypeError(f"{op}: want {name} in float32 or float8_e8m0fnu, got {scale.dtype}")
-    if scale.ndim != 2:
+    if scale.ndim != len(shape):
         raise ValueError(f"{op}: want {name} {list(shape)}, got {list(scale.shape)}")
     for size, wanted in zip(scale.shape, shape, strict=True):
         # symbolic sizes are compared when they are known

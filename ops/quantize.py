@@ -87,6 +87,12 @@ def scale_shape(shape: torch.Size, rows: int, cols: int) -> tuple[Any, Any]:
     return (1, 1) if rows == 0 else ((M + rows - 1) // rows, (K + cols - 1) // cols)
 
 
+def quantized_bytes(shape: torch.Size, rows: int, cols: int, power_of_two: bool) -> Any:
+    """Bytes of the values and scales of ``[M, K]``."""
+    scales_M, scales_K = scale_shape(shape, rows, cols)
+    return shape[0] * shape[1] + scales_M * scales_K * (1 if power_of_two else 4)
+
+
 def empty_scale(x: Tensor, rows: int, cols: int, power_of_two: bool) -> Tensor:
     """Memory for the scales of ``x [M, K]``, as the matrix product reads them.
 
@@ -292,12 +298,10 @@ def _fake(x: Tensor, dtype: torch.dtype, rows: int, cols: int, power_of_two: boo
 
 
 def _cost(x: Tensor, dtype: torch.dtype, rows: int, cols: int, power_of_two: bool) -> Cost:
-    scales_M, scales_K = scale_shape(x.shape, rows, cols)
-    scale_bytes = scales_M * scales_K * (1 if power_of_two else 4)
     # the scale of a whole tensor is known only once all of it was read
     reads = 2 if rows == 0 else 1
     # magnitude, comparison, division, two bounds
-    return Cost(flops=5 * x.numel(), bytes=reads * tensor_bytes(x) + x.numel() + scale_bytes)
+    return Cost(flops=5 * x.numel(), bytes=reads * tensor_bytes(x) + quantized_bytes(x.shape, rows, cols, power_of_two))
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, torch.dtype, int, int, bool]]:

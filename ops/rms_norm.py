@@ -26,6 +26,13 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
+def normed_row(x, weight, D, eps):
+    """The norm of a row in registers, float32; what lies past ``D`` must be zero."""
+    inv_rms = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+    return x * inv_rms * weight
+
+
+@triton.jit
 def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, x_stride, D, eps, BLOCK_D: tl.constexpr):
     """One program per token; the row is held in registers."""
     t = tl.program_id(0).to(tl.int64)
@@ -33,8 +40,7 @@ def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, x_stride, D, eps, BLOCK_D: tl.con
     mask = d < D
     x = tl.load(x_ptr + t * x_stride + d, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    inv_rms = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
-    tl.store(y_ptr + t * D + d, (x * inv_rms * weight).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + t * D + d, normed_row(x, weight, D, eps).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,13 +51,18 @@ def _launch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x_TD = x.reshape(-1, D)
     if x_TD.stride(-1) != 1:
         x_TD = x_TD.contiguous()
-    block_d = triton.next_power_of_2(D)
-    # eight elements a thread up to 8 warps: enough loads in flight without spilling at D = 16384
-    num_warps = min(max(block_d // 256, 1), 8)
+    block_d, num_warps = row_tile(D)
     _rms_norm_kernel[(x_TD.shape[0],)](
         x_TD, weight.contiguous(), y, x_TD.stride(0), D, eps, BLOCK_D=block_d, num_warps=num_warps
     )
     return y
+
+
+def row_tile(D: int) -> tuple[int, int]:
+    """Elements and warps of a program that holds a row."""
+    block_d = triton.next_power_of_2(D)
+    # eight elements a thread up to 8 warps: enough loads in flight without spilling at D = 16384
+    return block_d, min(max(block_d // 256, 1), 8)
 
 
 def _check(x: Tensor, weight: Tensor, eps: float) -> None:

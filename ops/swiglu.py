@@ -24,6 +24,12 @@ def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @triton.jit
+def silu_times(g, u):
+    """``silu(g) * u`` of float32 numbers."""
+    return g * tl.sigmoid(g) * u
+
+
+@triton.jit
 def _swiglu_kernel(gate_ptr, up_ptr, y_ptr, gate_stride, up_stride, F, BLOCK_F: tl.constexpr):
     """One program per row and block of it."""
     t = tl.program_id(0).to(tl.int64)
@@ -31,14 +37,14 @@ def _swiglu_kernel(gate_ptr, up_ptr, y_ptr, gate_stride, up_stride, F, BLOCK_F: 
     mask = f < F
     g = tl.load(gate_ptr + t * gate_stride + f, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up_ptr + t * up_stride + f, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + t * F + f, (g * tl.sigmoid(g) * u).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + t * F + f, silu_times(g, u).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel() == 0:
         return y
-    gate_TF, up_TF = _rows(gate), _rows(up)
+    gate_TF, up_TF = strided_rows(gate), strided_rows(up)
     F = gate.shape[-1]
     # 16 bytes a thread and input in bfloat16; small blocks, so that a decode step's few rows reach many processors
     block_f = min(triton.next_power_of_2(F), 1024)
@@ -49,7 +55,8 @@ def _launch(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def _rows(x: Tensor) -> Tensor:
+def strided_rows(x: Tensor) -> Tensor:
+    """``x`` as a matrix whose rows are contiguous; a copy where they are not."""
     x_TF = x.reshape(-1, x.shape[-1])
     return x_TF if x_TF.stride(-1) == 1 else x_TF.contiguous()
 

@@ -122,12 +122,28 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
     starts = (i(2, dtype=torch.int32), i(1, dtype=torch.int32), i(1, dtype=torch.int32))
     cache, table = t(T * P + 1, 64, C + R), i(T, P)
     experts_up, experts_down, offsets = t(E, 2 * F, D), t(E, D, F), i(E, dtype=torch.int32)
+    fp8_up = t(E, 2 * F, D, dtype=fp8), f(E, 2 * F // 128, D // 128)
     per_row = (f(T), i(T), f(T), i(T), i(T))
     router = ("sigmoid", "top2_sum", 8, 4, K, True, 2.5)
     return {
         "rms_norm": [(t(T, width), t(width), eps) for width in (D, Q, C)],
         "add_rms_norm": [(t(T, D), t(T, D), t(D), eps)],
+        "add_rms_norm_quantize": [(t(T, D), t(T, D), t(D), eps, fp8, False, keep) for keep in (False, True)],
         "append_latent": [(cache, t(T, C), t(T, R), i(T))],
+        "fp8_grouped_matmul": [
+            (t(rows, D, dtype=fp8), f(D // 128, rows).t(), *fp8_up, offsets, torch.bfloat16)
+            for rows in (M, 16 * M, 64 * M)
+        ],
+        "fp8_grouped_matmul_masked": [
+            (
+                t(E, room, D, dtype=fp8),
+                f(D // 128, E * room).t().unflatten(0, (E, room)),
+                *fp8_up,
+                offsets,
+                torch.bfloat16,
+            )
+            for room in (16, 64, 128)
+        ],
         "gather_latent": [(cache, table)],
         "dequantize": [
             (t(T, D, dtype=fp8), f(T, D // 128), 1, 128, torch.bfloat16),
@@ -175,10 +191,12 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             (t(T, D), f((T + 127) // 128, D), fp8, 128, 1),
             (t(C + R, D), f((C + R + 127) // 128, D // 128), fp8, 128, 128),
         ],
+        "rms_norm_quantize": [(t(T, width), t(width), eps, fp8, False, False) for width in (D, Q)],
         "rotary": [(t(T, heads, R), f(T, R // 2), f(T, R // 2), True) for heads in (H, 1)],
         "route": [(f(T, E), f(E), *router)],
         "sample": [(f(T, V), *per_row), (t(T, V), *per_row)],
         "swiglu": [tuple(t(T, 2 * width).chunk(2, -1)) for width in (9 * F, F)],
+        "swiglu_quantize": [(*t(T, 2 * width).chunk(2, -1), fp8, False, False) for width in (9 * F, F)],
     }
 
 
