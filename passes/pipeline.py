@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import deepfuse.ir.op
 import deepfuse.ir.provider
+from deepfuse.passes import fusion, match, splice
 from deepfuse.passes.absorb_mla import absorb_mla
 from deepfuse.passes.lower import lower
 from deepfuse.passes.record import STAGES, Pass
@@ -68,7 +69,8 @@ class Pipeline:
     def key(self, settings: object) -> str:
         """Of the passes' sources, their order, the settings, and the choice of providers: for compile caches."""
         parts = [f"{p.name}:{p.stage}:{p.source_hash()}" for p in self.passes]
-        parts += [inspect.getsource(deepfuse.ir.provider), inspect.getsource(deepfuse.ir.op), repr(settings)]
+        machinery = (deepfuse.ir.provider, deepfuse.ir.op, fusion, match, splice)
+        parts += [*(inspect.getsource(module) for module in machinery), repr(settings)]
         for op in deepfuse.ir.op.OPS.values():
             parts.append(inspect.getsource(inspect.getmodule(op.reference) or op.reference))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
