@@ -6,7 +6,7 @@ import platform
 import time
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from deepfuse.blocks.presets import PRESETS
 from deepfuse.ir.device import device_row
 from deepfuse.ir.op import OPS
 from deepfuse.passes.journal import Journal
-from deepfuse.passes.pipeline import Pipeline, default
-from deepfuse.passes.runner import Runner
+from deepfuse.passes.pipeline import Pipeline, pipeline_of
+from deepfuse.passes.record import Pass
+from deepfuse.passes.runner import Runner, strict_by_default
 from deepfuse.runtime import engine
 from deepfuse.runtime.checkpoint import load_weights, present_mtp_layers, stored_dtype, weights_bytes
-from deepfuse.runtime.compile_cache import BuildFolder, inductor_cache
+from deepfuse.runtime.compile_cache import BuildFolder, cache_root, inductor_cache
 from deepfuse.runtime.config_json import read_config
 from deepfuse.runtime.engine import Engine
 from deepfuse.runtime.generation_config import GenerationConfig
@@ -57,10 +58,11 @@ def build(
     dtype: str | torch.dtype = "auto",
     max_batch_size: int = 8,
     max_seq_len: int | None = None,
-    passes: Pipeline | None = None,
+    passes: Pipeline | Pass | Iterable[Pass] | None = None,
     providers: Mapping[str, str] | None = None,
     compile: bool = True,
     training: Training | None = None,
+    strict: bool | None = None,
     seed: int = 0,
 ) -> Any:
     """Build a model: load it, run the passes over its graphs, compile them.
@@ -73,10 +75,12 @@ def build(
         dtype: of weights and activations; ``auto`` is the checkpoint's, and float32 where there is none.
         max_batch_size: sequences that generate at once; the cache is made for them.
         max_seq_len: tokens a sequence may have; the model's limit, at most 4096, where ``None``.
-        passes: the rewrites; ``deepfuse.passes.default()`` where ``None``.
+        passes: the rewrites; ``deepfuse.passes.default()`` where ``None``. Passes alone are added to these.
         providers: op name -> provider to take first, e.g. ``{"rms_norm": "reference"}``.
         compile: with Inductor; otherwise the same graphs run as the passes left them (for debugging and quick tests).
         training: build a :class:`Trainer` instead of a :class:`Model`.
+        strict: whether a pass that fails raises; otherwise what it did is undone, with a warning that names a file with
+            the graph that broke it. ``None``: as the environment variable ``DEEPFUSE_STRICT`` has it.
         seed: of random weights.
 
     Returns:
@@ -86,10 +90,14 @@ def build(
         ValueError, FileNotFoundError, MemoryError: what was wanted, what came, and what to do.
     """
     began = time.perf_counter()
-    pipeline, forced = passes or default(), _checked_providers(providers or {})
+    pipeline, forced = pipeline_of(passes), _checked_providers(providers or {})
+    how: dict[str, Any] = {
+        "strict": strict_by_default() if strict is None else strict,
+        "dumps": cache_root() / "failures",
+    }
     wanted = check_device(device)
     if isinstance(source, nn.Module) and not isinstance(source, CausalLM):
-        return CompiledModule(source, pipeline, forced, compile=compile)
+        return CompiledModule(source, pipeline, forced, compile=compile, how=how)
     folder, cfg = _folder_and_config(source)
     dtype = _dtype(dtype, folder, source)
     if max_batch_size < 1:
@@ -106,7 +114,7 @@ def build(
     check_memory(wanted, 0 if built else weight_bytes, cache_bytes(cfg, dtype, **room))
     causal_lm = source if isinstance(source, CausalLM) else _weights(cfg, folder, wanted, dtype, seed)
     if training is not None:
-        return Trainer(causal_lm, training, compile=compile)
+        return Trainer(causal_lm, training, compile=compile, pipeline=pipeline, how=how)
 
     notes = []
     problem = missing_for_compilation() if compile else None
@@ -116,8 +124,8 @@ def build(
         warnings.warn(f"build: {notes[-1]}", stacklevel=3)  # beyond the decorator
     row = device_row(wanted)
     settings = {"providers": forced, "device": row, "max_seq_len": length}
-    runner = Runner(pipeline, settings)
-    key = _key(pipeline, settings, cfg, dtype, wanted, room)
+    runner = Runner(pipeline, settings, **how)
+    key = _key(runner, cfg, dtype, wanted, room)
     cache = LatentCache(cfg, dtype=dtype, device=wanted, **room)
     with inductor_cache():
         made = _engine(causal_lm.eval(), cache, runner, max_batch_size, BuildFolder(key) if compile else None)
@@ -241,8 +249,7 @@ def _checked_providers(providers: Mapping[str, str]) -> dict[str, str]:
 
 
 def _key(
-    pipeline: Pipeline,
-    settings: Mapping[str, Any],
+    runner: Runner,
     cfg: Config,
     dtype: torch.dtype,
     device: torch.device,
@@ -255,7 +262,7 @@ def _key(
         platform.machine(),
         torch.backends.cpu.get_cpu_capability(),
         str(torch.get_num_threads()),
-        pipeline.key(sorted(settings.items())),
+        runner.key(),
         repr(cfg),
         f"{dtype} {device} {sorted(room.items())}",
         *(inspect.getsource(m) for m in modules),
