@@ -289,3 +289,37 @@ def test_a_traceback_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("DEEPFUSE_TRACEBACK", "1")
     with pytest.raises(ValueError, match="want an op out of"):
         run(monkeypatch, "ops", "nothing")
+
+
+# passes
+
+
+def test_explain(model: df.Model, folder: Path, monkeypatch: Any, capsys: Any) -> None:
+    run(monkeypatch, "explain", "absorb_mla", folder)
+    text = capsys.readouterr().out
+    assert text.startswith("prefill: 0 rewrites") and "decode_1: 2 rewrites" in text
+    run(monkeypatch, "explain", "absorb_mla", folder, "--json")
+    assert json.loads(capsys.readouterr().out) == text.splitlines()
+    assert "want a pass out of absorb_mla, got 'absorb_mal'" in error(
+        monkeypatch, capsys, "explain", "absorb_mal", folder
+    )
+
+
+def test_passes_diff(model: df.Model, folder: Path, monkeypatch: Any, capsys: Any) -> None:
+    run(monkeypatch, "passes", "diff", "absorb_mla", "--model", folder)
+    text = capsys.readouterr().out
+    assert text.startswith("decode_1: before absorb_mla | after absorb_mla")
+    assert any("mla_attention" in line.partition(" | ")[0] for line in text.splitlines())
+    run(monkeypatch, "passes", "diff", "absorb_mla", "--model", folder, "--json")
+    pairs = json.loads(capsys.readouterr().out)
+    assert list(pairs) == ["decode_1"] and "mla_decode" in pairs["decode_1"]["after"]
+    assert "want the name of a pass, got nothing" in error(monkeypatch, capsys, "passes", "diff")
+
+
+def test_passes_bisect(monkeypatch: Any, capsys: Any) -> None:
+    run(monkeypatch, "passes", "bisect", 'test "$DEEPFUSE_WITHOUT" = lower', "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["pass"] == "lower" and found["tried"][0] == {"without": None, "exit status": 1}
+    run(monkeypatch, "passes", "bisect", "false")
+    assert capsys.readouterr().out.endswith("no single pass is to blame\n")
+    assert "want a check that fails with all passes" in error(monkeypatch, capsys, "passes", "bisect", "true")
