@@ -47,6 +47,12 @@ def where(node: fx.Node) -> str:
     return ".".join(parts) or node.name
 
 
+def source_line(node: fx.Node) -> str:
+    """Where the call was written, as in ``mlp.py:18``; empty where that is not known."""
+    places = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{places[-1][0].rpartition('/')[2]}:{places[-1][1]}" if places else ""
+
+
 def _call_text(node: fx.Node, names: dict[fx.Node, str]) -> str:
     args = [_value_text(a, names) for a in node.args]
     args += [f"{k}={_value_text(v, names)}" for k, v in node.kwargs.items()]

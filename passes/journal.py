@@ -1,6 +1,7 @@
 """What the passes did to each graph: the part of the report that is written while a graph is compiled."""
 
 import contextlib
+import difflib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,8 @@ class PassEntry:
     op_changes: dict[str, int]
     """Op -> how many more (or fewer) of it stand in the graph."""
     notes: list[str] = field(default_factory=list)
+    failure: str = ""
+    """The error of a pass that failed; what it did was undone."""
 
 
 @dataclass(slots=True)
@@ -39,6 +42,43 @@ class Journal:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def graph(self, stage: str, name: str | None = None) -> str:
+        """A graph as runnable Python.
+
+        Args:
+            stage: ``before:PASS`` or ``after:PASS``.
+            name: ``prefill``, ``decode_1``, ...; ``None`` takes the first graph that has the stage.
+
+        Raises:
+            ValueError: there is no such graph or stage.
+        """
+        for entry in self.graphs:
+            if (name is None or entry.name == name) and stage in entry.snapshots:
+                return entry.snapshots[stage]
+        stages = sorted({s for g in self.graphs for s in g.snapshots})
+        names = [g.name for g in self.graphs]
+        raise ValueError(f"graph: want a stage out of {stages} of a graph out of {names}, got {stage!r} of {name!r}")
+
+    def explain(self, name: str) -> str:
+        """What a pass did at each of its sites, graph by graph.
+
+        Raises:
+            ValueError: no pass of that name ran.
+        """
+        lines = []
+        for graph in self.graphs:
+            for entry in graph.passes:
+                if entry.name == name:
+                    lines.append(f"{graph.name}: {entry.rewrites} rewrites")
+                    if entry.failure:
+                        lines.append(f"    failed and was undone: {entry.failure}")
+                    lines += [f"    {note}" for note in entry.notes]
+        if not lines:
+            known = sorted({e.name for g in self.graphs for e in g.passes})
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+            raise ValueError(f"explain: want a pass out of {', '.join(near)}, got {name!r}")
+        return "\n".join(lines)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Journal":

@@ -9,8 +9,10 @@ Stages and the graphs they see (hooks of Inductor, set for one compilation only)
 import difflib
 import hashlib
 import inspect
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import deepfuse.ir.op
@@ -23,6 +25,9 @@ DEFAULT: tuple[Pass, ...] = (
     absorb_mla,  # decode attends in latent space
     lower,  # each remaining op to the provider for its device
 )
+
+GROUP = "deepfuse.passes"
+"""Entry points of packages that bring passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class Pipeline:
         """
         for name in names:
             if name not in self.names:
-                near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.4) or self.names
+                near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.6) or self.names
                 raise ValueError(f"passes: want a name out of {', '.join(near)}, got {name!r}")
         return replace(self, passes=tuple(p for p in self.passes if p.name not in names))
 
@@ -79,5 +84,47 @@ class Pipeline:
 
 
 def default() -> Pipeline:
-    """The passes ``build`` runs."""
-    return Pipeline(DEFAULT)
+    """The passes ``build`` runs: ours and those of installed packages, without those that ``DEEPFUSE_WITHOUT`` names.
+
+    Raises:
+        ValueError, TypeError: a package's pass cannot be used, or there is no pass of a name in ``DEEPFUSE_WITHOUT``.
+    """
+    pipeline = Pipeline(DEFAULT).plus(*from_packages())
+    return pipeline.without(*(n.strip() for n in os.environ.get("DEEPFUSE_WITHOUT", "").split(",") if n.strip()))
+
+
+def from_packages() -> list[Pass]:
+    """Passes of the entry points in the group ``deepfuse.passes``, in the order of their names.
+
+    Raises:
+        TypeError: an entry point is no pass.
+    """
+    passes = []
+    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+        try:
+            loaded = entry.load()
+        except Exception as error:
+            raise TypeError(
+                f"passes: want a pass at the entry point {entry.name} = {entry.value}, got {error}"
+            ) from error
+        if not isinstance(loaded, Pass):
+            raise TypeError(f"passes: want a pass at the entry point {entry.name} = {entry.value}, got {loaded!r}")
+        passes.append(loaded)
+    return passes
+
+
+def pipeline_of(passes: Pipeline | Pass | Iterable[Pass] | None) -> Pipeline:
+    """A pipeline from what ``build`` takes: one, passes to add to the default, or nothing.
+
+    Raises:
+        TypeError: something else.
+    """
+    if passes is None or isinstance(passes, Pipeline):
+        return passes or default()
+    listed = [passes] if isinstance(passes, Pass) else list(passes) if isinstance(passes, Iterable) else [passes]
+    if not listed:
+        raise TypeError(f"passes: want a pipeline or passes to add to the default, got {passes!r}; none: Pipeline(())")
+    for p in listed:
+        if not isinstance(p, Pass):
+            raise TypeError(f"passes: want a pipeline or passes (@fusion, @graph_pass), got {p!r}")
+    return default().plus(*listed)

@@ -1,9 +1,13 @@
 """Run a pipeline over a graph: order, timing, clean-up, checks and the journal. Passes do none of this themselves."""
 
+import os
 import time
+import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from deepfuse.ir.verify import verify
 from deepfuse.passes.journal import GraphEntry, Journal, PassEntry, graph_name, noting
 from deepfuse.passes.pipeline import Pipeline
 from deepfuse.passes.record import Pass
+from deepfuse.passes.rollback import snapshot
 
 HOOKS: Mapping[str, tuple[str, ...]] = {
     "joint": ("semantic", "quantize"),
@@ -28,6 +33,11 @@ class PassError(RuntimeError):
     """A pass failed; names it, and carries the graph it was given."""
 
 
+def strict_by_default() -> bool:
+    """Whether a failing pass stops the compilation where the caller does not say: as ``DEEPFUSE_STRICT`` has it."""
+    return os.environ.get("DEEPFUSE_STRICT", "0") not in ("", "0")
+
+
 @dataclass(slots=True)
 class Runner:
     """A pipeline with its settings, and the journal it writes."""
@@ -37,11 +47,19 @@ class Runner:
     journal: Journal = field(default_factory=Journal)
     salt: str = ""
     """Enters the compiler's cache key: a new one makes it compile, and so the passes run, anew."""
+    strict: bool = field(default_factory=strict_by_default)
+    """Whether a pass that fails raises; otherwise what it did is undone, and the report says so."""
+    dumps: Path | None = None
+    """Folder for the graphs that passes failed on."""
+
+    def key(self) -> str:
+        """Of all that decides how graphs are rewritten: the passes, their settings, and what failures lead to."""
+        return self.pipeline.key((sorted(self.settings.items()), self.strict))
 
     def options(self) -> dict[str, Any]:
         """For ``torch.compile(options=...)``: hooks of this compilation only."""
         hooks = {hook: self._hook(hook) for hook in HOOKS}
-        return inductor_options(hooks, self.pipeline.key(sorted(self.settings.items())) + self.salt)
+        return inductor_options(hooks, self.key() + self.salt)
 
     def backend(self) -> Callable[..., Any]:
         """For ``torch.compile(backend=...)``: the same rewrites, run without Inductor."""
@@ -66,21 +84,40 @@ class Runner:
         before, ops_before = graph_text(graph), op_counts(graph)
         snapshots[f"before:{p.name}"] = before
         notes: list[str] = []
+        restore = snapshot(graph)
         start = time.perf_counter()
+        rewrites, failure = 0, ""
         try:
             with noting(notes):
                 rewrites = p(graph, **self.settings)
             graph.eliminate_dead_code()
             verify(graph)
         except Exception as error:
-            raise PassError(f"pass {p.name} failed: {error}\nthe graph it was given:\n{before}") from error
+            failure = f"{type(error).__name__}: {error}"
+            if self.strict:
+                raise PassError(f"pass {p.name} failed: {error}\nthe graph it was given:\n{before}") from error
+            self._report_failure(p, before, graph, failure)
+            restore()
+            rewrites = 0
         milliseconds = (time.perf_counter() - start) * 1e3
         snapshots[f"after:{p.name}"] = graph_text(graph)
         changes = op_counts(graph)
         changes.subtract(ops_before)
-        return PassEntry(
-            p.name, p.stage, p.kind, rewrites, milliseconds, {k: v for k, v in sorted(changes.items()) if v}, notes
-        )
+        op_changes = {k: v for k, v in sorted(changes.items()) if v}
+        return PassEntry(p.name, p.stage, p.kind, rewrites, milliseconds, op_changes, notes, failure)
+
+    def _report_failure(self, p: Pass, before: str, graph: fx.Graph, failure: str) -> None:
+        """A file with the error and both graphs, and a warning that names it."""
+        where = ""
+        if self.dumps is not None:
+            path = self.dumps / f"{graph_name()}-{p.name}.py"
+            quoted = "".join(f"# {line}\n" for line in traceback.format_exc().splitlines())
+            # what it left may be no graph that can be printed as Python
+            left = "".join(f"# {line}\n" for line in str(graph).splitlines())
+            self.dumps.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{quoted}\n# the graph {p.name} was given:\n{before}\n# what it left:\n{left}")
+            where = f"; the graph that broke it: {path}"
+        warnings.warn(f"pass {p.name} failed and was undone: {failure}{where}", stacklevel=2)
 
 
 def op_counts(graph: fx.Graph) -> Counter[str]:

@@ -59,16 +59,18 @@ class Splicer:
     Calls must come in the order of the graph, which is functional: an equal node before is as good as a new one.
     """
 
-    def __init__(self, graph: fx.Graph):
-        self.graph = graph
+    def __init__(self, graph: fx.Graph, *, share: bool = True):
+        """``share``: whether equal nodes are inserted once; else calls may come in any order."""
+        self.graph, self.share = graph, share
         self._fake_mode = fake_mode_of(graph)
         self._traced: dict[tuple[Any, ...], fx.GraphModule] = {}
         self._inserted: dict[tuple[Any, str], fx.Node] = {}
 
-    def splice(self, node: fx.Node, fn: Callable[..., Any], args: Sequence[Any]) -> Any:
+    def splice(self, node: fx.Node, fn: Callable[..., Any], args: Sequence[Any], like: fx.Node | None = None) -> Any:
         """Insert the nodes of ``fn`` for these arguments before ``node``.
 
-        Inductor's decompositions are applied, as they were to the rest of the graph.
+        Inductor's decompositions are applied, as they were to the rest of the graph. New nodes say that they come from
+        where ``like`` comes from; ``None``: from where ``node`` does.
 
         Returns:
             The node (or tuple of nodes) that ``fn`` returned.
@@ -80,7 +82,7 @@ class Splicer:
         key = (fn, str(places), str(scalars), *(_signature(n.meta["val"]) for n in distinct))
         if key not in self._traced:
             self._traced[key] = self._trace(fn, places, scalars, values(distinct))
-        return self._insert(self._traced[key], node, distinct)
+        return self._insert(self._traced[key], node, distinct, like or node)
 
     def _trace(
         self, fn: Callable[..., Any], places: list[int | None], scalars: list[Any], given: list[Tensor]
@@ -93,7 +95,7 @@ class Splicer:
             given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in given]
             return make_fx(on_tensors, decomposition_table=inductor_decompositions())(*given)
 
-    def _insert(self, traced: fx.GraphModule, node: fx.Node, inputs: list[fx.Node]) -> Any:
+    def _insert(self, traced: fx.GraphModule, node: fx.Node, inputs: list[fx.Node], like: fx.Node) -> Any:
         env = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs, strict=True))
         result: Any = None
         with self.graph.inserting_before(node), self._fake_mode:
@@ -108,14 +110,14 @@ class Splicer:
                 elif inner.op != "placeholder":
                     args, kwargs = fx.map_arg((inner.args, inner.kwargs), lambda n: env[n])
                     key = (inner.target, f"{args} {kwargs}")
-                    if key in self._inserted:
+                    if self.share and key in self._inserted:
                         env[inner] = self._inserted[key]
                         continue
                     new = env[inner] = self._inserted[key] = self.graph.node_copy(inner, lambda n: env[n])
                     # a value of its own: Inductor reads from its storage which nodes are views of which
                     target: Any = new.target
                     new.meta = {"val": target(*values(new.args), **values(new.kwargs))}
-                    inherit(new, node)
+                    inherit(new, like)
         return result
 
 

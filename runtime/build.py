@@ -7,7 +7,7 @@ import platform
 import time
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from deepfuse.blocks.presets import PRESETS
 from deepfuse.ir.device import device_row
 from deepfuse.ir.op import OPS
 from deepfuse.passes.journal import Journal
-from deepfuse.passes.pipeline import Pipeline, default
-from deepfuse.passes.runner import Runner
+from deepfuse.passes.pipeline import Pipeline, pipeline_of
+from deepfuse.passes.record import Pass
+from deepfuse.passes.runner import Runner, strict_by_default
 from deepfuse.runtime import engine
 from deepfuse.runtime.checkpoint import load_weights, present_mtp_layers, stored_dtype, weights_bytes
-from deepfuse.runtime.compile_cache import BuildFolder, inductor_cache
+from deepfuse.runtime.compile_cache import BuildFolder, cache_root, inductor_cache
 from deepfuse.runtime.config_json import read_config
 from deepfuse.runtime.engine import Engine
 from deepfuse.runtime.generation_config import GenerationConfig
@@ -58,10 +59,11 @@ def build(
     dtype: str | torch.dtype = "auto",
     max_batch_size: int = 8,
     max_seq_len: int | None = None,
-    passes: Pipeline | None = None,
+    passes: Pipeline | Pass | Iterable[Pass] | None = None,
     providers: Mapping[str, str] | None = None,
     compile: bool = True,
     training: Training | None = None,
+    strict: bool | None = None,
     seed: int = 0,
 ) -> Any:
     """Build a model: load it, run the passes over its graphs, compile them.
@@ -75,10 +77,12 @@ def build(
             there is none.
         max_batch_size: sequences that generate at once; the cache is made for them.
         max_seq_len: tokens a sequence may have; the model's limit, at most 4096, where ``None``.
-        passes: the rewrites; ``deepfuse.passes.default()`` where ``None``.
+        passes: the rewrites; ``deepfuse.passes.default()`` where ``None``. Passes alone are added to these.
         providers: op name -> provider to take first, e.g. ``{"rms_norm": "reference"}``.
         compile: with Inductor; otherwise the same graphs run as the passes left them (for debugging and quick tests).
         training: build a :class:`Trainer` instead of a :class:`Model`.
+        strict: whether a pass that fails raises; otherwise what it did is undone, with a warning that names a file with
+            the graph that broke it. ``None``: as the environment variable ``DEEPFUSE_STRICT`` has it.
         seed: of random weights.
 
     Returns:
@@ -88,11 +92,13 @@ def build(
         ValueError, TypeError, FileNotFoundError, MemoryError: what was wanted, what came, and what to do.
     """
     began = time.perf_counter()
-    if not isinstance(passes, Pipeline | None):
-        raise TypeError(f"build: want passes as a Pipeline, such as deepfuse.passes.default(), got {passes!r:.80}")
     if not isinstance(training, Training | None):
         raise TypeError(f"build: want training as a Training, got {training!r:.80}")
-    pipeline, forced = passes or default(), _checked_providers(providers or {})
+    pipeline, forced = pipeline_of(passes), _checked_providers(providers or {})
+    how: dict[str, Any] = {
+        "strict": strict_by_default() if strict is None else strict,
+        "dumps": cache_root() / "failures",
+    }
     wanted = check_device(device)
     problem = missing_for_compilation() if compile else None
     notes = [] if problem is None else [f"runs uncompiled: {problem}"]
@@ -100,7 +106,7 @@ def build(
         compile = False
         warnings.warn(f"build: {notes[0]}", stacklevel=3)  # beyond the decorator
     if isinstance(source, nn.Module) and not isinstance(source, CausalLM):
-        return CompiledModule(source, pipeline, forced, compile=compile)
+        return CompiledModule(source, pipeline, forced, compile=compile, how=how)
     folder, cfg = _folder_and_config(source)
     if isinstance(source, CausalLM):
         wanted, dtype = _place(source, device, dtype)
@@ -126,15 +132,15 @@ def build(
     check_memory(wanted, 0 if built else weight_bytes, cache_bytes(cfg, dtype, **room))
     causal_lm = source if isinstance(source, CausalLM) else _weights(cfg, folder, wanted, dtype, seed)
     if training is not None:
-        return Trainer(causal_lm, training, compile=compile)
+        return Trainer(causal_lm, training, compile=compile, pipeline=pipeline, how=how)
 
     # before a minute of compiling: these files may be damaged as well
     defaults = GenerationConfig() if folder is None else GenerationConfig.from_folder(folder)
     tokenizer = None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder)
     row = device_row(wanted)
     settings = {"providers": forced, "device": row, "max_seq_len": length}
-    runner = Runner(pipeline, settings)
-    key = f"{_key(pipeline, settings, cfg, dtype, wanted, room)}-{_module_key(causal_lm)}"
+    runner = Runner(pipeline, settings, **how)
+    key = f"{_key(runner, cfg, dtype, wanted, room)}-{_module_key(causal_lm)}"
     cache = LatentCache(cfg, dtype=dtype, device=wanted, **room)
     with inductor_cache() if compile else contextlib.nullcontext():
         made = _engine(causal_lm.eval(), cache, runner, max_batch_size, BuildFolder(key) if compile else None)
@@ -282,8 +288,7 @@ def _checked_providers(providers: Mapping[str, str]) -> dict[str, str]:
 
 
 def _key(
-    pipeline: Pipeline,
-    settings: Mapping[str, Any],
+    runner: Runner,
     cfg: Config,
     dtype: torch.dtype,
     device: torch.device,
@@ -296,7 +301,7 @@ def _key(
         platform.machine(),
         torch.backends.cpu.get_cpu_capability(),
         str(torch.get_num_threads()),
-        pipeline.key(sorted(settings.items())),
+        runner.key(),
         repr(cfg),
         f"{dtype} {device} {sorted(room.items())}",
         *(inspect.getsource(m) for m in modules),

@@ -106,7 +106,14 @@ def describe_op(name: str, device_type: str) -> Description:
 def passes_table() -> Listing:
     """The passes in order."""
     rows = [
-        {"pass": p.name, "stage": p.stage, "class": p.kind, "does": p.summary, "settings": list(p.settings)}
+        {
+            "pass": p.name,
+            "stage": p.stage,
+            "class": p.kind,
+            "does": p.summary,
+            "saves": p.saves,
+            "settings": list(p.settings),
+        }
         for p in default().passes
     ]
     return Listing(rows, "passes in the order they run")

@@ -242,31 +242,15 @@ class Model:
         save_checkpoint(self.engine.model, Path(path), source=self.source)
 
     def graph(self, stage: str, name: str | None = None) -> str:
-        """A graph as runnable Python.
+        """A graph as runnable Python: ``before:PASS`` or ``after:PASS``, of the graph ``prefill``, ``decode_1``, ...;
 
-        Args:
-            stage: ``before:PASS`` or ``after:PASS``.
-            name: ``prefill``, ``decode_1``, ...; ``None`` takes the first graph that has the stage.
+        the first that has the stage where no name is given.
         """
-        for entry in self.report.journal.graphs:
-            if (name is None or entry.name == name) and stage in entry.snapshots:
-                return entry.snapshots[stage]
-        stages = sorted({s for g in self.report.journal.graphs for s in g.snapshots})
-        names = [g.name for g in self.report.journal.graphs]
-        raise ValueError(f"graph: want a stage out of {stages} of a graph out of {names}, got {stage!r} of {name!r}")
+        return self.report.journal.graph(stage, name)
 
     def explain(self, name: str) -> str:
-        """What a pass did at each of its sites, graph by graph."""
-        lines = []
-        for graph in self.report.journal.graphs:
-            for entry in graph.passes:
-                if entry.name == name:
-                    lines.append(f"{graph.name}: {entry.rewrites} rewrites")
-                    lines += [f"    {note}" for note in entry.notes]
-        if not lines:
-            known = sorted({e.name for g in self.report.journal.graphs for e in g.passes})
-            raise ValueError(f"explain: want a pass out of {known}, got {name!r}")
-        return "\n".join(lines)
+        """What a pass did at each of its sites, graph by graph: rewritten, or why not."""
+        return self.report.journal.explain(name)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -17,21 +17,38 @@ from deepfuse.runtime.compile_cache import inductor_cache
 class CompiledModule(nn.Module):
     """Calls the module; its graphs are compiled at the first call, as for ``torch.compile``."""
 
-    def __init__(self, module: nn.Module, pipeline: Pipeline, providers: Mapping[str, str], *, compile: bool):
+    def __init__(
+        self,
+        module: nn.Module,
+        pipeline: Pipeline,
+        providers: Mapping[str, str],
+        *,
+        compile: bool,
+        how: Mapping[str, Any],
+    ):
+        """``how``: what else the :class:`Runner` is told."""
         super().__init__()
         self.module = module
         parameter = next(module.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         settings = {"providers": dict(providers), "device": device_row(device), "max_seq_len": 4096}
-        self.runner = Runner(pipeline, settings)
-        how: dict[str, Any] = {"options": self.runner.options()} if compile else {"backend": self.runner.backend()}
+        self.runner = Runner(pipeline, settings, **how)
+        options: dict[str, Any] = {"options": self.runner.options()} if compile else {"backend": self.runner.backend()}
         self._caching: Callable[[], AbstractContextManager[None]] = inductor_cache if compile else nullcontext
-        self._compiled = torch.compile(module, fullgraph=True, **how)
+        self._compiled = torch.compile(module, fullgraph=True, **options)
 
     @property
     def journal(self) -> Journal:
         """What the passes did to the graphs so far."""
         return self.runner.journal
+
+    def explain(self, name: str) -> str:
+        """What a pass did at each of its sites, graph by graph: rewritten, or why not."""
+        return self.journal.explain(name)
+
+    def graph(self, stage: str, name: str | None = None) -> str:
+        """A graph as runnable Python: ``before:PASS`` or ``after:PASS``."""
+        return self.journal.graph(stage, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self._caching():

@@ -105,6 +105,8 @@ class Report:
         for graph in self.journal.graphs:
             for entry in graph.passes:
                 notes = condensed(entry.notes)
+                if entry.failure:
+                    notes.insert(0, f"failed and was undone: {entry.failure.splitlines()[0]}")
                 table.add_row(graph.name, entry.name, entry.kind, str(entry.rewrites), "\n".join(notes))
         return table
 

@@ -10,7 +10,7 @@ Source: DeepSeek-V3 (arXiv:2412.19437), section 2.1.2 (bias), 2.2 (multi-token p
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,19 @@ class Training:
 class Trainer:
     """Trains a model on a stream of tokens."""
 
-    def __init__(self, model: CausalLM, training: Training, *, compile: bool = True):
-        """``model`` is trained in place, in float32; without ``compile`` the step's graphs run as the passes left them."""
+    def __init__(
+        self,
+        model: CausalLM,
+        training: Training,
+        *,
+        compile: bool = True,
+        pipeline: Pipeline | None = None,
+        how: Mapping[str, Any] | None = None,
+    ):
+        """``model`` is trained in place, in float32; without ``compile`` the step's graphs run as the passes left them.
+
+        ``pipeline``: the passes, ``default()`` where ``None``; ``how``: what else the runner of the passes is told.
+        """
         self.model, self.training = model, training
         mtp_layers = len(model.model.layers) - model.config.num_hidden_layers
         if training.mtp_steps and not mtp_layers:
@@ -93,17 +104,16 @@ class Trainer:
         self.pairs = list(zip(model.parameters(), self.compute.parameters(), strict=True))
         self.step = 0
         self.optimizer = self._optimizer(model.parameters())
-        pipeline: Pipeline = default()
         settings = {
             "providers": {},
             "device": device_row(self.device),
             "max_seq_len": training.seq_len,
         }
-        self.runner = Runner(pipeline, settings)
-        how: dict[str, Any] = {"options": self.runner.options()} if compile else {"backend": self.runner.backend()}
-        how |= {"fullgraph": True, "dynamic": False}
-        self.next_token_loss = torch.compile(with_own_code(self._next_token_loss), **how)
-        self.mtp_loss = torch.compile(with_own_code(self._mtp_loss), **how)
+        self.runner = Runner(pipeline or default(), settings, **(how or {}))
+        options: dict[str, Any] = {"options": self.runner.options()} if compile else {"backend": self.runner.backend()}
+        options |= {"fullgraph": True, "dynamic": False}
+        self.next_token_loss = torch.compile(with_own_code(self._next_token_loss), **options)
+        self.mtp_loss = torch.compile(with_own_code(self._mtp_loss), **options)
 
     @torch.no_grad()
     def _copy_buffers(self) -> None:

@@ -9,6 +9,9 @@ import torch
 # before anything imports triton, which reads it once
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+# a pass that fails fails the test
+os.environ.setdefault("DEEPFUSE_STRICT", "1")
+
 # the first call of a kernel or graph takes seconds, so a limit per example says nothing
 hypothesis.settings.register_profile("deepfuse", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("deepfuse")

@@ -169,7 +169,7 @@ def test_what_a_build_did(
     line = error(monkeypatch, capsys, "build", folder, "--no-compile", "--graph", "after:nothing")
     assert "before:absorb_mla" in line and "got 'after:nothing'" in line
     line = error(monkeypatch, capsys, "build", folder, "--no-compile", "--explain", "nothing")
-    assert "want a pass out of ['absorb_mla', 'lower'], got 'nothing'" in line
+    assert "want a pass out of absorb_mla, lower, got 'nothing'" in line
 
 
 def test_generate(
@@ -256,7 +256,10 @@ def test_chat_without_a_template(
         (["--providers", "nothing=reference"], "build: want providers for ops out of add_rms_norm, "),
         (["--device", "nothing"], "build: want device 'auto', 'cpu' or 'cuda[:i]', got 'nothing'"),
         (["--dtype", "int8"], "build: want dtype 'auto', 'float32', 'bfloat16' or 'float16', got 'int8'"),
-        (["--max-seq-len", "1000"], "build: want 1 <= max_seq_len <= max_position_embeddings = 128, got 1000"),
+        (
+            ["--max-seq-len", "1000"],
+            "build: want max_seq_len as an integer in 1 .. max_position_embeddings = 128, got 1000",
+        ),
     ],
 )
 def test_options_that_cannot_be(
@@ -336,3 +339,37 @@ def test_a_traceback_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("DEEPFUSE_TRACEBACK", "1")
     with pytest.raises(ValueError, match="want an op out of"):
         run(monkeypatch, "ops", "nothing")
+
+
+# passes
+
+
+def test_explain(model: df.Model, folder: Path, monkeypatch: Any, capsys: Any) -> None:
+    run(monkeypatch, "explain", "absorb_mla", folder)
+    text = capsys.readouterr().out
+    assert text.startswith("prefill: 0 rewrites") and "decode_1: 2 rewrites" in text
+    run(monkeypatch, "explain", "absorb_mla", folder, "--json")
+    assert json.loads(capsys.readouterr().out) == text.splitlines()
+    assert "want a pass out of absorb_mla, got 'absorb_mal'" in error(
+        monkeypatch, capsys, "explain", "absorb_mal", folder
+    )
+
+
+def test_passes_diff(model: df.Model, folder: Path, monkeypatch: Any, capsys: Any) -> None:
+    run(monkeypatch, "passes", "diff", "absorb_mla", "--model", folder)
+    text = capsys.readouterr().out
+    assert text.startswith("decode_1: before absorb_mla | after absorb_mla")
+    assert any("mla_attention" in line.partition(" | ")[0] for line in text.splitlines())
+    run(monkeypatch, "passes", "diff", "absorb_mla", "--model", folder, "--json")
+    pairs = json.loads(capsys.readouterr().out)
+    assert list(pairs) == ["decode_1"] and "mla_decode" in pairs["decode_1"]["after"]
+    assert "want the name of a pass, got nothing" in error(monkeypatch, capsys, "passes", "diff")
+
+
+def test_passes_bisect(monkeypatch: Any, capsys: Any) -> None:
+    run(monkeypatch, "passes", "bisect", 'test "$DEEPFUSE_WITHOUT" = lower', "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["pass"] == "lower" and found["tried"][0] == {"without": None, "exit status": 1}
+    run(monkeypatch, "passes", "bisect", "false")
+    assert capsys.readouterr().out.endswith("no single pass is to blame\n")
+    assert "want a check that fails with all passes" in error(monkeypatch, capsys, "passes", "bisect", "true")

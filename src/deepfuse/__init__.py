@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from deepfuse.blocks.model import CausalLM
     from deepfuse.blocks.presets import PRESETS
     from deepfuse.ir.op import OPS
+    from deepfuse.passes.fusion import fusion
     from deepfuse.passes.record import graph_pass
     from deepfuse.runtime.build import build
     from deepfuse.runtime.model import Model
@@ -27,6 +28,7 @@ _HOMES = {
     "build": "deepfuse.runtime.build",
     "CausalLM": "deepfuse.blocks.model",
     "Config": "deepfuse.blocks.config",
+    "fusion": "deepfuse.passes.fusion",
     "graph_pass": "deepfuse.passes.record",
     "Model": "deepfuse.runtime.model",
     "OPS": "deepfuse.ir.op",
@@ -48,6 +50,7 @@ __all__ = [
     "Trainer",
     "Training",
     "build",
+    "fusion",
     "graph_pass",
     "passes",
 ]

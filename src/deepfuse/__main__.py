@@ -1,14 +1,16 @@
-"""The command line: ``deepfuse generate | chat | build | ops | passes | cache``.
+"""The command line: ``deepfuse generate | chat | build | ops | passes | explain | cache``.
 
 Each command takes ``--help``. What is printed is for people; ``--json`` prints one JSON object for programs.
 """
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 try:
     from tyro.conf import OmitArgPrefixes, Positional
@@ -182,15 +184,91 @@ class Ops:
 
 
 @dataclass(kw_only=True)
-class Passes:
-    """List the passes in the order they run."""
+class Explain:
+    """Show what a pass did at each of its sites: rewritten, or how far the match got and why it stopped."""
 
+    name: Positional[str]
+    """The pass."""
+    model: Positional[str] = "v3-tiny"
+    """Checkpoint directory or preset."""
     json: bool = False
+    options: BuildOptions = field(default_factory=lambda: BuildOptions(compile=False))
 
     def run(self) -> None:
-        from deepfuse.runtime.describe import passes_table
+        text = self.options.build(self.model).explain(self.name)
+        print(json.dumps(text.splitlines()) if self.json else text)
 
-        _print(passes_table(), self.json)
+
+@dataclass(kw_only=True)
+class Passes:
+    """List the passes in the order they run; compare graphs around one; find the one to blame."""
+
+    action: Positional[Literal["list", "diff", "bisect"]] = "list"
+    """diff NAME: graphs before and after a pass, side by side; bisect COMMAND: the first pass whose removal makes a
+    failing shell command succeed (it sees DEEPFUSE_WITHOUT)."""
+    argument: Positional[str | None] = None
+    """Name of the pass, or the command."""
+    model: str = "v3-tiny"
+    """Checkpoint directory or preset, whose graphs diff shows."""
+    graph_name: str | None = None
+    """prefill, decode_1, ...; all graphs that the pass changed where it is not given."""
+    json: bool = False
+    options: BuildOptions = field(default_factory=lambda: BuildOptions(compile=False))
+
+    def run(self) -> None:
+        if self.action == "list":
+            from deepfuse.runtime.describe import passes_table
+
+            _print(passes_table(), self.json)
+            return
+        if self.argument is None:
+            what = "the name of a pass" if self.action == "diff" else "a command"
+            raise ValueError(f"passes {self.action}: want {what}, got nothing")
+        if self.action == "diff":
+            self._diff(self.argument)
+        else:
+            self._bisect(self.argument)
+
+    def _diff(self, name: str) -> None:
+        from deepfuse.passes.compare import side_by_side
+
+        journal = self.options.build(self.model).report.journal
+        journal.explain(name)  # its error names the passes there are
+        pairs = {}
+        for graph in journal.graphs:
+            before, after = graph.snapshots.get(f"before:{name}"), graph.snapshots.get(f"after:{name}")
+            if before and after and before != after and self.graph_name in (None, graph.name):
+                pairs[graph.name] = {"before": before, "after": after}
+        if self.json:
+            print(json.dumps(pairs))
+            return
+        width = shutil.get_terminal_size((160, 40)).columns
+        for graph_name, texts in pairs.items():
+            print(f"{graph_name}: before {name} | after {name}")
+            print(side_by_side(texts["before"], texts["after"], width))
+        if not pairs:
+            print(f"{name} changed nothing")
+
+    def _bisect(self, command: str) -> None:
+        from deepfuse.passes.bisect import bisect
+        from deepfuse.passes.pipeline import default
+
+        tried = []
+
+        def check(name: str | None) -> bool:
+            left_out = ",".join(filter(None, (os.environ.get("DEEPFUSE_WITHOUT"), name)))
+            environment = {**os.environ, "DEEPFUSE_WITHOUT": left_out}
+            code = subprocess.run(command, shell=True, env=environment, check=False).returncode
+            tried.append({"without": name, "exit status": code})
+            if not self.json:
+                print(f"{f'without {name}' if name else 'all passes'}: exit status {code}", flush=True)
+            return code == 0
+
+        found = bisect(check, default().names)
+        if self.json:
+            print(json.dumps({"pass": found, "tried": tried}))
+        else:
+            print(f"{found}: without it the command succeeds" if found else "no single pass is to blame")
 
 
 @dataclass(kw_only=True)
@@ -227,6 +305,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "build": Build,
     "ops": Ops,
     "passes": Passes,
+    "explain": Explain,
     "cache": Cache,
 }
 

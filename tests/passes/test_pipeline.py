@@ -1,7 +1,10 @@
 """The list of passes, how it is changed, and the runner: order, journal, key, errors."""
 
 import json
+import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from deepfuse.ir.device import CPU
 from deepfuse.ir.printer import run_text
 from deepfuse.ops.rms_norm import rms_norm
 from deepfuse.passes.journal import Journal, naming, note
-from deepfuse.passes.pipeline import DEFAULT, Pipeline, default
+from deepfuse.passes.pipeline import DEFAULT, Pipeline, default, pipeline_of
 from deepfuse.passes.record import STAGES, Pass, graph_pass
 from deepfuse.passes.runner import HOOKS, PassError, Runner
 from graphs import trace
@@ -34,6 +37,14 @@ def break_graph(graph):
     for node in graph.nodes:
         node.meta.pop("val", None)
     return 1
+
+
+@graph_pass(stage="semantic", kind="exact")
+def erase_and_raise(graph):
+    (node,) = graph.find_nodes(op="call_function", target=rms_norm.overload)
+    node.replace_all_uses_with(node.args[0])
+    graph.erase_node(node)
+    raise KeyError("oops")
 
 
 def test_default_passes_run_in_the_order_of_stages():
@@ -91,18 +102,24 @@ def test_key_changes_with_passes_order_settings_and_source():
 def run(pipeline, fn, *args, name="graph"):
     runner = Runner(pipeline, SETTINGS)
     gm = trace(fn, *args)
+    run_hooks(runner, gm, name)
+    return gm, runner.journal
+
+
+def run_hooks(runner, gm, name):
     with naming(name):
         for hook in HOOKS:
             runner.run(gm.graph, hook)
     gm.recompile()
-    return gm, runner.journal
 
 
 def test_helpers_of_passes_and_costs_are_part_of_the_key(monkeypatch):
     before, original = default().key("a"), Path.read_text
     for name in ("splice.py", "cost.py"):
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "read_text", lambda p, *a, name=name: original(p, *a) + "#" * (p.name == name))
+            patch.setattr(
+                Path, "read_text", lambda p, *a, name=name, **how: original(p, *a, **how) + "#" * (p.name == name)
+            )
             assert default().key("a") != before
 
 
@@ -141,6 +158,75 @@ def test_journal_survives_json():
 def test_a_failing_pass_is_named_with_the_graph_it_was_given():
     with pytest.raises(PassError, match=r"pass break_graph failed: .*meta\['val'\](.|\n)*rms_norm"):
         run(Pipeline((break_graph,)), norm, *ARGS)
+
+
+def test_a_failing_pass_is_undone_and_reported(tmp_path):
+    runner = Runner(
+        Pipeline((double_eps, break_graph, erase_and_raise, *DEFAULT[-1:])), SETTINGS, strict=False, dumps=tmp_path
+    )
+    gm = trace(norm, *ARGS)
+    with pytest.warns(UserWarning) as caught:
+        run_hooks(runner, gm, "decode_1")
+    gm.graph.lint()
+    torch.testing.assert_close(gm(*ARGS), rms_norm(*ARGS, 2e-6))
+    (graph,) = runner.journal.graphs
+    by_name = {p.name: p for p in graph.passes}
+    assert by_name["double_eps"].rewrites == 1 and not by_name["double_eps"].failure
+    for name, error in (("break_graph", "GraphError: verify: want meta"), ("erase_and_raise", "KeyError: 'oops'")):
+        entry = by_name[name]
+        assert entry.failure.startswith(error) and entry.rewrites == 0 and not entry.op_changes
+        assert graph.snapshots[f"before:{name}"] == graph.snapshots[f"after:{name}"]
+        file = tmp_path / f"decode_1-{name}.py"
+        assert any(
+            f"pass {name} failed and was undone" in str(w.message) and str(file) in str(w.message) for w in caught
+        )
+        torch.testing.assert_close(run_text(file.read_text())(*ARGS), rms_norm(*ARGS, 2e-6))
+    assert "failed and was undone: KeyError" in runner.journal.explain("erase_and_raise")
+    assert by_name["lower"].op_changes["deepfuse.rms_norm.default"] == -1
+
+
+def test_strictness_is_part_of_the_key():
+    assert len({Runner(default(), SETTINGS, strict=strict).key() for strict in (True, False)}) == 2
+
+
+def test_strict_is_the_default_of_tests_only(monkeypatch):
+    assert Runner(default(), SETTINGS).strict
+    monkeypatch.delenv("DEEPFUSE_STRICT")
+    assert not Runner(default(), SETTINGS).strict
+
+
+def test_what_build_takes_for_passes():
+    assert pipeline_of(None).names == default().names
+    assert pipeline_of(default().without("lower")).names == default().without("lower").names
+    assert pipeline_of(double_eps).names == pipeline_of([double_eps]).names == default().plus(double_eps).names
+    with pytest.raises(TypeError, match="want a pipeline or passes .*, got 3"):
+        pipeline_of(3)
+    with pytest.raises(TypeError, match="want a pipeline or passes"):
+        pipeline_of([norm])
+
+
+def test_passes_of_packages(monkeypatch):
+    def packages(value):
+        entry = EntryPoint("double_eps", value, "deepfuse.passes")
+        monkeypatch.setattr("deepfuse.passes.pipeline.entry_points", lambda group: [entry])
+
+    monkeypatch.setitem(sys.modules, "some_package", SimpleNamespace(double_eps=double_eps, number=3))
+    packages("some_package:double_eps")
+    assert "double_eps" in default().names
+    packages("some_package:number")
+    with pytest.raises(TypeError, match="want a pass at the entry point double_eps = some_package:number, got 3"):
+        default()
+    packages("no_such_package:double_eps")
+    with pytest.raises(TypeError, match="got No module named 'no_such_package'"):
+        default()
+
+
+def test_passes_are_left_out_by_the_environment(monkeypatch):
+    monkeypatch.setenv("DEEPFUSE_WITHOUT", "absorb_mla, ")
+    assert "absorb_mla" not in default().names and "lower" in default().names
+    monkeypatch.setenv("DEEPFUSE_WITHOUT", "absorb_mal")
+    with pytest.raises(ValueError, match="want a name out of absorb_mla, got 'absorb_mal'"):
+        default()
 
 
 def test_a_user_pass_works_through_build():

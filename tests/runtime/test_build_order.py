@@ -24,9 +24,9 @@ def test_damaged_small_files(name: str, tmp_path: Path, monkeypatch: pytest.Monk
         build(tmp_path)
 
 
-@pytest.mark.parametrize("passes", [[], (), df.passes.default().passes])
-def test_passes_are_a_pipeline(passes: Any) -> None:
-    with pytest.raises(TypeError, match="build: want passes as a Pipeline, such as deepfuse.passes.default"):
+@pytest.mark.parametrize("passes", [[], (), 7, ["lower"]])
+def test_passes_are_a_pipeline_or_passes_to_add(passes: Any) -> None:
+    with pytest.raises(TypeError, match="passes: want a pipeline or passes"):
         build(ONE_LAYER, passes=passes)
 
 
