@@ -18,7 +18,6 @@ from torch import Tensor
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
 from deepfuse.ir.provider import float32_at_most
-from deepfuse.ir.sizes import check_equal
 
 
 def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -109,7 +108,7 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
             "rotary: want x [T, H, R] with even R, cos and sin [T, R/2], got "
             f"{list(x.shape)}, {list(cos.shape)} and {list(sin.shape)}"
         )
-    check_equal(cos.shape[0], x.shape[0], lambda: f"rotary: want {x.shape[0]} rows in cos, got {cos.shape[0]}")
+    torch._check_value(cos.shape[0] == x.shape[0], lambda: f"rotary: want {x.shape[0]} rows in cos, got {cos.shape[0]}")
 
 
 def _fake(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

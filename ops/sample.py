@@ -25,7 +25,6 @@ from torch import Tensor
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
 from deepfuse.ir.provider import float32_at_most
-from deepfuse.ir.sizes import check_equal
 
 WORD = 0xFFFFFFFF
 """Mask of the low 32 bits."""
@@ -267,7 +266,9 @@ def _check(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, se
         )
     B = logits.shape[0]
     for rows in (t.shape[0] for t in per_row):
-        check_equal(rows, B, functools.partial("sample: want {} temperatures, seeds and so on, got {}".format, B, rows))
+        torch._check_value(
+            rows == B, functools.partial("sample: want {} temperatures, seeds and so on, got {}".format, B, rows)
+        )
     if not logits.is_floating_point() or any(t.dtype != torch.int64 for t in (top_k, seed, position)):
         raise TypeError(
             "sample: want floating-point logits and int64 top_k, seed and position, got "
