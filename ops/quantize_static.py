@@ -25,12 +25,12 @@ from deepfuse.ops.quantize import (
     check_blocks,
     empty_scale,
     expand_scale,
+    flat_tile_of,
     quantize,
     quotient,
     round_to_fp8,
     saturate,
     scale_shape,
-    tile_of,
 )
 
 
@@ -64,7 +64,7 @@ def _quantize_static_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program per tile, which lies in as few blocks as quantize's."""
+    """One program per tile, whose rows (columns) lie in one block if blocks have 128."""
     tile_m = tl.program_id(0).to(tl.int64)
     tile_k = tl.program_id(1).to(tl.int64)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -76,10 +76,10 @@ def _quantize_static_kernel(
     elif ROWS == 1:
         scale = tl.load(scale_ptr + m * scale_stride_m + tile_k * scale_stride_k, mask=m < M)[:, None]
     elif COLS == 1:
-        scale = tl.load(scale_ptr + tile_m * scale_stride_m + k * scale_stride_k, mask=k < K)[None, :]
+        scale = tl.load(scale_ptr + tile_m * BLOCK_M // ROWS * scale_stride_m + k * scale_stride_k, mask=k < K)[None, :]
     else:
         one = tl.zeros((1, 1), tl.int32)
-        scale = tl.load(scale_ptr + tile_m * scale_stride_m + tile_k * scale_stride_k + one)
+        scale = tl.load(scale_ptr + tile_m * BLOCK_M // ROWS * scale_stride_m + tile_k * scale_stride_k + one)
     scale = widen_scale(scale)
     q = quotient(x, tl.where(scale > 0, scale, float("nan")))
     # an infinity is not clipped, but no number
@@ -97,7 +97,7 @@ def _launch(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: int, cols: int) 
     clipped = torch.zeros((), dtype=torch.int64, device=x.device)
     if values.numel() == 0:
         return values, clipped
-    block_m, block_k, num_warps = tile_of(M, rows, cols)
+    block_m, block_k, num_warps = flat_tile_of(M)
     _quantize_static_kernel[(triton.cdiv(M, block_m), triton.cdiv(K, block_k))](
         x,
         in_memory(scale),
