@@ -16,6 +16,8 @@ pytestmark = pytest.mark.slow
 import_ops()
 
 WGMMA_OPS = [
+    "fp8_grouped_matmul",
+    "fp8_grouped_matmul_masked",
     "grouped_matmul",
     "grouped_matmul_wgrad",
     "head_matmul",
