@@ -167,6 +167,7 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
         # nobody trains on one token
         "mla_attention_backward": [(t(T, H, N), *attention, t(T, H, N), f(T, H), *starts, scale)] if T > 1 else [],
         "mla_decode": [(t(T, H, C), t(T, H, R), cache, table, i(T, dtype=torch.int32), scale)],
+        "permute_quantize": [(t(T, D), i(T, K), E, fp8, False)],
         "quantize": [
             *((t(T, width), fp8, 1, 128, pow2) for width in (D, Q) for pow2 in (False, True)),
             (t(T, D), fp8, 128, 1, False),
