@@ -119,9 +119,14 @@ def _expert_permute_rows_kernel(x_ptr, inverse_ptr, rows_ptr, x_stride, D, K: tl
 
 
 def _launch(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sort = _compare_sort if experts.numel() <= KERNEL_COMPARE_ROWS else _counting_sort
-    order, inverse, offsets = sort(experts.contiguous(), num_experts)
+    order, inverse, offsets = sort_by_expert(experts, num_experts)
     return _launch_rows(x, inverse, experts.shape[1]), order, inverse, offsets
+
+
+def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``order``, ``inverse`` and ``offsets``."""
+    sort = _compare_sort if experts.numel() <= KERNEL_COMPARE_ROWS else _counting_sort
+    return sort(experts.contiguous(), num_experts)
 
 
 def _compare_sort(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,8 @@ import_ops()
 
 WGMMA_OPS = [
     "fp8_matmul",
+    "fp8_grouped_matmul",
+    "fp8_grouped_matmul_masked",
     "grouped_matmul",
     "grouped_matmul_wgrad",
     "head_matmul",

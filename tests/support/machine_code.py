@@ -195,6 +195,7 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             for heads, dtype in ((H, torch.bfloat16), (3, torch.bfloat16), (H, torch.float32))
         ],
         "mla_decode": [(t(T, H, C), t(T, H, R), cache, table, i(T, dtype=torch.int32), scale)],
+        "permute_quantize": [(t(T, D), i(T, K), E, fp8, False)],
         "quantize": [
             *((t(T, width), fp8, 1, 128, pow2) for width in (D, Q) for pow2 in (False, True)),
             (t(T, D), fp8, 128, 1, False),
