@@ -125,7 +125,7 @@ def build(
     row = device_row(wanted)
     settings = {"providers": forced, "device": row, "max_seq_len": length}
     runner = Runner(pipeline, settings, **how)
-    key = _key(runner, cfg, dtype, wanted, room)
+    key = _key(pipeline, {**settings, "strict": runner.strict}, cfg, dtype, wanted, room)
     cache = LatentCache(cfg, dtype=dtype, device=wanted, **room)
     with inductor_cache():
         made = _engine(causal_lm.eval(), cache, runner, max_batch_size, BuildFolder(key) if compile else None)
@@ -249,7 +249,8 @@ def _checked_providers(providers: Mapping[str, str]) -> dict[str, str]:
 
 
 def _key(
-    runner: Runner,
+    pipeline: Pipeline,
+    settings: Mapping[str, Any],
     cfg: Config,
     dtype: torch.dtype,
     device: torch.device,
@@ -262,7 +263,7 @@ def _key(
         platform.machine(),
         torch.backends.cpu.get_cpu_capability(),
         str(torch.get_num_threads()),
-        runner.key(),
+        pipeline.key(sorted(settings.items())),
         repr(cfg),
         f"{dtype} {device} {sorted(room.items())}",
         *(inspect.getsource(m) for m in modules),
