@@ -15,7 +15,7 @@ maps dtypes to bounds where ``ir``'s do not fit, with the reason beside it.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,7 +138,8 @@ class Rule:
                 continue
             found = match(form.traced, anchor, {}, exact=False)
             if isinstance(found, Miss):
-                far = f"{found.reached} of {found.wanted} nodes match; " if found.reached > 1 else ""
+                partly = 1 < found.reached < found.wanted
+                far = f"{found.reached} of {found.wanted} nodes match; " if partly else ""
                 best = max(best, (found.reached / found.wanted, far + found.reason), key=lambda b: b[0])
                 continue
             site = self._site(form, found, anchor, {} if traced is None else traced)
@@ -207,10 +208,8 @@ class Rule:
 
     def _trace(self, pattern: Callable[..., Any], arguments: Mapping[str, Any], mode: Any) -> Traced:
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-        # a number that occurs nowhere else shows where the parameter went
-        floats = {
-            0.7310585786 + 0.0137 * i: name for i, (name, v) in enumerate(arguments.items()) if isinstance(v, float)
-        }
+        # a number that occurs nowhere else, and survives rounding, shows where the parameter went
+        floats = {(187 + 2 * i) / 256: name for i, (name, v) in enumerate(arguments.items()) if isinstance(v, float)}
         numbers = {name: value for value, name in floats.items()}
 
         def on_tensors(*given: Tensor) -> Any:
@@ -218,8 +217,7 @@ class Rule:
 
         with mode:
             given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors.values()]
-            gm = make_fx(on_tensors, decomposition_table=dict(inductor_decompositions()))(*given)
-        gm.graph.eliminate_dead_code()
+            gm = traced(on_tensors, given)
         calls = tuple(node for node in gm.graph.nodes if node.op not in ("placeholder", "output"))
         inputs = dict(zip(tensors, (n for n in gm.graph.nodes if n.op == "placeholder"), strict=True))
         (result,) = next(n for n in gm.graph.nodes if n.op == "output").args
@@ -308,6 +306,18 @@ def fusion(*, stage: Stage, saves: str, kind: Kind = "exact") -> Callable[[Any],
         return Pass(name, stage, kind, rule.rewrite, saves, rule)
 
     return declare
+
+
+def traced(fn: Callable[..., Any], given: Sequence[Tensor]) -> fx.GraphModule:
+    """The graph of a function as passes see it: functional, and after Inductor's decompositions."""
+    gm = make_fx(fn, decomposition_table=dict(inductor_decompositions()))(*given)
+    for node in gm.graph.nodes:
+        # torch writes some of its own functions in place; a graph that is compiled has been made functional
+        if isinstance(node.target, torch._ops.OpOverload) and re.search("[^_]_$", node.target._opname):
+            packet = getattr(getattr(torch.ops, node.target.namespace), node.target._opname.rstrip("_"))
+            node.target = getattr(packet, node.target._overloadname)
+    gm.graph.eliminate_dead_code()
+    return gm
 
 
 def _place(node: fx.Node) -> str:

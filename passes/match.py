@@ -140,7 +140,10 @@ class _Search:
                 self._stop(found, f"{_param(wanted)} is {got}, rule wants a tensor")
             return
         if not isinstance(got, fx.Node) or got.op != "call_function" or not _same_target(wanted.target, got.target):
-            self._stop(found, f"{_text(got)} stands where the rule wants {op_name(wanted.target)}")
+            names = _text(got), op_name(wanted.target)
+            if names[0] == names[1]:  # two overloads of one op
+                names = str(got.target), str(wanted.target)
+            self._stop(found, f"{names[0]} stands where the rule wants {names[1]}")
             return
         if got in found.nodes.values():
             self._stop(found, f"{_text(got)} stands for two nodes of the rule")
@@ -324,7 +327,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _param(node: fx.Node) -> str:
-    return str(node.target)
+    return str(node.target) if node.op == "placeholder" else f"the result of {op_name(node.target)}"
 
 
 def _text(value: Any) -> str:

@@ -14,14 +14,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import deepfuse.ir.op
 import deepfuse.passes
 from deepfuse.passes.absorb_mla import absorb_mla
+from deepfuse.passes.eliminate_no_ops import eliminate_no_ops
 from deepfuse.passes.lower import lower
+from deepfuse.passes.recognize_linear import RecognizeLinear
+from deepfuse.passes.recognize_norm import RecognizeNorm
+from deepfuse.passes.recognize_rotary import RecognizeRotary
+from deepfuse.passes.recognize_swiglu import RecognizeSwiglu
 from deepfuse.passes.record import STAGES, Pass
 
-DEFAULT: tuple[Pass, ...] = (
+DEFAULT: tuple[Any, ...] = (  # of passes; mypy takes a decorated class for a class
+    eliminate_no_ops,  # what gives back its operand
+    RecognizeNorm,  # what other people's models are made of becomes our ops
+    RecognizeSwiglu,
+    RecognizeRotary,
+    RecognizeLinear,
     absorb_mla,  # decode attends in latent space
     lower,  # each remaining op to the provider for its device
 )

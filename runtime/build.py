@@ -140,7 +140,8 @@ def build(
     row = device_row(wanted)
     settings = {"providers": forced, "device": row, "max_seq_len": length}
     runner = Runner(pipeline, settings, **how)
-    key = f"{_key(runner, cfg, dtype, wanted, room)}-{_module_key(causal_lm)}"
+    kept_apart = {**settings, "strict": runner.strict}
+    key = f"{_key(pipeline, kept_apart, cfg, dtype, wanted, room)}-{_module_key(causal_lm)}"
     cache = LatentCache(cfg, dtype=dtype, device=wanted, **room)
     with inductor_cache() if compile else contextlib.nullcontext():
         made = _engine(causal_lm.eval(), cache, runner, max_batch_size, BuildFolder(key) if compile else None)
@@ -288,7 +289,8 @@ def _checked_providers(providers: Mapping[str, str]) -> dict[str, str]:
 
 
 def _key(
-    runner: Runner,
+    pipeline: Pipeline,
+    settings: Mapping[str, Any],
     cfg: Config,
     dtype: torch.dtype,
     device: torch.device,
@@ -301,7 +303,7 @@ def _key(
         platform.machine(),
         torch.backends.cpu.get_cpu_capability(),
         str(torch.get_num_threads()),
-        runner.key(),
+        pipeline.key(sorted(settings.items())),
         repr(cfg),
         f"{dtype} {device} {sorted(room.items())}",
         *(inspect.getsource(m) for m in modules),

@@ -1,5 +1,6 @@
 """What a build did: graphs, passes and matches, providers, cost, and what did not go as asked."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from deepfuse.passes.journal import Journal
+
+_SITE = re.compile(r"\w+ at .+?: (.*)")
+"""What a rule says of a site: ``rms_norm at model.norm (norm.py:12): matched``."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,7 +116,11 @@ class Report:
 
 
 def condensed(notes: list[str]) -> list[str]:
-    """Lines that differ only in the site they speak of, put together with their number."""
+    """Lines that differ only in the site they speak of, put together with their number; of a rule's sites, the numbers."""
+    found = [_SITE.match(note) for note in notes]
+    if notes and all(found):
+        rewritten = sum(match is not None and match[1] in ("matched", "gone") for match in found)
+        return [f"{rewritten} of {len(notes)} sites"]
     counts: dict[str, int] = {}
     for note in notes:
         site, _, rest = note.partition(": ")

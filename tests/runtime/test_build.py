@@ -134,7 +134,7 @@ def test_uncompiled_touches_no_cache(monkeypatch, tmp_path):
 
 
 def test_passes_can_be_left_out(one_layer):
-    model = build(random_weights(ONE_LAYER), passes=df.passes.default().without("absorb_mla", "lower"))
+    model = build(random_weights(ONE_LAYER), passes=df.passes.Pipeline(()))
     assert model.report.matches() == {}
     expected = one_layer.generate([5, 6, 7], max_new_tokens=10, stop_token_ids=())
     assert model.generate([5, 6, 7], max_new_tokens=10, stop_token_ids=()) == expected

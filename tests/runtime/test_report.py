@@ -42,7 +42,7 @@ def test_the_report_as_json():
     assert [graph["name"] for graph in data["graphs"]] == ["prefill", "decode_1", "decode_2", "decode_4"]
     assert data["graphs_at_build"] == 4 and data["graph_breaks"] == data["recompiles"] == 0
     assert data["build_seconds"] > data["compile_seconds"] > 0
-    entry = data["graphs"][1]["passes"][0]
+    entry = next(p for p in data["graphs"][1]["passes"] if p["name"] == "absorb_mla")
     assert (entry["name"], entry["stage"], entry["kind"], entry["rewrites"]) == (
         "absorb_mla",
         "semantic",
@@ -71,7 +71,7 @@ def test_each_site_of_a_pass_is_explained():
     text = tiny_model().explain("absorb_mla")
     assert "prefill: 0 rewrites" in text and "decode_4: 2 rewrites" in text
     assert "layers.1.self_attn: absorbed; predicted" in text
-    with pytest.raises(ValueError, match=r"explain: want a pass out of absorb_mla, lower, got 'fuse'"):
+    with pytest.raises(ValueError, match=r"explain: want a pass out of .*absorb_mla.*, got 'fuse'"):
         tiny_model().explain("fuse")
 
 
