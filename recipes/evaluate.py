@@ -52,7 +52,7 @@ def bits_per_byte(model: Model, tokens: np.ndarray, text_bytes: int) -> float:
 def samples(model: Model) -> list[str]:
     """Ten texts, prompt included."""
     return [
-        prompt + model.generate(prompt, max_new_tokens=100, temperature=0.6, top_p=0.9, seed=seed)
+        prompt + model.generate(prompt, max_new_tokens=100, temperature=0.7, top_p=0.85, seed=seed)
         for seed, prompt in enumerate(PROMPTS)
     ]
 

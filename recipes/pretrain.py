@@ -34,8 +34,8 @@ GENERATION = {
     "bos_token_id": 0,
     "eos_token_id": 1,
     "do_sample": True,
-    "temperature": 0.6,
-    "top_p": 0.9,
+    "temperature": 0.7,
+    "top_p": 0.85,
     "max_new_tokens": 128,
 }
 
