@@ -122,11 +122,15 @@ def default_inductor_folder() -> str:
     return os.path.abspath(default_cache_dir())
 
 
-def uncompiled_backend(run: Callable[[str, fx.GraphModule], None]) -> Callable[..., Any]:
+def uncompiled_backend(
+    run: Callable[[str, fx.GraphModule], None],
+    finish: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda gm: gm,
+) -> Callable[..., Any]:
     """A ``torch.compile`` backend that rewrites the graph as Inductor's hooks would, and runs it as it is.
 
     Args:
         run: called with ``joint``, ``partitioned`` and ``last`` in turn, on the graph after differentiation.
+        finish: makes of the rewritten graph what is called with its inputs.
     """
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
@@ -135,7 +139,7 @@ def uncompiled_backend(run: Callable[[str, fx.GraphModule], None]) -> Callable[.
         for hook in ("joint", "partitioned", "last"):
             run(hook, gm)
         gm.recompile()
-        return make_boxed_func(gm)
+        return make_boxed_func(finish(gm))
 
     return aot_autograd(
         fw_compiler=compile_graph,
@@ -145,6 +149,14 @@ def uncompiled_backend(run: Callable[[str, fx.GraphModule], None]) -> Callable[.
         decompositions=dict(inductor_decompositions()),
         keep_inference_input_mutations=True,
     )
+
+
+def compile_inner(gm: fx.GraphModule, example_inputs: list[Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """Compile a graph of Dynamo's with Inductor, under these options."""
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=dict(options))
+    return compiled
 
 
 def mark_unbacked(tensor: Tensor, dim: int) -> None:

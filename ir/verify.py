@@ -35,6 +35,27 @@ def verify(graph: fx.Graph) -> None:
             _verify_call(node)
 
 
+def verify_types(graph: fx.Graph) -> None:
+    """Check that every op, of whatever dialect, gives what ``meta["val"]`` says, by running it on fake tensors.
+
+    Raises:
+        GraphError: names the node.
+    """
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        arguments, named = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        leaves = torch.utils._pytree.tree_leaves((arguments, named, node.meta.get("val")))
+        if any(isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in leaves):
+            continue  # an op on a size that is known later may ask for it
+        mode = next((leaf.fake_mode for leaf in leaves if hasattr(leaf, "fake_mode")), None)
+        shapes = [size for leaf in leaves if isinstance(leaf, Tensor) for size in leaf.shape]
+        if mode is None or not all(isinstance(size, int) for size in shapes):
+            continue
+        with mode:
+            _verify_value(node, node.target(*arguments, **named))
+
+
 def _verify_call(node: fx.Node) -> None:
     if "val" not in node.meta and not _gives_nothing(node):
         raise GraphError(f"verify: want meta['val'] on every call, got none on {node.name} ({node.target})")

@@ -43,6 +43,17 @@ class Journal:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def __str__(self) -> str:
+        """One line for each pass of each graph that rewrote something, or failed."""
+        lines = [
+            f"{graph.name}: {p.name}: "
+            + (f"failed and was undone: {p.failure}" if p.failure else f"{p.rewrites} rewrites")
+            for graph in self.graphs
+            for p in graph.passes
+            if p.rewrites or p.failure
+        ]
+        return "\n".join(lines) or "no rewrites"
+
     def graph(self, stage: str, name: str | None = None) -> str:
         """A graph as runnable Python.
 

@@ -15,7 +15,8 @@ from torch import fx
 
 from deepfuse.ir.printer import graph_text
 from deepfuse.ir.private import inductor_options, uncompiled_backend
-from deepfuse.ir.verify import verify
+from deepfuse.ir.verify import verify, verify_types
+from deepfuse.passes.check_values import Rewritten, copied
 from deepfuse.passes.journal import GraphEntry, Journal, PassEntry, graph_name, noting
 from deepfuse.passes.pipeline import Pipeline
 from deepfuse.passes.record import Pass
@@ -31,6 +32,14 @@ HOOKS: Mapping[str, tuple[str, ...]] = {
 
 class PassError(RuntimeError):
     """A pass failed; names it, and carries the graph it was given."""
+
+
+CHECKED_CALLS = 3
+"""Of each graph, where values are verified: an engine tries a graph out when it is made, with nothing in it."""
+
+
+def _as_is(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return fn
 
 
 def strict_by_default() -> bool:
@@ -51,6 +60,9 @@ class Runner:
     """Whether a pass that fails raises; otherwise what it did is undone, and the report says so."""
     dumps: Path | None = None
     """Folder for the graphs that passes failed on."""
+    verify: bool = False
+    """Whether types are checked after every pass, and values in the first calls of :meth:`backend`'s graphs."""
+    _rewritten: list[Rewritten] = field(default_factory=list)
 
     def key(self) -> str:
         """Of all that decides how graphs are rewritten: the passes, their settings, and what failures lead to."""
@@ -63,7 +75,30 @@ class Runner:
 
     def backend(self) -> Callable[..., Any]:
         """For ``torch.compile(backend=...)``: the same rewrites, run without Inductor."""
-        return uncompiled_backend(lambda hook, gm: self.run(gm.graph, hook))
+        return uncompiled_backend(lambda hook, gm: self.run(gm.graph, hook), self._checked if self.verify else _as_is)
+
+    def _checked(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """A graph whose first calls compare the values before and after each of its passes."""
+        pending, self._rewritten = self._rewritten, []
+        calls = 0
+
+        def run(*inputs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls <= CHECKED_CALLS:
+                for rewritten in pending:
+                    problem = rewritten.problem(inputs)
+                    if problem is not None:
+                        before = graph_text(rewritten.before.graph)
+                        raise PassError(
+                            f"pass {rewritten.name} ({rewritten.kind}) changes values: {problem}\n"
+                            f"the graph it was given:\n{before}"
+                        )
+            else:
+                pending.clear()
+            return fn(*inputs)
+
+        return run
 
     def _hook(self, hook: str) -> Callable[[fx.Graph], None]:
         return lambda graph: self.run(graph, hook)
@@ -85,6 +120,7 @@ class Runner:
         snapshots[f"before:{p.name}"] = before
         notes: list[str] = []
         restore = snapshot(graph)
+        original = copied(graph) if self.verify else None
         start = time.perf_counter()
         rewrites, failure = 0, ""
         try:
@@ -92,6 +128,10 @@ class Runner:
                 rewrites = p(graph, **self.settings)
             graph.eliminate_dead_code()
             verify(graph)
+            if original is not None:
+                verify_types(graph)
+                if rewrites:
+                    self._rewritten.append(Rewritten(p.name, p.kind, rewrites, original, copied(graph)))
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
             if self.strict:

@@ -31,6 +31,7 @@ from deepfuse.runtime.checkpoint import load_weights, present_mtp_layers, stored
 from deepfuse.runtime.compile_cache import BuildFolder, cache_root, inductor_cache
 from deepfuse.runtime.config_json import read_config
 from deepfuse.runtime.engine import Engine
+from deepfuse.runtime.generation import Sampling, Speed, generate_tokens
 from deepfuse.runtime.generation_config import GenerationConfig
 from deepfuse.runtime.latent_cache import (
     LatentCache,
@@ -63,6 +64,7 @@ def build(
     providers: Mapping[str, str] | None = None,
     compile: bool = True,
     training: Training | None = None,
+    verify: bool = False,
     strict: bool | None = None,
     seed: int = 0,
 ) -> Any:
@@ -81,6 +83,9 @@ def build(
         providers: op name -> provider to take first, e.g. ``{"rms_norm": "reference"}``.
         compile: with Inductor; otherwise the same graphs run as the passes left them (for debugging and quick tests).
         training: build a :class:`Trainer` instead of a :class:`Model`.
+        verify: check each pass: the rules of the dialect, shapes and dtypes under fake tensors, and values against the
+            graph before on real inputs (bitwise for exact passes, within ``ir``'s tolerance for the others). The graphs
+            run uncompiled for that, before they are compiled.
         strict: whether a pass that fails raises; otherwise what it did is undone, with a warning that names a file with
             the graph that broke it. ``None``: as the environment variable ``DEEPFUSE_STRICT`` has it.
         seed: of random weights.
@@ -98,6 +103,7 @@ def build(
     how: dict[str, Any] = {
         "strict": strict_by_default() if strict is None else strict,
         "dumps": cache_root() / "failures",
+        "verify": verify,
     }
     wanted = check_device(device)
     problem = missing_for_compilation() if compile else None
@@ -139,11 +145,13 @@ def build(
     tokenizer = None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder)
     row = device_row(wanted)
     settings = {"providers": forced, "device": row, "max_seq_len": length}
-    runner = Runner(pipeline, settings, **how)
+    runner = Runner(pipeline, settings, **{**how, "verify": False})
     kept_apart = {**settings, "strict": runner.strict}
     key = f"{_key(pipeline, kept_apart, cfg, dtype, wanted, room)}-{_module_key(causal_lm)}"
     cache = LatentCache(cfg, dtype=dtype, device=wanted, **room)
     with inductor_cache() if compile else contextlib.nullcontext():
+        if verify:
+            _verify(causal_lm.eval(), cache, Runner(pipeline, settings, **how), max_batch_size, length)
         made = _engine(causal_lm.eval(), cache, runner, max_batch_size, BuildFolder(key) if compile else None)
     report = Report(
         model=str(source) if isinstance(source, str | Path) else type(source).__name__,
@@ -194,6 +202,19 @@ def _engine(
         made = Engine(causal_lm, cache, runner, max_batch_size=max_batch_size, folder=folder)
     folder.write_report(runner.journal.to_json())
     return made
+
+
+def _verify(causal_lm: CausalLM, cache: LatentCache, runner: Runner, max_batch_size: int, max_seq_len: int) -> None:
+    """Run every graph, uncompiled, on random tokens; its runner compares values around each pass."""
+    trial = Engine(causal_lm, cache, runner, max_batch_size=max_batch_size, folder=None)
+    generator = torch.Generator().manual_seed(0)
+    sampling = Sampling(max_new_tokens=2, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop_token_ids=())
+    for bucket in trial.buckets:
+        prompts = torch.randint(
+            causal_lm.config.vocab_size, (bucket, max(min(9, max_seq_len - 2), 1)), generator=generator
+        )
+        for _ in generate_tokens(trial, prompts.tolist(), sampling, Speed()):
+            pass
 
 
 def _journal(report: Any, graphs: int) -> Journal | None:

@@ -36,6 +36,10 @@ class CompiledModule(nn.Module):
         options: dict[str, Any] = {"options": self.runner.options()} if compile else {"backend": self.runner.backend()}
         self._caching: Callable[[], AbstractContextManager[None]] = inductor_cache if compile else nullcontext
         self._compiled = torch.compile(module, fullgraph=True, **options)
+        self._trial: Any = None
+        if compile and self.runner.verify:
+            trial = Runner(pipeline, settings, **how)
+            self._trial = torch.compile(module, fullgraph=True, backend=trial.backend())
 
     @property
     def journal(self) -> Journal:
@@ -52,4 +56,8 @@ class CompiledModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self._caching():
+            if self._trial is not None:
+                with torch.no_grad():
+                    self._trial(*args, **kwargs)
+                self._trial = None
             return self._compiled(*args, **kwargs)

@@ -82,6 +82,7 @@ def fail(name):
 import deepfuse
 names = [m.name for m in pkgutil.walk_packages(deepfuse.__path__, "deepfuse.", fail)]
 names.remove("deepfuse.__main__")
+names.remove("deepfuse._entry_point")
 for name in names:
     importlib.import_module(name)
 for file in sorted(Path({str(ROOT / "benchmarks")!r}).glob("*.py")):

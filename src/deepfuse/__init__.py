@@ -10,6 +10,8 @@ Names are loaded when they are first used: importing the package costs next to n
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from deepfuse._entry_point import register
+
 if TYPE_CHECKING:
     from deepfuse.blocks.config import Config, RopeScaling
     from deepfuse.blocks.model import CausalLM
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from deepfuse.ir.op import OPS
     from deepfuse.passes.fusion import fusion
     from deepfuse.passes.record import graph_pass
+    from deepfuse.runtime.backend import backend_journal
     from deepfuse.runtime.build import build
     from deepfuse.runtime.model import Model
     from deepfuse.runtime.report import Report
@@ -24,7 +27,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+register()  # torch.compile(model, backend="deepfuse")
+
 _HOMES = {
+    "backend_journal": "deepfuse.runtime.backend",
     "build": "deepfuse.runtime.build",
     "CausalLM": "deepfuse.blocks.model",
     "Config": "deepfuse.blocks.config",
@@ -49,6 +55,7 @@ __all__ = [
     "RopeScaling",
     "Trainer",
     "Training",
+    "backend_journal",
     "build",
     "fusion",
     "graph_pass",

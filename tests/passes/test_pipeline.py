@@ -242,3 +242,59 @@ def test_a_user_pass_works_through_build():
     with torch.no_grad():
         torch.testing.assert_close(built(ARGS[0]), rms_norm(*ARGS, 2.0))
     assert [p.rewrites for p in built.journal.graphs[0].passes if p.name == "double_eps"] == [1]
+
+
+@graph_pass(stage="semantic", kind="reassociating")
+def nudge(graph):
+    return shift_eps(graph, 1e-9)
+
+
+@graph_pass(stage="semantic", kind="reassociating")
+def shift(graph):
+    return shift_eps(graph, 0.1)
+
+
+@graph_pass(stage="semantic", kind="exact")
+def nudge_exactly(graph):
+    return shift_eps(graph, 1e-4)
+
+
+@graph_pass(stage="semantic", kind="exact")
+def forget_the_type(graph):
+    (node,) = graph.find_nodes(op="call_function", target=torch.ops.aten.exp.default)
+    node.target = torch.ops.aten.isnan.default
+    return 1
+
+
+def shift_eps(graph, by):
+    nodes = graph.find_nodes(op="call_function", target=rms_norm.overload)
+    for node in nodes:
+        node.args = (*node.args[:2], node.args[2] + by)
+    return len(nodes)
+
+
+@pytest.mark.parametrize(
+    ("p", "message"),
+    [
+        (nudge, None),
+        (shift, r"pass shift \(reassociating\) changes values: result 0 of .*want errors up to"),
+        (nudge_exactly, r"pass nudge_exactly \(exact\) changes values: .*want the same bits"),
+        (
+            forget_the_type,
+            "pass forget_the_type failed: verify: want .*torch.bool.* from the shape rule of aten.isnan.default",
+        ),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_verification(p, message):
+    def fn(x, w):
+        return rms_norm(x.exp(), w, 1e-2)
+
+    runner = Runner(default().plus(p), SETTINGS, verify=True)
+    compiled = torch.compile(fn, backend=runner.backend())
+    if message is None:
+        torch.testing.assert_close(compiled(*ARGS), fn(*ARGS))
+        assert compiled(*ARGS) is not None
+        return
+    with pytest.raises(Exception, match=message):
+        compiled(*ARGS)

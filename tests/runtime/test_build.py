@@ -179,3 +179,17 @@ def test_a_saved_model_is_the_model(tmp_path):
 def test_shared_models_were_left_alone():
     assert tiny_model().report.recompiles == 0
     assert tiny_model().engine.cache.free_pages == MAX_BATCH_SIZE * MAX_SEQ_LEN // 64
+
+
+def test_passes_are_verified(one_layer):
+    assert build(ONE_LAYER, verify=True).report.matches() == one_layer.report.matches()
+
+    @df.graph_pass(stage="semantic", kind="reassociating")
+    def drop_norms(graph):
+        nodes = graph.find_nodes(op="call_function", target=torch.ops.deepfuse.rms_norm.default)
+        for node in nodes:
+            node.replace_all_uses_with(node.args[0])
+        return len(nodes)
+
+    with pytest.raises(RuntimeError, match=r"pass drop_norms \(reassociating\) changes values"):
+        build(random_weights(ONE_LAYER), verify=True, passes=drop_norms)
