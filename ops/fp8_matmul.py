@@ -200,8 +200,11 @@ def _launch(
     y = torch.empty((M, N), dtype=dtype, device=a.device)
     if y.numel() == 0:
         return y
-    # tensor cores read FP8 along K only
-    a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
+    # tensor cores read FP8 along K only; rows that do not begin at 16 bytes would be read byte by byte
+    a, b = (t if t.stride(1) == 1 and t.stride(0) % 16 == 0 else t.contiguous() for t in (a, b))
+    if K % 16:
+        a, b = (functional.pad(t.view(torch.uint8), (0, -K % 128)).view(t.dtype) for t in (a, b))
+        K = a.shape[1]
     bias = bias if bias is None else bias.contiguous()
     residual_strides = (0, 0) if residual is None else residual.stride()
     block_p, block_q, num_warps, num_stages = _tile(M, N)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepfuse.ops.rms_norm import rms_norm
-from deepfuse.passes.fusion import fusion
+from deepfuse.passes.fusion import Site, fusion
 
 aten = torch.ops.aten
 
@@ -35,6 +35,11 @@ class RecognizeNorm:
     @staticmethod
     def pattern_of_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+    @staticmethod
+    def guard(site: Site) -> str | None:
+        # the gradient of a norm has such a product too, with the gradient in the place of the weight
+        return None if site.weight.ndim == 1 else f"weight {list(site.weight.shape)} is no vector"
 
     @staticmethod
     def replacement(x: Tensor, weight: Tensor, eps: float) -> Tensor:

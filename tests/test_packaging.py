@@ -43,7 +43,7 @@ def _on_disk() -> set[str]:
     folders = [ROOT / layer for layer in LAYERS] + [ROOT / "models" / "v3-tiny"]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     packed = {f"deepfuse/{path.relative_to(ROOT).as_posix()}" for path in files if "__pycache__" not in path.parts}
-    return packed | {f"deepfuse/{name}" for name in ("__init__.py", "__main__.py", "py.typed")}
+    return packed | {f"deepfuse/{name}" for name in ("__init__.py", "__main__.py", "_entry_point.py", "py.typed")}
 
 
 @pytest.fixture(scope="module")
