@@ -42,7 +42,7 @@ def mla_decode_ref(
 
 
 @triton.jit
-def _dot(a, b, acc, DOT_FLOAT32: tl.constexpr):
+def widening_dot(a, b, acc, DOT_FLOAT32: tl.constexpr):
     if DOT_FLOAT32:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
@@ -85,10 +85,10 @@ def _mla_decode_kernel(
         live = t0 + t_s < end
         latent = tl.load(row_ptrs + c[None, :], mask=live[:, None] & (c < C)[None, :], other=0.0)
         k_rope = tl.load(row_ptrs + C + r[None, :], mask=live[:, None] & (r < R)[None, :], other=0.0)
-        s = _dot(q_latent, tl.trans(latent), tl.zeros((BLOCK_H, BLOCK_T), tl.float32), DOT_FLOAT32)
+        s = widening_dot(q_latent, tl.trans(latent), tl.zeros((BLOCK_H, BLOCK_T), tl.float32), DOT_FLOAT32)
         # two products, a sum and a branch: from a product that leads to another one without a branch, by its sum or by
         # its operand, Triton lets both warpgroups compute all 64 rows
-        s_rope = _dot(q_rope, tl.trans(k_rope), tl.zeros((BLOCK_H, BLOCK_T), tl.float32), DOT_FLOAT32)
+        s_rope = widening_dot(q_rope, tl.trans(k_rope), tl.zeros((BLOCK_H, BLOCK_T), tl.float32), DOT_FLOAT32)
         s = s * scale_log2 + s_rope * scale_log2
         if t0 + BLOCK_T > end:
             s = tl.where(live[None, :], s, float("-inf"))
@@ -96,7 +96,7 @@ def _mla_decode_kernel(
         p = tl.exp2(s - m_next[:, None])
         shrink = tl.exp2(m - m_next)
         denominator = denominator * shrink + tl.sum(p, 1)
-        acc = _dot(p.to(latent.dtype), latent, acc * shrink[:, None], DOT_FLOAT32)
+        acc = widening_dot(p.to(latent.dtype), latent, acc * shrink[:, None], DOT_FLOAT32)
         m = m_next
     out = acc / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
     tl.store(out_ptr + out_row * C + tile_hc, out.to(out_ptr.dtype.element_ty), mask=mask_h & (c < C)[None, :])
@@ -146,7 +146,7 @@ def _launch(
     else:
         block_h, block_t, num_warps, num_stages = 16, 16, 8, 2
     num_blocks = triton.cdiv(H, block_h)
-    num_splits = _num_splits(B * num_blocks, P)
+    num_splits = num_splits_for(B * num_blocks, P)
     lse = torch.empty((B, num_splits, H), dtype=torch.float32, device=out.device)
     partial = out
     if num_splits > 1:
@@ -158,14 +158,21 @@ def _launch(
         num_stages=num_stages,
     )  # fmt: skip
     if num_splits > 1:
-        _mla_decode_reduce_kernel[(H, B)](
-            partial, lse, out, H, num_splits, C=C, PAD_C=pad_c, PAD_SPLITS=triton.next_power_of_2(num_splits),
-            BLOCK_SPLITS=4, num_warps=4 if pad_c >= 256 else 1,
-        )  # fmt: skip
+        mix_splits(partial, lse, out)
     return out
 
 
-def _num_splits(num_programs: int, P: int) -> int:
+def mix_splits(partial: Tensor, lse: Tensor, out: Tensor) -> None:
+    """Fill ``out [B, H, C]`` from what each split found: ``partial [B, S, H, C]`` and ``lse [B, S, H]``, of base 2."""
+    (B, H, C), num_splits = out.shape, lse.shape[1]
+    pad_c = max(triton.next_power_of_2(C), 16)
+    _mla_decode_reduce_kernel[(H, B)](
+        partial, lse, out, H, num_splits, C=C, PAD_C=pad_c, PAD_SPLITS=triton.next_power_of_2(num_splits),
+        BLOCK_SPLITS=4, num_warps=4 if pad_c >= 256 else 1,
+    )  # fmt: skip
+
+
+def num_splits_for(num_programs: int, P: int) -> int:
     """Splits of each sequence: two programs for each of 132 multiprocessors, which evens out lengths that differ.
 
     A split reads two pages at least, as many bytes as its queries at DeepSeek-V3's 128 heads. Lengths are on the
