@@ -23,9 +23,9 @@ from deepfuse.ops.quantize import (
     SCALE_DTYPES,
     check_blocks,
     expand_scale,
+    flat_tile_of,
     quantize,
     scale_shape,
-    tile_of,
 )
 
 
@@ -80,7 +80,7 @@ def _dequantize_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program per tile, which lies in as few blocks as quantize's."""
+    """One program per tile, whose rows (columns) lie in one block if blocks have 128."""
     tile_m = tl.program_id(0).to(tl.int64)
     tile_k = tl.program_id(1).to(tl.int64)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -93,10 +93,10 @@ def _dequantize_kernel(
     elif ROWS == 1:
         scale = tl.load(scale_ptr + m * scale_stride_m + tile_k * scale_stride_k, mask=m < M)[:, None]
     elif COLS == 1:
-        scale = tl.load(scale_ptr + tile_m * scale_stride_m + k * scale_stride_k, mask=k < K)[None, :]
+        scale = tl.load(scale_ptr + tile_m * BLOCK_M // ROWS * scale_stride_m + k * scale_stride_k, mask=k < K)[None, :]
     else:
         one = tl.zeros((1, 1), tl.int32)
-        scale = tl.load(scale_ptr + tile_m * scale_stride_m + tile_k * scale_stride_k + one)
+        scale = tl.load(scale_ptr + tile_m * BLOCK_M // ROWS * scale_stride_m + tile_k * scale_stride_k + one)
     y = values * widen_scale(scale)
     tl.store(y_ptr + m[:, None] * K + k[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -106,7 +106,7 @@ def _launch(values: Tensor, scale: Tensor, rows: int, cols: int, dtype: torch.dt
     y = torch.empty((M, K), dtype=dtype, device=values.device)
     if y.numel() == 0:
         return y
-    block_m, block_k, num_warps = tile_of(M, rows, cols)
+    block_m, block_k, num_warps = flat_tile_of(M)
     _dequantize_kernel[(triton.cdiv(M, block_m), triton.cdiv(K, block_k))](
         values,
         in_memory(scale),

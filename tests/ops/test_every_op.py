@@ -113,7 +113,7 @@ def test_any_size_will_do(name: str, T: int, A: int, B: int, dtype: torch.dtype)
 
 def _assert_providers_agree(op: Op, args: tuple[Any, ...], device_type: str) -> None:
     expected = _call(op, op.reference, args)
-    exact = _call(op, op.reference, pytree.tree_map_only(Tensor, _widened, args))
+    exact = _call(op, op.reference, pytree.tree_map_only((Tensor, torch.dtype), _widened, args))
     # not float8: its numbers are sums of few powers of two, with which float32 computes as with any others
     dtypes = [t.dtype for t in _tensors(args) if t.is_floating_point() and t.itemsize > 1]
     dtype = min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
@@ -170,7 +170,10 @@ def _tensors(values: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
 
 
-def _widened(t: Tensor) -> Tensor:
+def _widened(t: Tensor | torch.dtype) -> Tensor | torch.dtype:
+    """A tensor in float64, and the dtype of a result likewise; not FP8, which an op is asked for by name."""
+    if isinstance(t, torch.dtype):
+        return torch.float64 if t.is_floating_point and t.itemsize > 1 else t
     return t.double() if t.is_floating_point() else t
 
 

@@ -18,6 +18,7 @@ import_ops()
 WGMMA_OPS = [
     "fp8_grouped_matmul",
     "fp8_grouped_matmul_masked",
+    "fp8_matmul",
     "grouped_matmul",
     "grouped_matmul_wgrad",
     "head_matmul",
@@ -49,6 +50,26 @@ def test_every_launcher_was_called(machine_code):
 @pytest.mark.parametrize("name", WGMMA_OPS)
 def test_matrix_products_use_the_tensor_cores_of_hopper(machine_code, name):
     assert any(code.wgmma for code in machine_code if code.op == name)
+
+
+FP8_KERNELS = ["_fp8_matmul_kernel"]
+"""Products of FP8 values, which never leave FP8 on their way to the tensor cores."""
+
+
+@pytest.mark.parametrize("name", FP8_KERNELS)
+def test_products_of_fp8_use_the_tensor_cores_for_fp8(machine_code, name):
+    kernels = [code for code in machine_code if code.kernel == name]
+    assert kernels and all(code.qgmma for code in kernels)
+
+
+@pytest.mark.parametrize("name", FP8_KERNELS)
+def test_products_of_fp8_have_two_blocks_or_more_in_flight(machine_code, name):
+    # of those whose rows begin at multiples of 16 bytes, all of DeepSeek-V3's among them
+    kernels = [code for code in machine_code if code.kernel == name and code.arguments["WHOLE_K"] == "True"]
+    assert kernels
+    for code in kernels:
+        a_stage = (int(code.arguments["BLOCK_P"]) + int(code.arguments["BLOCK_Q"])) * int(code.arguments["BLOCK_K"])
+        assert code.shared_bytes >= 2 * a_stage
 
 
 def test_every_kernel_is_compiled_for_the_widths_of_deepseek_v3():

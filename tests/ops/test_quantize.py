@@ -239,3 +239,37 @@ def test_refuses():
         quantize(x.to(E4M3), E4M3, 1, 128, False)
     with pytest.raises(TypeError, match=r"got torch.int64"):
         quantize(x.long(), E4M3, 1, 128, False)
+
+
+def _fma(x, y, z):
+    """In one rounding: the product of float32 is exact in float64, and the sum nearly so in 80 bits."""
+    return np.float32(np.longdouble(np.float64(x) * np.float64(y)) + np.longdouble(z))
+
+
+def _divide(x, y):
+    """``divide`` of the kernel, as a GPU computes it."""
+    reciprocal = np.float32(1) / y
+    estimate = x * reciprocal
+    return _fma(_fma(estimate, y, -x), -reciprocal, estimate)
+
+
+@pytest.mark.parametrize("largest", [448.0, 57344.0])
+def test_division_by_a_reciprocal_is_division(largest):
+    rng = np.random.default_rng(0)
+    # scales of the largest magnitudes there are, and of any
+    amax = np.float32(10.0 ** rng.uniform(-4, 38.5, 20000))
+    amax[:4] = 1e-4, 7.0, 448.0, np.finfo(np.float32).max
+    scale = _divide(amax, np.float32(largest))
+    np.testing.assert_array_equal(scale, amax / np.float32(largest))
+
+    share = np.float32(rng.uniform(-1, 1, (64, 20000)) * 10.0 ** rng.uniform(-12, 0, (64, 20000)))
+    # quotients next to the ties of FP8, which a last bit decides
+    ties = table(E4M3 if largest == 448.0 else E5M2)[:100]
+    share[:50] = np.float32((ties[1::2] + ties[:-1:2]) / 2 / largest)[:, None]
+    x = share * amax
+    expected, actual = x / scale, _divide(x, scale)
+    decided = np.abs(expected) >= 2.0**-18
+    np.testing.assert_array_equal(actual[decided], expected[decided])
+    assert (np.abs(actual[~decided]) < 2.0**-17).all()
+    zero = np.float32([0.0, -0.0])
+    np.testing.assert_array_equal(np.signbit(_divide(zero, scale[:2])), [False, True])

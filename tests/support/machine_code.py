@@ -53,6 +53,7 @@ class MachineCode:
         spill_bytes: stack and local memory of a thread.
         shared_bytes: of a program.
         wgmma: whether Hopper's tensor core instructions are in it.
+        qgmma: whether those for FP8 are.
     """
 
     op: str
@@ -63,6 +64,7 @@ class MachineCode:
     spill_bytes: int
     shared_bytes: int
     wgmma: bool
+    qgmma: bool
 
 
 def import_ops() -> None:
@@ -150,6 +152,20 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             (t(T, D, dtype=fp8), f((T + 127) // 128, D), 128, 1, torch.bfloat16),
             (t(C + R, D, dtype=fp8), f((C + R + 127) // 128, D // 128), 128, 128, torch.bfloat16),
         ],
+        "fp8_matmul": [
+            (
+                t(T, k, dtype=fp8),
+                f((k + 127) // 128, (T + 3) // 4 * 4).t()[:T],
+                t(n, k, dtype=fp8),
+                f((n + 127) // 128, (k + 127) // 128),
+                128,
+                None,
+                None,
+                torch.bfloat16,
+            )
+            # every projection of attention, and of the experts
+            for n, k in ((Q + C + R, D), (H * (N + R), Q), (H * 2 * N, C), (D, H * N), (2 * F, D), (D, F), (C + R, D))
+        ],
         "expert_permute": [(t(T, D), i(T, K), E)],
         "expert_unpermute": [(t(M, D), i(M), i(M), f(T, K))],
         "grouped_matmul": [
@@ -177,6 +193,11 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             (t(C + R, D), fp8, 128, 128, False),
             (f(C + R, D), fp8, 128, 128, False),
             (t(T, D), fp8, 0, 0, False),
+        ],
+        "quantize_static": [
+            (t(T, D), f(1, 1), fp8, 0, 0),
+            (t(T, D), f((T + 127) // 128, D), fp8, 128, 1),
+            (t(C + R, D), f((C + R + 127) // 128, D // 128), fp8, 128, 128),
         ],
         "rms_norm_quantize": [(t(T, width), t(width), eps, fp8, False, False) for width in (D, Q)],
         "rotary": [(t(T, heads, R), f(T, R // 2), f(T, R // 2), True) for heads in (H, 1)],
@@ -217,6 +238,7 @@ def _compile(key: str) -> MachineCode:
     names = list(source.signature)
     values = {names[path[0]]: str(value) for path, value in source.constants.items()}
     usage = _resource_usage(kernel.asm["cubin"])
+    wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
     return MachineCode(
         op=op,
         kernel=source.name,
@@ -225,18 +247,23 @@ def _compile(key: str) -> MachineCode:
         registers=usage["REG"],
         spill_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=kernel.metadata.shared,
-        wgmma="wgmma.mma_async" in kernel.asm["ptx"],
+        wgmma=wgmma,
+        qgmma=wgmma and "QGMMA" in _run_on_file("nvdisasm", "--print-code", kernel.asm["cubin"]),
     )
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = _run_on_file("cuobjdump", "--dump-resource-usage", cubin)
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def _run_on_file(tool: str, option: str, cubin: bytes) -> str:
+    """What a tool that comes with Triton prints."""
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        return subprocess.run([str(path), option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _compile_all() -> list[MachineCode]:
