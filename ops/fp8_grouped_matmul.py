@@ -29,10 +29,9 @@ def fp8_grouped_matmul_ref(
     ends, M = offsets.tolist(), x.shape[0]
     if ends and (ends != sorted(ends) or ends[0] < 0 or ends[-1] != M):
         raise ValueError(f"fp8_grouped_matmul: want offsets that never decrease and end at M = {M}, got {ends}")
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = torch.promote_types(dtype, torch.float32)
     x_MK = dequantize_ref(x, x_scale, 1, 128, compute)
-    y_MN = grouped_matmul_ref(x_MK, dequantized_weight(weight, weight_scale, compute), offsets)
-    return y_MN if compute == torch.float64 else y_MN.to(dtype)
+    return grouped_matmul_ref(x_MK, dequantized_weight(weight, weight_scale, compute), offsets).to(dtype)
 
 
 def dequantized_weight(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:

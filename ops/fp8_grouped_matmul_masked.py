@@ -24,13 +24,12 @@ from deepfuse.ops.quantize import quantize_ref
 def fp8_grouped_matmul_masked_ref(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = torch.promote_types(dtype, torch.float32)
     x_ECK = dequantize_ref(x.flatten(0, 1), x_scale.flatten(0, 1), 1, 128, compute).view(x.shape)
     y_ECN = x_ECK @ dequantized_weight(weight, weight_scale, compute).mT
     unused_EC1 = torch.arange(x.shape[1], device=x.device)[:, None] >= counts[:, None, None]
     # not a product with zero: unused rows may hold anything
-    y_ECN = y_ECN.masked_fill(unused_EC1, 0.0)
-    return y_ECN if compute == torch.float64 else y_ECN.to(dtype)
+    return y_ECN.masked_fill(unused_EC1, 0.0).to(dtype)
 
 
 def _launch(

@@ -140,7 +140,7 @@ def _launch(
     else:
         block_h, block_t, num_warps, num_stages = 16, 16, 8, 2
     num_blocks = triton.cdiv(H, block_h)
-    num_splits = _num_splits(B * num_blocks, P)
+    num_splits = num_splits_for(B * num_blocks, P)
     lse = torch.empty((B, num_splits, H), dtype=torch.float32, device=out.device)
     partial = out
     if num_splits > 1:
@@ -152,14 +152,21 @@ def _launch(
         num_stages=num_stages,
     )  # fmt: skip
     if num_splits > 1:
-        _mla_decode_reduce_kernel[(H, B)](
-            partial, lse, out, H, num_splits, C=C, PAD_C=pad_c, PAD_SPLITS=triton.next_power_of_2(num_splits),
-            BLOCK_SPLITS=4, num_warps=4 if pad_c >= 256 else 1,
-        )  # fmt: skip
+        mix_splits(partial, lse, out)
     return out
 
 
-def _num_splits(num_programs: int, P: int) -> int:
+def mix_splits(partial: Tensor, lse: Tensor, out: Tensor) -> None:
+    """Fill ``out [B, H, C]`` from what each split found: ``partial [B, S, H, C]`` and ``lse [B, S, H]``, of base 2."""
+    (B, H, C), num_splits = out.shape, lse.shape[1]
+    pad_c = max(triton.next_power_of_2(C), 16)
+    _mla_decode_reduce_kernel[(H, B)](
+        partial, lse, out, H, num_splits, C=C, PAD_C=pad_c, PAD_SPLITS=triton.next_power_of_2(num_splits),
+        BLOCK_SPLITS=4, num_warps=4 if pad_c >= 256 else 1,
+    )  # fmt: skip
+
+
+def num_splits_for(num_programs: int, P: int) -> int:
     """Splits of each sequence: two programs for each of 132 multiprocessors, which evens out lengths that differ.
 
     A split reads two pages at least, as many bytes as its queries at DeepSeek-V3's 128 heads. Lengths are on the

@@ -25,6 +25,7 @@ WGMMA_OPS = [
     "mla_attention",
     "mla_attention_backward",
     "mla_decode",
+    "mla_decode_fp8",
 ]
 """Ops of matrix products, whose tiles have the 64 rows that Hopper's tensor cores want where the arguments have."""
 

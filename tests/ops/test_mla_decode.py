@@ -9,7 +9,7 @@ from accuracy import assert_as_accurate
 from deepfuse.ops import mla_decode as module
 from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.ops.mla_attention import mla_attention
-from deepfuse.ops.mla_decode import _launch, _num_splits, mla_decode, mla_decode_ref
+from deepfuse.ops.mla_decode import _launch, mla_decode, mla_decode_ref, num_splits_for
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 
@@ -97,13 +97,13 @@ def test_kernel_error_is_at_most_twice_that_of_the_reference(H, C, R, dtype):
 def test_any_number_of_splits_gives_the_same(monkeypatch, num_splits):
     # more splits than pages, so that some are empty
     args = _arguments([300, 64, 1, 0], 5, 3, 16, 8)
-    monkeypatch.setattr(module, "_num_splits", lambda num_programs, P: num_splits)
+    monkeypatch.setattr(module, "num_splits_for", lambda num_programs, P: num_splits)
     torch.testing.assert_close(_launch(*args), mla_decode_ref(*args))
 
 
 def test_splits_fill_the_device_as_far_as_there_are_pages():
-    assert [_num_splits(2, P) for P in (1, 2, 64, 1024)] == [1, 1, 32, 132]
-    assert [_num_splits(programs, 1024) for programs in (1, 100, 256, 264, 265, 10000)] == [264, 2, 1, 1, 1, 1]
+    assert [num_splits_for(2, P) for P in (1, 2, 64, 1024)] == [1, 1, 32, 132]
+    assert [num_splits_for(programs, 1024) for programs in (1, 100, 256, 264, 265, 10000)] == [264, 2, 1, 1, 1, 1]
 
 
 @every_provider

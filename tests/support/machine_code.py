@@ -123,6 +123,7 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
 
     starts = (i(2, dtype=torch.int32), i(1, dtype=torch.int32), i(1, dtype=torch.int32))
     cache, table = t(T * P + 1, 64, C + R), i(T, P)
+    cache_fp8 = t(T * P + 1, 64, C + 4 * C // 128 + 2 * R, dtype=torch.uint8)
     experts_up, experts_down, offsets = t(E, 2 * F, D), t(E, D, F), i(E, dtype=torch.int32)
     fp8_up = t(E, 2 * F, D, dtype=fp8), f(E, 2 * F // 128, D // 128)
     per_row = (f(T), i(T), f(T), i(T), i(T))
@@ -132,6 +133,7 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
         "add_rms_norm": [(t(T, D), t(T, D), t(D), eps)],
         "add_rms_norm_quantize": [(t(T, D), t(T, D), t(D), eps, fp8, False, keep) for keep in (False, True)],
         "append_latent": [(cache, t(T, C), t(T, R), i(T))],
+        "append_latent_fp8": [(cache_fp8, t(T, C), t(T, R), i(T))],
         "fp8_grouped_matmul": [
             (t(rows, D, dtype=fp8), f(D // 128, rows).t(), *fp8_up, offsets, torch.bfloat16)
             for rows in (M, 16 * M, 64 * M)
@@ -195,6 +197,7 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             for heads, dtype in ((H, torch.bfloat16), (3, torch.bfloat16), (H, torch.float32))
         ],
         "mla_decode": [(t(T, H, C), t(T, H, R), cache, table, i(T, dtype=torch.int32), scale)],
+        "mla_decode_fp8": [(t(T, H, C), t(T, H, R), cache_fp8, table, i(T, dtype=torch.int32), scale)],
         "permute_quantize": [(t(T, D), i(T, K), E, fp8, False)],
         "quantize": [
             *((t(T, width), fp8, 1, 128, pow2) for width in (D, Q) for pow2 in (False, True)),
