@@ -212,6 +212,11 @@ def _check(
     check_groups("fp8_grouped_matmul", x, x_scale, weight, weight_scale, offsets, dtype)
 
 
+def computes_in_float32(*args: object) -> str | None:
+    """Why a kernel refuses, by the dtype of the result, the last argument."""
+    return "computes in float32" if args[-1] == torch.float64 else None
+
+
 def check_groups(
     op: str, x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, ends: Tensor, dtype: torch.dtype
 ) -> None:
@@ -224,7 +229,7 @@ def check_groups(
     check_scale(op, "weight_scale", weight_scale, (weight.shape[0], *scale_shape(weight.shape[1:], 128, 128)))
     if x_scale.dtype != weight_scale.dtype:
         raise TypeError(f"{op}: want two scales of one dtype, got {x_scale.dtype} and {weight_scale.dtype}")
-    if dtype not in (torch.bfloat16, torch.float32):
+    if dtype not in (torch.bfloat16, torch.float32, torch.float64):  # float64 by the reference
         raise TypeError(f"{op}: want a result in bfloat16 or float32, got {dtype}")
 
 
@@ -308,4 +313,4 @@ Raises:
     TypeError: a dtype is another, or the two scales' differ.
 """
 
-fp8_grouped_matmul.provide("triton", _launch, priority={"cuda": 10})
+fp8_grouped_matmul.provide("triton", _launch, priority={"cuda": 10}, supports=computes_in_float32)

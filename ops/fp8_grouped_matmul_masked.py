@@ -17,7 +17,13 @@ from torch import Tensor
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
 from deepfuse.ops.dequantize import dequantize_ref
-from deepfuse.ops.fp8_grouped_matmul import check_groups, dequantized_weight, launch_groups, quantized_weight
+from deepfuse.ops.fp8_grouped_matmul import (
+    check_groups,
+    computes_in_float32,
+    dequantized_weight,
+    launch_groups,
+    quantized_weight,
+)
 from deepfuse.ops.quantize import quantize_ref
 
 
@@ -121,4 +127,4 @@ Raises:
     TypeError: a dtype is another, or the two scales' differ.
 """
 
-fp8_grouped_matmul_masked.provide("triton", _launch, priority={"cuda": 10})
+fp8_grouped_matmul_masked.provide("triton", _launch, priority={"cuda": 10}, supports=computes_in_float32)

@@ -75,7 +75,6 @@ def test_models_of_transformers(make, expected, compile):
         torch.testing.assert_close(compiled(IDS, use_cache=False).logits, want, atol=1e-5, rtol=1e-5)
     got = rewrites(df.backend_journal().graphs[before:])
     assert {name: got[name] for name in expected} == expected
-    torch._dynamo.reset()
 
 
 def test_gradients_are_equal():
