@@ -3,7 +3,7 @@
 ``max`` is the largest finite value, 448 (E4M3) or 57344 (E5M2). A block is 1x128 (activations), 128x1 (what the weight
 gradient sums over tokens), 128x128 (weights), or a whole matrix. Each step rounds to nearest, ties to even: ``max(amax,
 1e-4)`` over ``max`` to float32, ``x / scale`` to float32, and that to FP8. On request scales are rounded up to a power of
-two, which makes dequantization exact.
+two, which makes dequantization exact. What fused forms share of all that stands here too, hence the length.
 
 Dims: B matrices, M rows, K columns.
 Source: DeepSeek-V3 (arXiv:2412.19437), section 3.3.2; `inference/kernel.py` of deepseek-ai/DeepSeek-V3 (the 1e-4, and
