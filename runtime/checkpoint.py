@@ -10,6 +10,7 @@ Source: README_WEIGHTS of DeepSeek-V3, section "FP8 Weight Documentation".
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -75,14 +76,12 @@ def load_weights(
     stored = stored_tensors(path)
     block = weight_block_size(model.config)
     wanted = model.state_dict()
-    plan = _plan(model, stored, block)
-    if any(plan.problems.values()):
-        raise CheckpointError(f"{path}: want the tensors of its config.json, got {_listed(plan.problems)}")
+    placed = placed_pieces(model, path, stored)
     state = {k: torch.empty(v.shape, dtype=_dtype_of(k, dtype), device=device) for k, v in wanted.items()}
     broken = []
-    total = sum(stored[piece.name].nbytes for piece in plan.pieces)
+    total = sum(stored[piece.name].nbytes for piece in placed)
     with Reader(stored) as reader, LoadingBar(f"loading {path.name}", total) as bar:
-        for piece in plan.pieces:
+        for piece in placed:
             target = state[piece.key][piece.part]
             if piece.name + SCALE in stored:
                 assert block is not None
@@ -100,6 +99,18 @@ def load_weights(
         )
     model.load_state_dict(state, assign=True)
     _rebuild_buffers(model, torch.device(device))
+
+
+def placed_pieces(model: CausalLM, folder: Path, stored: Mapping[str, Stored]) -> list[Piece]:
+    """Which tensors on disk go where, in the order they lie there.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected, or of a wrong shape or dtype; all are named.
+    """
+    plan = _plan(model, stored, weight_block_size(model.config))
+    if any(plan.problems.values()):
+        raise CheckpointError(f"{folder}: want the tensors of its config.json, got {_listed(plan.problems)}")
+    return plan.pieces
 
 
 def present_mtp_layers(folder: str | os.PathLike[str], config: Config) -> int:

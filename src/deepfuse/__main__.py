@@ -1,4 +1,4 @@
-"""The command line: ``deepfuse generate | chat | build | ops | passes | explain | cache``.
+"""The command line: ``deepfuse generate | chat | build | quantize | ops | passes | explain | cache``.
 
 Each command takes ``--help``. What is printed is for people; ``--json`` prints one JSON object for programs.
 """
@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 try:
@@ -169,6 +169,27 @@ class Build:
 
 
 @dataclass(kw_only=True)
+class Quantize:
+    """Write a checkpoint again with its linear layers in FP8, as transformers and other libraries read it."""
+
+    source: Positional[str]
+    """Checkpoint directory in full precision; it is only read."""
+    target: Positional[str]
+    """Directory to make."""
+    json: bool = False
+
+    def run(self) -> None:
+        from deepfuse.runtime.quantize_checkpoint import quantize_checkpoint
+
+        done = quantize_checkpoint(self.source, self.target)
+        if self.json:
+            print(json.dumps({"folder": self.target, **asdict(done)}))
+        else:
+            sizes = f"{done.bytes_before / 1e6:.1f} MB -> {done.bytes_after / 1e6:.1f} MB"
+            print(f"{self.target}: {done.in_fp8} of {done.tensors} tensors in FP8, {sizes}")
+
+
+@dataclass(kw_only=True)
 class Ops:
     """List the ops, or describe one."""
 
@@ -303,6 +324,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": Generate,
     "chat": Chat,
     "build": Build,
+    "quantize": Quantize,
     "ops": Ops,
     "passes": Passes,
     "explain": Explain,
