@@ -26,13 +26,18 @@ from deepfuse.ops.quantize import FP8_DTYPES, quantize_ref, scale_shape
 def fp8_grouped_matmul_ref(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    ends, M = offsets.tolist(), x.shape[0]
-    if ends and (ends != sorted(ends) or ends[0] < 0 or ends[-1] != M):
-        raise ValueError(f"fp8_grouped_matmul: want offsets that never decrease and end at M = {M}, got {ends}")
+    check_ends("fp8_grouped_matmul", offsets, x.shape[0])
     compute = torch.promote_types(dtype, torch.float32)
     x_MK = dequantize_ref(x, x_scale, 1, 128, compute)
     weight_ENK = dequantize_ref(weight, weight_scale, 128, 128, compute)
     return grouped_matmul_ref(x_MK, weight_ENK, offsets).to(dtype)
+
+
+def check_ends(op: str, offsets: Tensor, M: int) -> None:
+    """Refuse offsets that are no ends of groups. Reads them, which only a reference may."""
+    ends = offsets.tolist()
+    if ends and (ends != sorted(ends) or ends[0] < 0 or ends[-1] != M):
+        raise ValueError(f"{op}: want offsets that never decrease and end at M = {M}, got {ends}")
 
 
 @triton.jit

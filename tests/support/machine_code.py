@@ -108,6 +108,7 @@ def deepseek_v3_arguments() -> dict[str, list[tuple[Any, ...]]]:
 def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
     D, H, C, Q, R, N, E, K, F, V, P = 7168, 128, 512, 1536, 64, 128, 256, 8, 2048, 129280, 64
     M, scale, eps, fp8 = T * K, (N + R) ** -0.5, 1e-6, torch.float8_e4m3fn
+    blocks = (M + 127) // 128
 
     def t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -147,6 +148,10 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
                 torch.bfloat16,
             )
             for room in (16, 64, 128)
+        ],
+        "fp8_grouped_matmul_wgrad": [
+            (t(M, n, dtype=fp8), f(blocks, n), t(M, k, dtype=fp8), f(blocks, k), offsets, torch.float32)
+            for n, k in ((2 * F, D), (D, F))
         ],
         "gather_latent": [(cache, table)],
         "dequantize": [
