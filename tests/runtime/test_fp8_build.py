@@ -222,6 +222,7 @@ def test_the_three_products_of_a_layer_are_fused() -> None:
     # uncompiled, forward and backward come apart
     assert [c["fuse_quantized_matmul"] for c in counts] == [linears, 2 * linears]
     assert [c["fuse_quantized_experts"] for c in counts] == [2, 2]
+    assert [c["fuse_quantized_wgrad"] for c in counts] == [0, 2]
     assert "fp8_matmul" in one.runner.journal.graphs[1].snapshots["after:fuse_quantized_matmul"]
 
 
