@@ -163,6 +163,7 @@ append_latent_fp8 = define(
     fake=_fake,
     cost=_cost,
     samples=_samples,
+    functional=appended_latent_fp8,
     inline_reference=False,
 )
 """Append to the cache in FP8.

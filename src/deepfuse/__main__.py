@@ -29,6 +29,8 @@ class BuildOptions:
     """auto (the checkpoint's), float32, bfloat16 or float16."""
     max_batch_size: int = 1
     max_seq_len: int | None = None
+    cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Of the latent cache: auto (that of the activations) or fp8."""
     without: tuple[str, ...] = ()
     """Passes to leave out."""
     providers: tuple[str, ...] = ()
@@ -51,6 +53,7 @@ class BuildOptions:
             dtype=self.dtype,
             max_batch_size=self.max_batch_size,
             max_seq_len=self.max_seq_len,
+            cache_dtype=self.cache_dtype,
             passes=df.passes.default().without(*self.without),
             providers=forced,
             compile=self.compile,

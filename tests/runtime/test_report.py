@@ -14,6 +14,7 @@ FIELDS = {
     "parameters",
     "active_parameters",
     "weight_bytes",
+    "cache_dtype",
     "cache_bytes_per_token",
     "mha_bytes_per_token",
     "compiled",

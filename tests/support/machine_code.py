@@ -149,6 +149,7 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             for room in (16, 64, 128)
         ],
         "gather_latent": [(cache, table)],
+        "gather_latent_fp8": [(cache_fp8, table, C, torch.bfloat16)],
         "dequantize": [
             (t(T, D, dtype=fp8), f(T, D // 128), 1, 128, torch.bfloat16),
             (t(T, D, dtype=fp8), f((T + 127) // 128, D), 128, 1, torch.bfloat16),
