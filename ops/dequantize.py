@@ -1,7 +1,7 @@
 """From FP8: ``x = values * scale`` of the block.
 
 The product is taken in float32 and rounded once, to the dtype asked for.
-Dims: M rows, K columns.
+Dims: B matrices, M rows, K columns.
 Source: DeepSeek-V3 (arXiv:2412.19437), section 3.3.2; the straight-through gradient: Bengio et al. 2013
 (arXiv:1308.3432).
 """
@@ -21,6 +21,7 @@ from deepfuse.ops.quantize import (
     BLOCKS,
     FP8_DTYPES,
     SCALE_DTYPES,
+    as_batch,
     check_blocks,
     expand_scale,
     flat_tile_of,
@@ -31,10 +32,10 @@ from deepfuse.ops.quantize import (
 
 def dequantize_ref(values: Tensor, scale: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     # no gradient: that of values would be float8
-    values_MK, scale = values.detach(), scale.detach()
+    values, scale = values.detach(), scale.detach()
     compute = torch.promote_types(values.dtype if values.element_size() > 1 else dtype, torch.float32)
-    scale_MK = expand_scale(scale.to(compute), values_MK.shape, rows, cols)
-    return (values_MK.to(compute) * scale_MK).to(dtype).contiguous()
+    of_each = expand_scale(scale.to(compute), values.shape, rows, cols)
+    return (values.to(compute) * of_each).to(dtype).contiguous()
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -69,8 +70,10 @@ def _dequantize_kernel(
     values_ptr,
     scale_ptr,
     y_ptr,
+    values_stride_b,
     values_stride_m,
     values_stride_k,
+    scale_stride_b,
     scale_stride_m,
     scale_stride_k,
     M,
@@ -81,8 +84,13 @@ def _dequantize_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """One program per tile, whose rows (columns) lie in one block if blocks have 128."""
-    tile_m = tl.program_id(0).to(tl.int64)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    b = (tl.program_id(0) // tiles_m).to(tl.int64)
+    tile_m = (tl.program_id(0) % tiles_m).to(tl.int64)
     tile_k = tl.program_id(1).to(tl.int64)
+    values_ptr += b * values_stride_b
+    scale_ptr += b * scale_stride_b
+    y_ptr += b * M * K
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = (m < M)[:, None] & (k < K)[None, :]
@@ -102,14 +110,15 @@ def _dequantize_kernel(
 
 
 def _launch(values: Tensor, scale: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    M, K = values.shape
-    y = torch.empty((M, K), dtype=dtype, device=values.device)
+    y = torch.empty(values.shape, dtype=dtype, device=values.device)
     if y.numel() == 0:
         return y
+    values, scale = as_batch(values), as_batch(in_memory(scale))
+    B, M, K = values.shape
     block_m, block_k, num_warps = flat_tile_of(M)
-    _dequantize_kernel[(triton.cdiv(M, block_m), triton.cdiv(K, block_k))](
+    _dequantize_kernel[(B * triton.cdiv(M, block_m), triton.cdiv(K, block_k))](
         values,
-        in_memory(scale),
+        scale,
         y,
         *values.stride(),
         *scale.stride(),
@@ -134,8 +143,8 @@ def _supports(values: Tensor, scale: Tensor, rows: int, cols: int, dtype: torch.
 
 
 def _check(values: Tensor, scale: Tensor, rows: int, cols: int, dtype: torch.dtype) -> None:
-    if values.ndim != 2:
-        raise ValueError(f"dequantize: want values [M, K], got {list(values.shape)}")
+    if values.ndim < 2:
+        raise ValueError(f"dequantize: want values [..., M, K], got {list(values.shape)}")
     check_blocks("dequantize", values.dtype, rows, cols)
     check_scale("dequantize", "scale", scale, scale_shape(values.shape, rows, cols))
     if not dtype.is_floating_point or dtype.itemsize < 2:
@@ -170,6 +179,11 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor,
         values, scale = quantize(torch.randn(140, 300, device=device), FP8_DTYPES[0], rows, cols, False)
         # columns contiguous
         yield values.t().contiguous().t(), scale, rows, cols, dtype
+        # several matrices, and those transposed: a weight read the other way round
+        values, scale = quantize(torch.randn(2, 3, 140, 7, device=device), FP8_DTYPES[0], rows, cols, i % 2 == 0)
+        yield values, scale, rows, cols, dtype
+        if rows == cols:
+            yield values.mT, scale.mT, rows, cols, dtype
 
 
 dequantize = define(
@@ -184,16 +198,17 @@ dequantize = define(
 """Multiply each block by its scale. Defined bit by bit; has no gradient (see :func:`straight_through`).
 
 Args:
-    values: ``[M, K]``, ``float8_e4m3fn`` or ``float8_e5m2``, any strides.
-    scale: ``[ceil(M / rows), ceil(K / cols)]`` (``[1, 1]`` for 0x0), float32 or ``float8_e8m0fnu``, any strides.
-    rows, cols: of a block; 1x128, 128x1, 128x128, or 0x0 for one scale.
+    values: ``[..., M, K]``, one matrix or many, ``float8_e4m3fn`` or ``float8_e5m2``, any strides.
+    scale: ``[..., ceil(M / rows), ceil(K / cols)]`` (``[..., 1, 1]`` for 0x0), float32 or ``float8_e8m0fnu``, any
+        strides.
+    rows, cols: of a block; 1x128, 128x1, 128x128, or 0x0 for one scale a matrix.
     dtype: of the result: float16, bfloat16, float32 or float64.
 
 Returns:
-    ``[M, K]``, contiguous. NaN wherever value or scale is.
+    ``[..., M, K]``, contiguous. NaN wherever value or scale is.
 
 Raises:
-    ValueError: ``values`` is no matrix, ``scale`` has another shape, or no such block.
+    ValueError: ``values`` has fewer than two dimensions, ``scale`` has another shape, or no such block.
     TypeError: dtypes other than these.
 """
 

@@ -31,19 +31,14 @@ def fp8_grouped_matmul_ref(
         raise ValueError(f"fp8_grouped_matmul: want offsets that never decrease and end at M = {M}, got {ends}")
     compute = torch.promote_types(dtype, torch.float32)
     x_MK = dequantize_ref(x, x_scale, 1, 128, compute)
-    return grouped_matmul_ref(x_MK, dequantized_weight(weight, weight_scale, compute), offsets).to(dtype)
-
-
-def dequantized_weight(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[E, N, K]``, each matrix in blocks of 128 x 128."""
-    matrices = [dequantize_ref(*pair, 128, 128, dtype) for pair in zip(weight, weight_scale, strict=True)]
-    return torch.stack(matrices) if matrices else weight.to(dtype)
+    weight_ENK = dequantize_ref(weight, weight_scale, 128, 128, compute)
+    return grouped_matmul_ref(x_MK, weight_ENK, offsets).to(dtype)
 
 
 @triton.jit
 def _fp8_grouped_matmul_kernel(
-    x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, ends_ptr, y_ptr, x_stride, x_scale_stride_m, x_scale_stride_k,
-    weight_stride_e, weight_stride_n, weight_stride_k, weight_scale_stride_e, weight_scale_stride_n,
+    x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, ends_ptr, y_ptr, x_stride, x_scale_stride_e, x_scale_stride_m,
+    x_scale_stride_k, weight_stride_e, weight_stride_n, weight_stride_k, weight_scale_stride_e, weight_scale_stride_n,
     weight_scale_stride_k, M, E, N, K, capacity, row_tiles, MASKED: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RASTER: tl.constexpr, SWAP: tl.constexpr,
     DOT_FLOAT32: tl.constexpr,
@@ -68,7 +63,9 @@ def _fp8_grouped_matmul_kernel(
         live = m < tl.minimum(tl.load(ends_ptr + group), capacity)
         written = m < capacity
         depth = tl.where(tl.sum(live.to(tl.int32), 0) > 0, K, 0)
-        m = group.to(tl.int64) * capacity + m
+        x_ptr += group.to(tl.int64) * capacity * x_stride
+        y_ptr += group.to(tl.int64) * capacity * N
+        x_scale_ptr += group.to(tl.int64) * x_scale_stride_e
     else:
         e = tl.arange(0, BLOCK_E)
         end_E = tl.load(ends_ptr + e, mask=e < E, other=0)
@@ -85,12 +82,11 @@ def _fp8_grouped_matmul_kernel(
         live = (m >= 0) & (m < tl.minimum(end, M))
         written = live
         depth = K
-        m = m.to(tl.int64)
 
     # of rows: pointers to every element would take the registers of the sums
-    x_rows = x_ptr + m * x_stride
+    x_rows = x_ptr + m.to(tl.int64) * x_stride
     weight_rows = weight_ptr + group.to(tl.int64) * weight_stride_e + n.to(tl.int64) * weight_stride_n
-    x_scale_ptrs = x_scale_ptr + m * x_scale_stride_m
+    x_scale_ptrs = x_scale_ptr + m.to(tl.int64) * x_scale_stride_m
     # one number for the tile, read once a row: a scalar in a pipelined loop was seen to race (tritonbench 1163)
     weight_scale_ptrs = (
         weight_scale_ptr
@@ -117,14 +113,14 @@ def _fp8_grouped_matmul_kernel(
     y = acc.to(y_ptr.dtype.element_ty)
     if SWAP:
         y = tl.trans(y)
-    tl.store(y_ptr + m[:, None] * N + n[None, :], y, mask=written[:, None] & (n < N)[None, :])
+    tl.store(y_ptr + m.to(tl.int64)[:, None] * N + n[None, :], y, mask=written[:, None] & (n < N)[None, :])
 
 
 def _launch(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
-    return launch_groups(x, x_scale, weight, weight_scale, offsets, y, capacity=None)
+    return launch_groups(x, x_scale[None], weight, weight_scale, offsets, y, capacity=None)
 
 
 def launch_groups(
@@ -137,7 +133,10 @@ def launch_groups(
     *,
     capacity: int | None,
 ) -> Tensor:
-    """Fill ``y [M, N]``: groups end at ``ends``, or with a ``capacity`` have so many rows, of which ``ends`` count."""
+    """Fill ``y [M, N]``: groups end at ``ends``, or with a ``capacity`` have so many rows, of which ``ends`` count.
+
+    ``x_scale`` is ``[1, M, B]``, or ``[E, capacity, B]``.
+    """
     M, (E, N, K) = x.shape[0], weight.shape
     if y.numel() == 0:
         return y
@@ -226,7 +225,7 @@ def check_groups(
             f"{op}: want float8 x and weight and int32 offsets or counts, got {x.dtype}, {weight.dtype} and {ends.dtype}"
         )
     check_scale(op, "x_scale", x_scale, (*x.shape[:-1], _blocks(x.shape[-1])))
-    check_scale(op, "weight_scale", weight_scale, (weight.shape[0], *scale_shape(weight.shape[1:], 128, 128)))
+    check_scale(op, "weight_scale", weight_scale, scale_shape(weight.shape, 128, 128))
     if x_scale.dtype != weight_scale.dtype:
         raise TypeError(f"{op}: want two scales of one dtype, got {x_scale.dtype} and {weight_scale.dtype}")
     if dtype not in (torch.bfloat16, torch.float32, torch.float64):  # float64 by the reference
@@ -270,17 +269,10 @@ def _samples(
         x = torch.randn(sum(counts), K, device=device)
         yield (
             *quantize_ref(x, torch.float8_e4m3fn, 1, 128, power_of_two),
-            *quantized_weight(weight, power_of_two),
+            *quantize_ref(weight, torch.float8_e4m3fn, 128, 128, power_of_two),
             offsets,
             dtype,
         )
-
-
-def quantized_weight(weight: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """Values ``[E, N, K]`` and scales ``[E, ceil(N / 128), ceil(K / 128)]`` of ``weight [E, N, K]``."""
-    pairs = [quantize_ref(matrix, torch.float8_e4m3fn, 128, 128, power_of_two) for matrix in weight]
-    values, scales = zip(*pairs, strict=True)
-    return torch.stack(values), torch.stack(scales)
 
 
 fp8_grouped_matmul = define(

@@ -20,9 +20,7 @@ from deepfuse.ops.dequantize import dequantize_ref
 from deepfuse.ops.fp8_grouped_matmul import (
     check_groups,
     computes_in_float32,
-    dequantized_weight,
     launch_groups,
-    quantized_weight,
 )
 from deepfuse.ops.quantize import quantize_ref
 
@@ -31,8 +29,7 @@ def fp8_grouped_matmul_masked_ref(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: Tensor, dtype: torch.dtype
 ) -> Tensor:
     compute = torch.promote_types(dtype, torch.float32)
-    x_ECK = dequantize_ref(x.flatten(0, 1), x_scale.flatten(0, 1), 1, 128, compute).view(x.shape)
-    y_ECN = x_ECK @ dequantized_weight(weight, weight_scale, compute).mT
+    y_ECN = dequantize_ref(x, x_scale, 1, 128, compute) @ dequantize_ref(weight, weight_scale, 128, 128, compute).mT
     unused_EC1 = torch.arange(x.shape[1], device=x.device)[:, None] >= counts[:, None, None]
     # not a product with zero: unused rows may hold anything
     return y_ECN.masked_fill(unused_EC1, 0.0).to(dtype)
@@ -43,8 +40,7 @@ def _launch(
 ) -> Tensor:
     (E, C, _), N = x.shape, weight.shape[1]
     y = x.new_empty(E, C, N, dtype=dtype)
-    rows, scale = x.flatten(0, 1), x_scale.flatten(0, 1)
-    return launch_groups(rows, scale, weight, weight_scale, counts, y, capacity=C)
+    return launch_groups(x.flatten(0, 1), x_scale, weight, weight_scale, counts, y, capacity=C)
 
 
 def _check(
@@ -89,12 +85,11 @@ def _samples(
         ([0], 0, 8, 8, False),
     ]:
         E = len(counts)
-        x, scale = quantize_ref(torch.randn(E * C, K, device=device), torch.float8_e4m3fn, 1, 128, power_of_two)
+        x = torch.randn(E, C, K, device=device)
         weight = torch.randn(E, N, K, device=device) / K**0.5
         yield (
-            x.view(E, C, K),
-            scale.unflatten(0, (E, C)),
-            *quantized_weight(weight, power_of_two),
+            *quantize_ref(x, torch.float8_e4m3fn, 1, 128, power_of_two),
+            *quantize_ref(weight, torch.float8_e4m3fn, 128, 128, power_of_two),
             torch.tensor(counts, device=device, dtype=torch.int32),
             dtype,
         )

@@ -62,6 +62,23 @@ def test_each_block_has_its_scale(run, M, K, block, fp8, power_of_two, transpose
 
 
 @on_kernel_device
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_matrix_has_scales_of_its_own(run, block, transposed):
+    values, scale = quantize(
+        torch.randn(2, 2, 150, 130) * torch.logspace(-2, 1, 4).view(2, 2, 1, 1), E4M3, *block, False
+    )
+    if transposed:
+        values, scale = values.mT.contiguous().mT, scale.mT.contiguous().mT
+    y = run(values, scale, *block, torch.float32)
+    assert y.is_contiguous()
+    for i in range(2):
+        for j in range(2):
+            assert same_bits(y[i, j], run(values[i, j], scale[i, j], *block, torch.float32))
+
+
+@on_kernel_device
 @pytest.mark.parametrize(("fp8", "bits"), [(E4M3, 3), (E5M2, 2)])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_there_and_back_is_within_half_a_unit(fp8, bits, power_of_two):
@@ -101,5 +118,7 @@ def test_refuses():
         dequantize(values, scale, 1, 128, torch.int8)
     with pytest.raises(ValueError, match=r"got 1x64"):
         dequantize(values, scale, 1, 64, torch.float32)
-    with pytest.raises(ValueError, match=r"want values \[M, K\], got \[1, 2, 256\]"):
+    with pytest.raises(ValueError, match=r"want values \[\.\.\., M, K\], got \[256\]"):
+        dequantize(values[0], scale, 1, 128, torch.float32)
+    with pytest.raises(ValueError, match=r"want scale \[1, 2, 2\], got \[2, 2\]"):
         dequantize(values[None], scale, 1, 128, torch.float32)

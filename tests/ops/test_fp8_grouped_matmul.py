@@ -11,10 +11,8 @@ from deepfuse.ops.dequantize import dequantize
 from deepfuse.ops.fp8_grouped_matmul import (
     _launch,
     _tile,
-    dequantized_weight,
     fp8_grouped_matmul,
     fp8_grouped_matmul_ref,
-    quantized_weight,
 )
 from deepfuse.ops.fp8_grouped_matmul_masked import fp8_grouped_matmul_masked, fp8_grouped_matmul_masked_ref
 from deepfuse.ops.quantize import quantize
@@ -33,9 +31,9 @@ def _arguments(counts, N, K, power_of_two=False, dtype=torch.float32):
     M, E = int(counts.sum()), len(counts)
     x = torch.randn(M, K) * torch.logspace(-2, 2, max(M, 1))[:M, None]
     weight = torch.randn(E, N, K) * torch.logspace(-2, 2, N)[:, None] / max(K, 1) ** 0.5
-    x_pair, weight_pair = quantize(x, E4M3, 1, 128, power_of_two), quantized_weight(weight, power_of_two)
+    x_pair, weight_pair = (quantize(t, E4M3, rows, 128, power_of_two) for t, rows in ((x, 1), (weight, 128)))
     x_MK = dequantize(*x_pair, 1, 128, torch.float64)
-    weight_MNK = dequantized_weight(*weight_pair, torch.float64)[torch.arange(E).repeat_interleave(counts)]
+    weight_MNK = dequantize(*weight_pair, 128, 128, torch.float64)[torch.arange(E).repeat_interleave(counts)]
     exact = torch.einsum("mk,mnk->mn", x_MK, weight_MNK), torch.einsum("mk,mnk->mn", x_MK.abs(), weight_MNK.abs())
     return (*x_pair, *weight_pair, counts.cumsum(0).to(torch.int32), dtype), exact
 

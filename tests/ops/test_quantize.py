@@ -227,10 +227,33 @@ def test_the_reference_is_traced():
         assert same_bits(actual, expected) and actual.stride() == expected.stride()
 
 
+@on_kernel_device
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("block", BLOCKS)
+# rows that fill no 16 bytes of scales; several tiles of rows; no rows; no matrices
+@pytest.mark.parametrize("shape", [(3, 5, 200), (2, 2, 150, 130), (2, 0, 128), (0, 3, 128)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_matrix_is_quantized_on_its_own(run, block, shape, transposed):
+    # magnitudes of their own, so that a scale of another matrix shows
+    x = torch.randn(shape) * torch.logspace(-2, 2, max(shape[0], 1))[: shape[0]].view(-1, *[1] * (len(shape) - 1))
+    x = x.mT.contiguous().mT if transposed else x
+    values, scale = run(x, E4M3, *block, False)
+    assert values.shape == shape and values.is_contiguous() and scale.shape[:-2] == shape[:-2]
+    fake = quantize.fake(x, E4M3, *block, False)
+    # of no elements, strides say nothing
+    assert all(t.stride() == f.stride() for t, f in zip((values, scale), fake, strict=True) if t.numel())
+    for i, matrix in enumerate(x.flatten(0, -3)):
+        expected = run(matrix, E4M3, *block, False)
+        assert same_bits(values.flatten(0, -3)[i], expected[0])
+        # the layout is that of the matrix alone
+        assert same_bits(scale.flatten(0, -3)[i], expected[1])
+        assert scale.flatten(0, -3)[i].stride() == expected[1].stride()
+
+
 def test_refuses():
     x = torch.randn(2, 128)
-    with pytest.raises(ValueError, match=r"quantize: want x \[M, K\], got \[2, 1, 128\]"):
-        quantize(x[:, None], E4M3, 1, 128, False)
+    with pytest.raises(ValueError, match=r"quantize: want x \[\.\.\., M, K\], got \[128\]"):
+        quantize(x[0], E4M3, 1, 128, False)
     with pytest.raises(TypeError, match=r"quantize: want dtype float8_e4m3fn or float8_e5m2, got torch.bfloat16"):
         quantize(x, torch.bfloat16, 1, 128, False)
     with pytest.raises(ValueError, match=r"quantize: want blocks of 1x128, 128x1, 128x128 or 0x0 \(all\), got 64x128"):

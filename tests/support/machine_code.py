@@ -141,7 +141,7 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
         "fp8_grouped_matmul_masked": [
             (
                 t(E, room, D, dtype=fp8),
-                f(D // 128, E * room).t().unflatten(0, (E, room)),
+                f(E, D // 128, room).mT,
                 *fp8_up,
                 offsets,
                 torch.bfloat16,
@@ -154,6 +154,7 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             (t(T, D, dtype=fp8), f(T, D // 128), 1, 128, torch.bfloat16),
             (t(T, D, dtype=fp8), f((T + 127) // 128, D), 128, 1, torch.bfloat16),
             (t(C + R, D, dtype=fp8), f((C + R + 127) // 128, D // 128), 128, 128, torch.bfloat16),
+            (*fp8_up, 128, 128, torch.bfloat16),
         ],
         "fp8_matmul": [
             (
@@ -205,6 +206,7 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             (t(T, D), fp8, 128, 1, False),
             (t(C + R, D), fp8, 128, 128, False),
             (f(C + R, D), fp8, 128, 128, False),
+            (experts_up, fp8, 128, 128, False),
             (t(T, D), fp8, 0, 0, False),
         ],
         "quantize_static": [
