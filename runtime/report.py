@@ -25,6 +25,8 @@ class Report:
     active_parameters: int
     """Parameters that take part in one token's step."""
     weight_bytes: int
+    quantized: str = ""
+    """Kind and number of the FP8 modules."""
     cache_dtype: str
     """``fp8``, or the dtype's name."""
     cache_bytes_per_token: int
@@ -90,6 +92,7 @@ class Report:
                 "parameters",
                 f"{self.parameters:,} ({self.active_parameters:,} active), {self.weight_bytes / 1e6:,.1f} MB",
             ),
+            *([("quantized", self.quantized)] if self.quantized else []),
             (
                 "latent cache",
                 f"{self.cache_bytes_per_token:,} bytes per token, {saved:.1f}x less than multi-head, {self.cache_dtype}",
