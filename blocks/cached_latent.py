@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from deepfuse.ops.append_latent import append_latent
-from deepfuse.ops.append_latent_fp8 import append_latent_fp8
+from deepfuse.ops.append_latent_fp8 import append_latent_fp8, is_in_fp8
 from deepfuse.ops.gather_latent import gather_latent
 from deepfuse.ops.gather_latent_fp8 import gather_latent_fp8
 
 
 def append(cache: Tensor, latent: Tensor, k_rope: Tensor, slots: Tensor) -> None:
     """Write ``latent [T, C]`` and ``k_rope [T, R]`` at ``slots [T]``; ``cache`` is changed."""
-    op = append_latent_fp8 if _is_fp8(cache) else append_latent
+    op = append_latent_fp8 if is_in_fp8(cache) else append_latent
     op(cache, latent, k_rope, slots)
 
 
@@ -23,10 +23,6 @@ def gather(cache: Tensor, block_table: Tensor, rank: int, dtype: torch.dtype) ->
 
     ``rank`` is C, and ``dtype`` that of the rows.
     """
-    if _is_fp8(cache):
+    if is_in_fp8(cache):
         return gather_latent_fp8(cache, block_table, rank, dtype)
     return gather_latent(cache, block_table)
-
-
-def _is_fp8(cache: Tensor) -> bool:
-    return cache.dtype == torch.uint8
