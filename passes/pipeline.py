@@ -25,6 +25,7 @@ from deepfuse.passes.fuse_permute_quantize import FusePermuteQuantize
 from deepfuse.passes.fuse_quantized_experts import FuseQuantizedExperts
 from deepfuse.passes.fuse_quantized_matmul import FuseQuantizedMatmul
 from deepfuse.passes.fuse_quantized_wgrad import FuseQuantizedWgrad
+from deepfuse.passes.fuse_rope_append import fuse_rope_append
 from deepfuse.passes.fuse_swiglu_quantize import FuseSwigluQuantize
 from deepfuse.passes.lower import lower
 from deepfuse.passes.recognize_linear import RecognizeLinear
@@ -48,6 +49,7 @@ DEFAULT: tuple[Any, ...] = (  # of passes; mypy takes a decorated class for a cl
     FuseQuantizedMatmul,  # products take the FP8 numbers as they are
     FuseQuantizedExperts,
     FuseQuantizedWgrad,
+    fuse_rope_append,  # norm, rotation and cache write in one kernel
     lower,  # each remaining op to the provider for its device
 )
 
