@@ -1,6 +1,6 @@
 """How often passes rewrite the graphs of presets: where a fusion silently stops to match, a test fails.
 
-Counts are by layer, so that a model cut to few layers says the same of the whole. What is not named has no site.
+Counts are by layer, so that a model cut to few layers says the same of the whole. A pass that is not named has no site.
 """
 
 from collections.abc import Mapping
@@ -28,31 +28,45 @@ class Sites:
 
 NO_OPS = {"eliminate_no_ops": Sites(graph=2)}
 """cos and sin times 1, which the released models' mscale is."""
+MERGED = {"merge_projections": Sites(layer=2)}
+"""q_a and kv_a; gate and up, of the dense block or of the shared experts."""
+ABSORBED = {"absorb_mla": Sites(layer=1)}
 FUSED = {
-    # routed and shared experts; or the one block of a dense layer
+    # of routed and shared experts; or of the one block of a dense layer
     "fuse_swiglu_quantize": Sites(dense=1, sparse=2),
     "fuse_permute_quantize": Sites(sparse=1),
+    # gate with up, and down
+    "fuse_quantized_experts": Sites(sparse=2),
 }
-MERGED = {
-    # q_a and kv_a; gate and up, of the dense block or of the shared experts
-    "merge_projections": Sites(layer=2),
+DECODE = {
+    # before q_a with kv_a, before q_b, and before the feed-forward block
+    "fuse_norm_quantize": Sites(layer=3),
+    # q_a with kv_a, q_b, o; gate with up, and down, of the dense block or of the shared experts
+    "fuse_quantized_matmul": Sites(layer=5),
 }
-# of widths 96 and 64, which are no multiples of 128, FP8 weights stay apart and share what they read
-TINY_APART = {"merge_projections": Sites(dense=1), "share_quantize": Sites(layer=1, sparse=1)}
-# before q_a and kv_a, before q_b, and before the feed-forward block
-DECODE_NORMS = {"fuse_norm_quantize": Sites(layer=3)}
-# and before kv_b, which reads the latents of the prompt as they come; in decode it reads the cache
-PREFILL_NORMS = {"fuse_norm_quantize": Sites(layer=4)}
+PREFILL = {
+    # and kv_b, which reads the latents of the prompt as they come; in decode it is absorbed
+    "fuse_norm_quantize": Sites(layer=4),
+    "fuse_quantized_matmul": Sites(layer=6),
+}
+# whole blocks have no rows of zeros to be cut off
+WHOLE_BLOCKS = NO_OPS | MERGED | {"eliminate_no_ops": Sites(graph=2, sparse=1)}
+# q_a has 96 rows and an expert 64, no multiples of 128: these stay apart, share what they read, and are a product more
+APART = NO_OPS | {"merge_projections": Sites(dense=1), "share_quantize": Sites(layer=1, sparse=1)}
 
 MATCHES: Mapping[tuple[str, str, str], Mapping[str, Sites]] = {
     ("v3-671b", "bfloat16", "prefill"): NO_OPS | MERGED,
-    ("v3-671b", "bfloat16", "decode"): NO_OPS | MERGED | {"absorb_mla": Sites(layer=1)},
-    ("v3-671b", "fp8", "prefill"): NO_OPS | MERGED | PREFILL_NORMS | FUSED,
-    ("v3-671b", "fp8", "decode"): NO_OPS | MERGED | DECODE_NORMS | FUSED,
+    ("v3-671b", "bfloat16", "decode"): NO_OPS | MERGED | ABSORBED,
+    ("v3-671b", "fp8", "prefill"): WHOLE_BLOCKS | FUSED | PREFILL,
+    ("v3-671b", "fp8", "decode"): WHOLE_BLOCKS | FUSED | DECODE | ABSORBED,
     ("v3-tiny", "bfloat16", "prefill"): NO_OPS | MERGED,
-    ("v3-tiny", "bfloat16", "decode"): NO_OPS | MERGED | {"absorb_mla": Sites(layer=1)},
-    ("v3-tiny", "fp8", "prefill"): NO_OPS | TINY_APART | PREFILL_NORMS | FUSED,
-    ("v3-tiny", "fp8", "decode"): NO_OPS | TINY_APART | DECODE_NORMS | FUSED,
+    ("v3-tiny", "bfloat16", "decode"): NO_OPS | MERGED | ABSORBED,
+    ("v3-tiny", "fp8", "prefill"): APART | FUSED | PREFILL | {"fuse_quantized_matmul": Sites(layer=7, sparse=1)},
+    ("v3-tiny", "fp8", "decode"): APART
+    | FUSED
+    | DECODE
+    | ABSORBED
+    | {"fuse_quantized_matmul": Sites(layer=6, sparse=1)},
 }
 """Preset, precision of the linear layers, graph -> pass -> its sites. All passes together, on an H200's row of the cost
 model."""

@@ -22,6 +22,8 @@ from deepfuse.passes.absorb_mla import absorb_mla
 from deepfuse.passes.eliminate_no_ops import eliminate_no_ops
 from deepfuse.passes.fuse_norm_quantize import FuseNormQuantize
 from deepfuse.passes.fuse_permute_quantize import FusePermuteQuantize
+from deepfuse.passes.fuse_quantized_experts import FuseQuantizedExperts
+from deepfuse.passes.fuse_quantized_matmul import FuseQuantizedMatmul, FuseQuantizedMatmulBias
 from deepfuse.passes.fuse_swiglu_quantize import FuseSwigluQuantize
 from deepfuse.passes.lower import lower
 from deepfuse.passes.merge_projections import merge_projections
@@ -44,6 +46,9 @@ DEFAULT: tuple[Any, ...] = (  # of passes; mypy takes a decorated class for a cl
     FuseNormQuantize,  # and by the kernel that computes it
     FuseSwigluQuantize,
     FusePermuteQuantize,
+    FuseQuantizedMatmulBias,  # products take FP8 numbers as they are
+    FuseQuantizedMatmul,
+    FuseQuantizedExperts,
     lower,  # each remaining op to the provider for its device
 )
 

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import fp8_layer
 from deepfuse.blocks.config import Config
-from deepfuse.blocks.linear import Linear
+from deepfuse.blocks.fp8 import to_fp8
 from deepfuse.blocks.model import CausalLM
-from deepfuse.blocks.moe import Experts
 from deepfuse.blocks.presets import PRESETS
 from deepfuse.ir.device import H200
 from deepfuse.ir.private import with_own_code
@@ -42,7 +40,7 @@ def rewritten(
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         if fp8:
-            _to_fp8(model)
+            to_fp8(model)
         lay_side_by_side(model)
         settings = {"providers": {}, "device": H200, "max_seq_len": CACHED, "layout": layout_key(model)}
         runner = Runner((pipeline or default()).without("lower"), settings, strict=True)
@@ -60,16 +58,3 @@ def rewritten(
 
 def _integers(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64)
-
-
-def _to_fp8(model: CausalLM) -> None:
-    """Linear layers and experts of the decoder layers in FP8; embedding, head and router stay."""
-    for layer in model.model.layers:
-        for module in list(layer.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, Linear):
-                    N, K = child.weight.shape
-                    setattr(module, name, fp8_layer.Linear(K, N))
-                elif isinstance(child, Experts):
-                    E, D, I = child.down_proj.shape
-                    setattr(module, name, fp8_layer.Experts(E, D, I))
