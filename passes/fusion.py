@@ -11,8 +11,9 @@ The samples (see ``passes/samples.py``) say what the rule is proved on, and so w
 their values of parameters that are neither tensors nor floats; ``free = ("num_experts",)`` names ints that may have any
 value. Other forms of the pattern are functions ``pattern_NAME``; one that gives other results or takes other parameters
 has its own ``replacement_NAME``, and ``samples_NAME`` for these. ``anchor`` names the op a search begins at, where the
-first telling op of the pattern is not the best one. ``tolerance`` maps dtypes to bounds where ``ir``'s do not fit, with
-the reason beside it.
+first telling op of the pattern is not the best one. ``shared`` names ops inside the pattern whose results others may
+read as well: they stay for these. ``tolerance`` maps dtypes to bounds where ``ir``'s do not fit, with the reason beside
+it.
 
 Of several forms the largest is tried first, and of equally large ones that with the fewest results: it asks for the most.
 """
@@ -86,6 +87,7 @@ class Rule:
         self.free: tuple[str, ...] = tuple(getattr(declared, "free", ()))
         anchor = getattr(declared, "anchor", None)
         self.anchor = anchor.overload if isinstance(anchor, Op) else anchor
+        self.shared = frozenset(op.overload if isinstance(op, Op) else op for op in getattr(declared, "shared", ()))
         self.cases = cases_of(declared, name, self.anchor, self.free)
         self._forms: list[_Form] | None = None
 
@@ -242,7 +244,7 @@ class Rule:
                 raise ValueError(f"{self.name}: want a pattern that uses its parameters, got one without use of {name}")
         if not all(isinstance(node, fx.Node) and node in calls for node in outputs):
             raise ValueError(f"{self.name}: want a pattern that computes what it returns, got {list(outputs)}")
-        return Traced(inputs, marks, outputs, self._anchor(calls), calls)  # type: ignore[arg-type]
+        return Traced(inputs, marks, outputs, self._anchor(calls), calls, self.shared)  # type: ignore[arg-type]
 
     def _anchor(self, calls: tuple[fx.Node, ...]) -> fx.Node:
         def fits(node: fx.Node) -> bool:

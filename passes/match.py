@@ -66,6 +66,7 @@ class Traced:
         outputs: what the pattern returns.
         anchor: where matching begins.
         calls: all nodes but placeholders and the output, in order.
+        shared: ops whose results others than the pattern may read, too.
     """
 
     inputs: Mapping[str, fx.Node]
@@ -73,6 +74,7 @@ class Traced:
     outputs: tuple[fx.Node, ...]
     anchor: fx.Node
     calls: tuple[fx.Node, ...]
+    shared: frozenset[Any] = frozenset()
 
 
 @dataclass(slots=True)
@@ -268,8 +270,10 @@ class _Search:
         return None
 
     def _stays(self, found: Found, wanted: fx.Node) -> bool:
-        """Whether a node may have other users: it is returned, a number, or a view of what is returned or given."""
+        """Whether a node may have other users: it is returned, a number, shared, or a view of what is returned or given."""
         if wanted in self.traced.outputs or _is_number(found.nodes[wanted].meta.get("val")):
+            return True
+        if wanted.target in self.traced.shared:
             return True
         if found.nodes[wanted].target not in VIEWS:
             return False

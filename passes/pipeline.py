@@ -23,7 +23,7 @@ from deepfuse.passes.eliminate_no_ops import eliminate_no_ops
 from deepfuse.passes.fuse_norm_quantize import FuseNormQuantize
 from deepfuse.passes.fuse_permute_quantize import FusePermuteQuantize
 from deepfuse.passes.fuse_quantized_experts import FuseQuantizedExperts
-from deepfuse.passes.fuse_quantized_matmul import FuseQuantizedMatmul, FuseQuantizedMatmulBias
+from deepfuse.passes.fuse_quantized_matmul import FuseQuantizedMatmul
 from deepfuse.passes.fuse_swiglu_quantize import FuseSwigluQuantize
 from deepfuse.passes.lower import lower
 from deepfuse.passes.merge_projections import merge_projections
@@ -46,8 +46,7 @@ DEFAULT: tuple[Any, ...] = (  # of passes; mypy takes a decorated class for a cl
     FuseNormQuantize,  # and by the kernel that computes it
     FuseSwigluQuantize,
     FusePermuteQuantize,
-    FuseQuantizedMatmulBias,  # products take FP8 numbers as they are
-    FuseQuantizedMatmul,
+    FuseQuantizedMatmul,  # products take the FP8 numbers as they are
     FuseQuantizedExperts,
     lower,  # each remaining op to the provider for its device
 )

@@ -11,6 +11,7 @@ Source: README_WEIGHTS of DeepSeek-V3, section "FP8 Weight Documentation".
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -81,9 +82,7 @@ def load_weights(
     stored = stored_tensors(path)
     block = weight_block_size(model.config)
     wanted = model.state_dict()
-    plan = _plan(model, stored, block)
-    if any(plan.problems.values()):
-        raise CheckpointError(f"{path}: want the tensors of its config.json, got {_listed(plan.problems)}")
+    plan = checked_plan(model, path, stored)
     state = {k: _empty(v.shape, _dtype_of(k, v, dtype), device) for k, v in wanted.items()}
     broken = []
     total = sum(stored[piece.name].nbytes for piece in plan.pieces)
@@ -114,6 +113,18 @@ def load_weights(
         )
     model.load_state_dict(state, assign=True)
     _rebuild_buffers(model, torch.device(device))
+
+
+def checked_plan(model: CausalLM, folder: Path, stored: Mapping[str, Stored]) -> Plan:
+    """Which tensors on disk go where.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected, or of a wrong shape or dtype; all are named.
+    """
+    plan = _plan(model, stored, weight_block_size(model.config))
+    if any(plan.problems.values()):
+        raise CheckpointError(f"{folder}: want the tensors of its config.json, got {_listed(plan.problems)}")
+    return plan
 
 
 def present_mtp_layers(folder: str | os.PathLike[str], config: Config) -> int:

@@ -322,3 +322,30 @@ def test_refusals_name_the_rule():
         fusion(stage="early", saves="")
     with pytest.raises(ValueError, match="want kind out of"):
         fusion(stage="semantic", saves="", kind="rough")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_others_read_too_stays_for_them_where_a_rule_says_so(shared):
+    @fusion(stage="semantic", saves="nothing", kind="reassociating")
+    class TwoNorms:
+        anchor = torch.ops.aten.tanh.default
+
+        def pattern(x, weight, eps):
+            return rms_norm(x, weight, eps).tanh()
+
+        def replacement(x, weight, eps):
+            return -rms_norm(-x, weight, eps).neg().tanh().neg()
+
+        samples = [(f"float32[3, {D}]", f"float32[{D}]", 1e-6)]
+
+    TwoNorms.rule.shared = frozenset([rms_norm.overload] if shared else [])
+
+    def before(x, r, w):
+        y = rms_norm(x, w, 0.5)
+        return y.tanh() + r, y * 2
+
+    args = arguments()
+    gm, count, notes = rewritten(TwoNorms, before, *args)
+    assert count == shared
+    assert notes[0].endswith(": matched" if shared else "result of rms_norm has 2 users: tanh, mul")
+    torch.testing.assert_close(gm(*args), before(*args))
