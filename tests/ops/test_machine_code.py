@@ -78,5 +78,14 @@ def test_products_of_fp8_load_the_next_blocks_while_they_multiply_one(machine_co
     assert all(code.arguments["blocks_a_split"] == "1" for code in one_block)
 
 
+def test_the_product_that_has_a_warp_for_each_task_fetches_with_tma(machine_code):
+    kernels = [code for code in machine_code if code.kernel == "_fp8_matmul_gluon_kernel"]
+    assert {code.arguments["TURNS"] for code in kernels} == {"1", "2"}
+    for code in kernels:
+        assert code.tma and code.qgmma
+        # twelve warps, of which one group of four fetches with 24 registers
+        assert code.registers * 32 * 12 <= 65536
+
+
 def test_every_kernel_is_compiled_for_the_widths_of_deepseek_v3():
     assert {op.name for op, _ in triton_providers()} <= set(deepseek_v3_arguments())

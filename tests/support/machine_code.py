@@ -26,6 +26,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import deepfuse.ops
@@ -54,6 +55,7 @@ class MachineCode:
         shared_bytes: of a program.
         wgmma: whether Hopper's tensor core instructions are in it.
         qgmma: whether those for FP8 are.
+        tma: whether tiles are fetched by the tensor memory accelerator.
         stages: blocks of operands that are in shared memory or on their way at a time, where a loop multiplies them; None
             where none does.
     """
@@ -67,6 +69,7 @@ class MachineCode:
     shared_bytes: int
     wgmma: bool
     qgmma: bool
+    tma: bool
     stages: int | None
 
 
@@ -79,7 +82,7 @@ def import_ops() -> None:
 def triton_providers() -> Iterator[tuple[Op, Provider]]:
     for op in OPS.values():
         for provider in op.providers:
-            if provider.name.startswith("triton"):
+            if provider.name.startswith(("triton", "gluon")):
                 yield op, provider
 
 
@@ -274,7 +277,8 @@ def _launches_noted(op: str) -> Iterator[None]:
         bind = create_function_from_signature(kernel.signature, kernel.params, _BACKEND)
         bound, specialization, options = bind(*args, **kwargs)
         options, *source = kernel._pack_args(_BACKEND, kwargs, bound, specialization, options)
-        _PENDING.setdefault(f"{kernel} {source} {options}", (op, ASTSource(kernel, *source), options))
+        kind = GluonASTSource if kernel.is_gluon() else ASTSource
+        _PENDING.setdefault(f"{kernel} {source} {options}", (op, kind(kernel, *source), options))
 
     original, JITFunction.run = JITFunction.run, run
     try:
@@ -301,6 +305,7 @@ def _compile(key: str) -> MachineCode:
         shared_bytes=kernel.metadata.shared,
         wgmma=wgmma,
         qgmma="QGMMA" in sass,
+        tma="UTMALDG" in sass,
         stages=_stages(sass),
     )
 
@@ -309,8 +314,11 @@ def _stages(sass: str) -> int | None:
     """One block that is multiplied, and those whose copies the wait before it lets run on.
 
     A loop that multiplies commits its copies in groups (LDGDEPBAR), as many a turn as a block has, and waits until no
-    more than a number of groups are left (DEPBAR.LE SB0).
+    more than a number of groups are left (DEPBAR.LE SB0). Where another warp fetches (UTMALDG), each block has two
+    barriers in shared memory (initialized by SYNCS.EXCH): for full, and for empty.
     """
+    if "UTMALDG" in sass:
+        return sass.count("SYNCS.EXCH.64") // 2
     lines = sass.splitlines()
     labels = {line.strip(): number for number, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line.strip())}
     loops = []
