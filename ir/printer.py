@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from deepfuse.ir import op
+
 HEADER = "import torch\nfrom torch import device, inf, nan\n"
 
 
@@ -50,6 +52,8 @@ def where(node: fx.Node) -> str:
 def source_line(node: fx.Node) -> str:
     """Where the call was written, as in ``mlp.py:18``; empty where that is not known."""
     places = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    # every op of ours is called there
+    places = [place for place in places if place[0] != op.__file__]
     return f"{places[-1][0].rpartition('/')[2]}:{places[-1][1]}" if places else ""
 
 

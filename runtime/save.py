@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from deepfuse.blocks.fp8 import E4M3
 from deepfuse.blocks.model import CausalLM
 from deepfuse.runtime.checkpoint_files import durable, existing_folder, object_bytes, temporary_name
 from deepfuse.runtime.config_json import config_object
-from deepfuse.runtime.shards import INDEX, SINGLE, split_in_shards, write_shard
+from deepfuse.runtime.shards import SINGLE, shard_files, split_in_shards, write_shard
 from deepfuse.runtime.weight_names import pieces
 
 TOKENIZER_FILES = (
@@ -60,23 +61,21 @@ def save_checkpoint(
     # some checkpoints leave these layers out
     config = replace(model.config, num_nextn_predict_layers=len(model.model.layers) - model.config.num_hidden_layers)
     small = _tokenizer_files(source, files or {})
-    last = {"config.json": object_bytes(config_object(config, model.model.embed_tokens.weight.dtype))}
-    tensors = _on_disk(state)
+    fp8 = any(tensor.dtype == E4M3 for tensor in state.values())
+    last = {"config.json": object_bytes(config_object(config, model.model.embed_tokens.weight.dtype, fp8=fp8))}
+    tensors = _on_disk(state, config.moe_intermediate_size)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     shards = split_in_shards(sizes, max_shard_bytes)
-    names = [SINGLE]
-    if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        last = {INDEX: object_bytes(index)} | last
+    names, index = shard_files(shards, sum(sizes.values()))
+    last = index | last
 
     path.mkdir(parents=True, exist_ok=True)
     temporary: dict[str, Path] = {}
     try:
         for name, shard in zip(names, shards, strict=True):
             temporary[name] = temporary_name(path / name)
-            write_shard(temporary[name], ((tensor, tensors[tensor]) for tensor in shard))
+            layout = {tensor: (tensors[tensor].dtype, tensors[tensor].shape) for tensor in shard}
+            write_shard(temporary[name], layout, ((tensor, tensors[tensor]) for tensor in shard))
         for name, content in (small | last).items():
             temporary[name] = temporary_name(path / name)
             with durable(temporary[name]) as out:
@@ -101,9 +100,13 @@ def _exchange(path: Path, temporary: Mapping[str, Path]) -> None:
         written.replace(path / name)
 
 
-def _on_disk(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _on_disk(state: Mapping[str, Tensor], expert_width: int) -> dict[str, Tensor]:
     """Tensors by their names on disk; views of the model's."""
-    return {piece.name: tensor[piece.part] for key, tensor in state.items() for piece in pieces(key, tensor.shape)}
+    return {
+        piece.name: tensor[piece.part]
+        for key, tensor in state.items()
+        for piece in pieces(key, tensor.shape, expert_width)
+    }
 
 
 def _tokenizer_files(source: str | os.PathLike[str] | None, files: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deepfuse.runtime.checkpoint_files import CheckpointError, durable, read_object
+from deepfuse.runtime.checkpoint_files import CheckpointError, durable, object_bytes, read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -110,7 +110,7 @@ class Reader:
 def split_in_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
     """Names in order, cut into shards of at most ``max_shard_bytes``; a larger tensor has a shard to itself."""
     if max_shard_bytes < 1:
-        raise ValueError(f"save_checkpoint: want max_shard_bytes >= 1, got {max_shard_bytes}")
+        raise ValueError(f"checkpoint: want max_shard_bytes >= 1, got {max_shard_bytes}")
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -122,22 +122,49 @@ def split_in_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list
     return shards
 
 
-def write_shard(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a safetensors file, with one tensor at a time on the CPU."""
+def shard_files(shards: Sequence[Sequence[str]], total_bytes: int) -> tuple[list[str], dict[str, bytes]]:
+    """File names of shards, and the index by its file name where there is more than one.
+
+    Args:
+        shards: names of the tensors in each.
+        total_bytes: of all tensors.
+    """
+    if len(shards) == 1:
+        return [SINGLE], {}
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    return names, {INDEX: object_bytes({"metadata": {"total_size": total_bytes}, "weight_map": weight_map})}
+
+
+def write_shard(
+    path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write a safetensors file.
+
+    Args:
+        path: of the file.
+        layout: dtype and shape of all tensors that will be in it.
+        tensors: the same ones in any order; they are asked for one by one, and each is let go before the next.
+    """
     words = {dtype: word for word, dtype in DTYPES.items()}
-    # widest first, so that each tensor is aligned to its own elements
-    ordered = sorted(tensors, key=lambda item: -item[1].element_size())
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in ordered:
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": words[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    # widest first, so that each tensor is aligned to its own elements
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: -item[1][0].itemsize):
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": words[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    missing = set(layout)
     with durable(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
+        for name, tensor in tensors:
+            assert (tensor.dtype, list(tensor.shape)) == (layout[name][0], list(layout[name][1])), name
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            missing.remove(name)
+            del tensor  # a generator may be about to make the next
+    assert not missing, f"tensors not given: {sorted(missing)}"
 
 
 def _header(path: Path) -> dict[str, Stored]:

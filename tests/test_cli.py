@@ -125,6 +125,22 @@ def test_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert [row["pass"] for row in json.loads(capsys.readouterr().out)] == list(df.passes.default().names)
 
 
+def test_quantize(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run(monkeypatch, "quantize", folder, tmp_path / "a")
+    text = capsys.readouterr().out
+    assert text.startswith(f"{tmp_path / 'a'}: ") and "tensors in FP8" in text
+    run(monkeypatch, "quantize", folder, tmp_path / "b", "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["folder"] == str(tmp_path / "b") and 0 < facts["in_fp8"] < facts["tensors"]
+    assert facts["bytes_after"] < facts["bytes_before"]
+    assert df.build(tmp_path / "b", device="cpu", compile=False).generate("The", max_new_tokens=2)
+    assert "got FP8 already" in error(monkeypatch, capsys, "quantize", tmp_path / "a", tmp_path / "c")
+    assert "which does not exist" in error(monkeypatch, capsys, "quantize", tmp_path / "no", tmp_path / "c")
+    assert "does not exist yet" in error(monkeypatch, capsys, "quantize", folder, tmp_path / "a")
+
+
 def test_cache(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.setenv("DEEPFUSE_CACHE_DIR", str(tmp_path / "cache"))
     run(monkeypatch, "cache")

@@ -1,4 +1,4 @@
-"""The command line: ``deepfuse generate | chat | build | ops | passes | explain | cache``.
+"""The command line: ``deepfuse generate | chat | build | quantize | ops | passes | explain | cache``.
 
 Each command takes ``--help``. What is printed is for people; ``--json`` prints one JSON object for programs.
 """
@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 try:
@@ -27,6 +27,8 @@ class BuildOptions:
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: str = "auto"
     """auto (the checkpoint's), float32, bfloat16 or float16."""
+    quantize: Literal["auto", "none", "fp8", "fp8_weights"] = "auto"
+    """fp8: weights and activations; fp8_weights: weights alone; auto: as the checkpoint is; none: dequantize."""
     max_batch_size: int = 1
     max_seq_len: int | None = None
     without: tuple[str, ...] = ()
@@ -49,6 +51,7 @@ class BuildOptions:
             model,
             device=self.device,
             dtype=self.dtype,
+            quantize=None if self.quantize == "none" else self.quantize,
             max_batch_size=self.max_batch_size,
             max_seq_len=self.max_seq_len,
             passes=df.passes.default().without(*self.without),
@@ -166,6 +169,27 @@ class Build:
             print(model.explain(self.explain))
         if self.graph is not None:
             print(model.graph(self.graph, self.graph_name))
+
+
+@dataclass(kw_only=True)
+class Quantize:
+    """Write a checkpoint again with its linear layers in FP8, as transformers and other libraries read it."""
+
+    source: Positional[str]
+    """Checkpoint directory in full precision; it is only read."""
+    target: Positional[str]
+    """Directory to make."""
+    json: bool = False
+
+    def run(self) -> None:
+        from deepfuse.runtime.quantize_checkpoint import quantize_checkpoint
+
+        done = quantize_checkpoint(self.source, self.target)
+        if self.json:
+            print(json.dumps({"folder": self.target, **asdict(done)}))
+        else:
+            sizes = f"{done.bytes_before / 1e6:.1f} MB -> {done.bytes_after / 1e6:.1f} MB"
+            print(f"{self.target}: {done.in_fp8} of {done.tensors} tensors in FP8, {sizes}")
 
 
 @dataclass(kw_only=True)
@@ -303,6 +327,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": Generate,
     "chat": Chat,
     "build": Build,
+    "quantize": Quantize,
     "ops": Ops,
     "passes": Passes,
     "explain": Explain,

@@ -1,33 +1,19 @@
 """The vectorised Kneser-Ney model against its definition, written with dictionaries of tuples."""
 
-import importlib.util
 import math
-import sys
 from collections import Counter, defaultdict
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from benchmark_scripts import load_script
+
 VOCAB_SIZE = 32
 ORDER = 5
 
 
-def load_ngram() -> ModuleType:
-    # benchmarks/ is not part of the package, so it is loaded by its path
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "ngram.py"
-    spec = importlib.util.spec_from_file_location("ngram_benchmark", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up there
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-ngram = load_ngram()
+ngram = load_script("ngram")
 
 
 def corpus(seed: int, documents: int, length: int) -> npt.NDArray[np.uint16]:

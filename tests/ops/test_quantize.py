@@ -101,6 +101,37 @@ def test_all_256_codes_are_those_of_the_specification(dtype):
     assert torch.finfo(dtype).max == np.nanmax(table(dtype)[np.isfinite(table(dtype))])
 
 
+# Micikevicius et al. 2022 (arXiv:2209.05433), table 1: codes as binary, their values, and how many codes are no number
+PUBLISHED = {
+    E4M3: {"0.1111.110": 448.0, "0.0001.000": 2.0**-6, "0.0000.111": 0.875 * 2.0**-6, "0.0000.001": 2.0**-9},
+    E5M2: {"0.11110.11": 57344.0, "0.00001.00": 2.0**-14, "0.00000.11": 0.75 * 2.0**-14, "0.00000.01": 2.0**-16},
+}
+NOT_NUMBERS = {E4M3: (["0.1111.111"], []), E5M2: (["0.11111.01", "0.11111.10", "0.11111.11"], ["0.11111.00"])}
+"""NaN, and infinity."""
+
+
+@every_dtype
+def test_codes_have_the_published_values(dtype):
+    """The paper's own numbers, so that the table above is not its own witness; of either sign."""
+    for sign in (0, 0x80):
+
+        def value(code, sign=sign):
+            bits = torch.tensor([int(code.replace(".", ""), 2) | sign], dtype=torch.uint8)
+            return bits.view(dtype).double().item() * (-1 if sign else 1)
+
+        assert {code: value(code) for code in PUBLISHED[dtype]} == PUBLISHED[dtype]
+        nan, infinity = NOT_NUMBERS[dtype]
+        assert all(np.isnan(value(code)) for code in nan)
+        assert [value(code) for code in infinity] == [np.inf] * len(infinity)
+        zero = value("0.0000.000")
+        assert zero == 0 and not np.signbit(zero)
+    every = torch.arange(256, dtype=torch.uint8).view(dtype).double()
+    finite = every[every.isfinite()]
+    # two zeros; all others differ
+    assert len(finite) == 256 - 2 * sum(map(len, NOT_NUMBERS[dtype])) == len(finite.unique()) + 1
+    assert torch.equal(finite.sort().values, -finite.sort(descending=True).values)
+
+
 @on_kernel_device
 @pytest.mark.parametrize("run", RUNS)
 @every_dtype

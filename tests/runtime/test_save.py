@@ -68,8 +68,8 @@ def test_an_error_while_writing_leaves_the_checkpoint_of_before(
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     write, calls = save.write_shard, iter(range(9))
 
-    def failing(path: Path, tensors: Any) -> None:
-        write(path, tensors)
+    def failing(*arguments: Any) -> None:
+        write(*arguments)
         if next(calls) == fail_at:
             raise OSError("No space left on device")
 
