@@ -18,8 +18,10 @@ from torch import Tensor
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
+from deepfuse.ir.private import materialize
 from deepfuse.ops.dequantize import check_scale, dequantize_ref, in_memory, widen_scale
-from deepfuse.ops.grouped_matmul import grouped_matmul_ref
+from deepfuse.ops.grouped_matmul import few_rows, group_of_rows
+from deepfuse.ops.grouped_matmul_wgrad import groups
 from deepfuse.ops.quantize import FP8_DTYPES, quantize_ref, scale_shape
 
 
@@ -31,8 +33,22 @@ def fp8_grouped_matmul_ref(
         raise ValueError(f"fp8_grouped_matmul: want offsets that never decrease and end at M = {M}, got {ends}")
     compute = torch.promote_types(dtype, torch.float32)
     x_MK = dequantize_ref(x, x_scale, 1, 128, compute)
-    weight_ENK = dequantize_ref(weight, weight_scale, 128, 128, compute)
-    return grouped_matmul_ref(x_MK, weight_ENK, offsets).to(dtype)
+    y_MN = x_MK.new_zeros(M, weight.shape[1])
+    for e, rows in groups(offsets):
+        # a matrix at a time: all of them in float32 may be more than memory holds
+        torch.mm(x_MK[rows], dequantize_ref(weight[e], weight_scale[e], 128, 128, compute).t(), out=y_MN[rows])
+    return y_MN.to(dtype)
+
+
+def _gather(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Fused by Inductor into one loop: no copy of a weight is made."""
+    group_M = group_of_rows(x.shape[0], offsets)
+    compute = torch.promote_types(dtype, torch.float32)
+    weight_MNK = dequantize_ref(weight[group_M], weight_scale[group_M], 128, 128, compute)
+    x_MK = materialize(dequantize_ref(x, x_scale, 1, 128, compute))
+    return (weight_MNK * x_MK[:, None]).sum(-1).to(dtype)
 
 
 @triton.jit
@@ -306,3 +322,4 @@ Raises:
 """
 
 fp8_grouped_matmul.provide("triton", _launch, priority={"cuda": 10}, supports=computes_in_float32)
+fp8_grouped_matmul.provide("gather", _gather, priority={"cpu": 10}, supports=few_rows, inline=True)

@@ -25,7 +25,8 @@ from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
 from deepfuse.ir.provider import at_most
 from deepfuse.ir.tolerance import Tolerance
-from deepfuse.ops.dequantize import check_scale, in_memory, widen_scale
+from deepfuse.ops.dequantize import check_scale, dequantize_ref, in_memory, widen_scale
+from deepfuse.ops.linear import MATVEC_ROWS, matvec
 from deepfuse.ops.quantize import FP8_DTYPES, expand_scale, quantize, scale_shape
 
 FEW_ROWS = 64
@@ -53,6 +54,26 @@ def fp8_matmul_ref(
     if residual is not None:
         y_MN = y_MN + residual.to(compute)
     return y_MN.to(dtype)
+
+
+def _matvec(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_rows: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    compute = torch.promote_types(dtype, torch.float32)
+    b_NK = dequantize_ref(b, b_scale, b_rows, 128, compute)
+    y_MN = matvec(dequantize_ref(a, a_scale, 1, 128, compute), b_NK, None if bias is None else bias.to(compute))
+    return (y_MN if residual is None else y_MN + residual).to(dtype)
+
+
+def _matvec_supports(a: Tensor, *args: Any) -> str | None:
+    return None if at_most(a.shape[0], MATVEC_ROWS) and a.shape[0] > 0 else f"rows are not 1 to {MATVEC_ROWS}"
 
 
 @triton.jit
@@ -506,3 +527,4 @@ Raises:
 
 fp8_matmul.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
 fp8_matmul.provide("torch", _torch, priority={"cuda": 20}, supports=_torch_supports)
+fp8_matmul.provide("matvec", _matvec, priority={"cpu": 10}, supports=_matvec_supports, inline=True)

@@ -44,16 +44,18 @@ def grouped_matmul_ref(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 def _gather(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Fused by Inductor into one loop: no copy of a weight is made."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    row_M = torch.arange(x.shape[0], device=x.device)
-    group_M = (offsets[None] <= row_M[:, None]).sum(-1)
-    weight_MNK, x_MK = weight[group_M], materialize(x.to(compute))
+    weight_MNK, x_MK = weight[group_of_rows(x.shape[0], offsets)], materialize(x.to(compute))
     return (weight_MNK.to(compute) * x_MK[:, None]).sum(-1).to(x.dtype)
 
 
-def _gather_supports(x: Tensor, weight: Tensor, offsets: Tensor) -> str | None:
-    if not at_most(x.shape[0], GATHER_ROWS):
-        return f"rows are not known to be at most {GATHER_ROWS}"
-    return None
+def group_of_rows(M: int, offsets: Tensor) -> Tensor:
+    """``[M]``: the group of each row."""
+    row_M = torch.arange(M, device=offsets.device)
+    return (offsets[None] <= row_M[:, None]).sum(-1)
+
+
+def few_rows(x: Tensor, *args: Any) -> str | None:
+    return None if at_most(x.shape[0], GATHER_ROWS) else f"rows are not known to be at most {GATHER_ROWS}"
 
 
 @triton.jit
@@ -235,4 +237,4 @@ Raises:
 grouped_matmul.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)
 # CUTLASS on a GPU; on a CPU the reference's loop, in C++ (1.3 for 1.8 ms: 16384 rows, 16 matrices 256 x 256 of bfloat16)
 grouped_matmul.provide("torch", _torch, priority={"cuda": 20, "cpu": 5}, supports=_torch_supports)
-grouped_matmul.provide("gather", _gather, priority={"cpu": 10}, supports=_gather_supports, inline=True)
+grouped_matmul.provide("gather", _gather, priority={"cpu": 10}, supports=few_rows, inline=True)

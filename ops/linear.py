@@ -24,7 +24,8 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def _matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The linear map as a reduction for Inductor to fuse: with what makes the weight, too."""
     compute = torch.promote_types(x.dtype, torch.float32)
     # else the norm or the activation that made x would be computed again for each of the N sums
     rows_K, weight_NK = materialize(x.reshape(-1, x.shape[-1]).to(compute)).unbind(0), weight.to(compute)
@@ -104,4 +105,4 @@ Raises:
     TypeError: dtypes differ.
 """
 
-linear.provide("matvec", _matvec, priority={"cpu": 10}, supports=_matvec_supports, inline=True)
+linear.provide("matvec", matvec, priority={"cpu": 10}, supports=_matvec_supports, inline=True)

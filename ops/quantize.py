@@ -104,7 +104,9 @@ def empty_scale(x: Tensor, rows: int, cols: int, power_of_two: bool) -> Tensor:
     dtype = torch.float8_e8m0fnu if power_of_two else torch.float32
     *outer, M, blocks_K = shape = scale_shape(x.shape, rows, cols)
     if (rows, cols) == (1, 128):
-        return torch.empty((*outer, blocks_K, (M + 3) // 4 * 4), dtype=dtype, device=x.device).mT[..., :M, :]
+        whole = torch.empty((*outer, blocks_K, (M + 3) // 4 * 4), dtype=dtype, device=x.device).mT
+        # not [..., :M, :], which is min(M, ...) long where M is symbolic
+        return whole.as_strided(shape, whole.stride())
     return torch.empty(shape, dtype=dtype, device=x.device)
 
 

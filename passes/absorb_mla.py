@@ -7,7 +7,9 @@ Why: expanding reads and multiplies every cached token by ``kv_b_proj`` at every
 numbers a token, whatever the number of heads.
 Requires: one query a sequence, keys from ``gather_latent``; the cost model must find it cheaper. Never in training,
 where there is no cache.
-Numerics: reassociating; ``(W_UK^T q) . c`` for ``q . (W_UK c)``.
+Numerics: reassociating; ``(W_UK^T q) . c`` for ``q . (W_UK c)``. With an FP8 ``kv_b_proj`` the step dequantizes its weight
+to the model's dtype (1 byte read and 2 written a number; a copy kept would take back what FP8 saves), and the latent is
+not rounded to FP8, as the expanded form does before its product: attention stays in high precision.
 """
 
 import operator
@@ -20,16 +22,19 @@ from deepfuse.ir.cost import Cost
 from deepfuse.ir.device import Device
 from deepfuse.ir.printer import where
 from deepfuse.ops.append_latent import PAGE_SIZE
+from deepfuse.ops.dequantize import dequantize
 from deepfuse.ops.gather_latent import gather_latent
 from deepfuse.ops.head_matmul import head_matmul
 from deepfuse.ops.linear import linear
 from deepfuse.ops.mla_attention import mla_attention
 from deepfuse.ops.mla_decode import mla_decode
+from deepfuse.ops.quantize import quantize
 from deepfuse.passes.journal import note
 from deepfuse.passes.record import graph_pass
-from deepfuse.passes.splice import call
+from deepfuse.passes.splice import call, values
 
 aten = torch.ops.aten
+CAST = torch.ops.prims.convert_element_type.default
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default)
 
 
@@ -57,11 +62,11 @@ def _decode_site(attention: fx.Node) -> dict[str, fx.Node] | str:
     """The nodes around an attention over gathered pages with one query a sequence, or why it is none."""
     args: Any = attention.args
     q, kv, k_rope, q_start, k_start, k_len, _ = args
-    expand = _behind_views(kv)
+    expand = _expansion(kv)
     if expand.target is not linear.overload or expand.args[2] is not None:
         return "keys do not come straight from a linear layer without bias"
     latent, weight, _ = expand.args
-    parts = [_getitem_source(n) for n in (_behind_views(latent), _behind_views(k_rope))]
+    parts = [_getitem_source(n) for n in (_behind_views(_before_rounding(latent)), _behind_views(k_rope))]
     if parts[0] is None or parts[0][0].target is not aten.split_with_sizes.default:
         return "keys come from the tokens of the call, not from the cache"
     split = parts[0][0]
@@ -92,6 +97,9 @@ def _absorb(
     with graph.inserting_before(attention):
         q_nope = call(graph, attention, aten.slice.Tensor, q, 2, 0, N)
         q_rope = call(graph, attention, aten.slice.Tensor, q, 2, N, N + R)
+        dtype = q.meta["val"].dtype
+        if weight.target is dequantize.overload:
+            weight = call(graph, attention, dequantize.overload, *weight.args[:-1], dtype)
         per_head = call(graph, attention, aten.view.default, weight, [H, N + V, C])
         w_uk = call(graph, attention, aten.slice.Tensor, per_head, 1, 0, N)
         w_uv = call(graph, attention, aten.slice.Tensor, per_head, 1, N, N + V)
@@ -110,10 +118,10 @@ def _predict(attention: fx.Node, site: dict[str, fx.Node], device: Device, token
     """Microseconds of the expanded and of the absorbed step with ``tokens`` cached tokens a sequence."""
     H, C, N, R, V = _dims(attention)
     B = int(site["q"].meta["val"].shape[0])
-    like = site["weight"].meta["val"]
+    dtype = site["q"].meta["val"].dtype
 
     def meta(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=like.dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     index = torch.empty(B, -(-tokens // PAGE_SIZE), dtype=torch.int64, device="meta")
     S = index.numel() * PAGE_SIZE
@@ -129,7 +137,10 @@ def _predict(attention: fx.Node, site: dict[str, fx.Node], device: Device, token
         + mla_decode.cost(meta(B, H, C), q[..., N:], cache, index, lengths, 1.0)
         + head_matmul.cost(meta(B, H, C), meta(H, C, V))
     )
-    return _us(expand, device, like.dtype), _us(absorb, device, like.dtype)
+    if site["weight"].target is dequantize.overload:
+        arguments: Any = values(list(site["weight"].args[:-1]))
+        absorb = absorb + dequantize.cost(*arguments, dtype)
+    return _us(expand, device, dtype), _us(absorb, device, dtype)
 
 
 def _us(cost: Cost, device: Device, dtype: torch.dtype) -> float:
@@ -142,8 +153,22 @@ def _dims(attention: fx.Node) -> tuple[int, int, int, int, int]:
     q, kv, k_rope = (a.meta["val"] for a in args[:3])
     R = k_rope.shape[-1]
     N = q.shape[-1] - R
-    expand = _behind_views(args[1])
+    expand = _expansion(args[1])
     return q.shape[1], expand.args[0].meta["val"].shape[-1], N, R, kv.shape[-1] - N
+
+
+def _expansion(kv: Any) -> Any:
+    """The linear layer that keys and values come from; in FP8 its result is rounded to the model's dtype."""
+    node = _behind_views(kv)
+    return _behind_views(node.args[0]) if node.target is CAST else node
+
+
+def _before_rounding(x: Any) -> Any:
+    """What an FP8 product rounds first; ``x`` itself where it does not."""
+    if x.target is not dequantize.overload:
+        return x
+    rounded = _getitem_source(x.args[0])
+    return x if rounded is None or rounded[0].target is not quantize.overload else rounded[0].args[0]
 
 
 def _behind_views(node: Any) -> Any:

@@ -20,6 +20,8 @@ import deepfuse.ir.op
 import deepfuse.passes
 from deepfuse.passes.absorb_mla import absorb_mla
 from deepfuse.passes.eliminate_no_ops import eliminate_no_ops
+from deepfuse.passes.fuse_quantized_experts import FuseQuantizedExperts
+from deepfuse.passes.fuse_quantized_matmul import FuseQuantizedMatmul, FuseQuantizedMatmulBias
 from deepfuse.passes.lower import lower
 from deepfuse.passes.recognize_linear import RecognizeLinear
 from deepfuse.passes.recognize_norm import RecognizeNorm
@@ -34,6 +36,9 @@ DEFAULT: tuple[Any, ...] = (  # of passes; mypy takes a decorated class for a cl
     RecognizeRotary,
     RecognizeLinear,
     absorb_mla,  # decode attends in latent space
+    FuseQuantizedMatmulBias,  # products take FP8 numbers as they are
+    FuseQuantizedMatmul,
+    FuseQuantizedExperts,
     lower,  # each remaining op to the provider for its device
 )
 

@@ -106,8 +106,10 @@ class Runner:
     def run(self, graph: fx.Graph, hook: str) -> None:
         """Run the passes of a hook in order, in place."""
         entry = self._entry(hook)
+        text = graph_text(graph)
         for p in self.pipeline.of_stages(*HOOKS[hook]):
-            entry.passes.append(self._run_pass(p, graph, entry.snapshots))
+            passed, text = self._run_pass(p, graph, text, entry.snapshots)
+            entry.passes.append(passed)
 
     def _entry(self, hook: str) -> GraphEntry:
         # a training step has a joint graph, then a forward and a backward one; the first hook opens the entry
@@ -115,18 +117,20 @@ class Runner:
             self.journal.graphs.append(GraphEntry(graph_name()))
         return self.journal.graphs[-1]
 
-    def _run_pass(self, p: Pass, graph: fx.Graph, snapshots: dict[str, str]) -> PassEntry:
-        before, ops_before = graph_text(graph), op_counts(graph)
+    def _run_pass(self, p: Pass, graph: fx.Graph, before: str, snapshots: dict[str, str]) -> tuple[PassEntry, str]:
+        """The pass's entry, and the graph as it leaves it, printed; ``before`` is the graph as it is."""
+        ops_before = op_counts(graph)
         snapshots[f"before:{p.name}"] = before
         notes: list[str] = []
         restore = snapshot(graph)
         original = copied(graph) if self.verify else None
         start = time.perf_counter()
-        rewrites, failure = 0, ""
+        rewrites, failure, changed = 0, "", True
         try:
             with noting(notes):
                 rewrites = p(graph, **self.settings)
-            graph.eliminate_dead_code()
+            # the count is the pass's own word
+            changed = graph.eliminate_dead_code() or rewrites > 0 or op_counts(graph) != ops_before
             verify(graph)
             if original is not None:
                 verify_types(graph)
@@ -140,11 +144,12 @@ class Runner:
             restore()
             rewrites = 0
         milliseconds = (time.perf_counter() - start) * 1e3
-        snapshots[f"after:{p.name}"] = graph_text(graph)
+        # printing takes longer than a pass that finds nothing
+        after = snapshots[f"after:{p.name}"] = graph_text(graph) if changed else before
         changes = op_counts(graph)
         changes.subtract(ops_before)
         op_changes = {k: v for k, v in sorted(changes.items()) if v}
-        return PassEntry(p.name, p.stage, p.kind, rewrites, milliseconds, op_changes, notes, failure)
+        return PassEntry(p.name, p.stage, p.kind, rewrites, milliseconds, op_changes, notes, failure), after
 
     def _report_failure(self, p: Pass, before: str, graph: fx.Graph, failure: str) -> None:
         """A file with the error and both graphs, and a warning that names it."""

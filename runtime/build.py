@@ -7,7 +7,7 @@ import platform
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 import deepfuse
 from deepfuse.blocks import attention, batch, config, decoder, linear, mlp, model, moe, mtp, norm, rotary
 from deepfuse.blocks.config import Config
+from deepfuse.blocks.fp8 import FP8Experts, FP8Linear, in_decoder_layers, to_fp8
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.parameters import count_parameters
 from deepfuse.blocks.presets import PRESETS
@@ -27,9 +28,15 @@ from deepfuse.passes.pipeline import Pipeline, pipeline_of
 from deepfuse.passes.record import Pass
 from deepfuse.passes.runner import Runner, strict_by_default
 from deepfuse.runtime import engine
-from deepfuse.runtime.checkpoint import load_weights, present_mtp_layers, stored_dtype, weights_bytes
+from deepfuse.runtime.checkpoint import (
+    load_weights,
+    present_mtp_layers,
+    stored_dtype,
+    stored_in_fp8,
+    weights_bytes,
+)
 from deepfuse.runtime.compile_cache import BuildFolder, cache_root, inductor_cache
-from deepfuse.runtime.config_json import read_config
+from deepfuse.runtime.config_json import read_config, weight_block_size
 from deepfuse.runtime.engine import Engine
 from deepfuse.runtime.generation import Sampling, Speed, generate_tokens
 from deepfuse.runtime.generation_config import GenerationConfig
@@ -48,6 +55,7 @@ from deepfuse.runtime.trainer import Trainer, Training
 
 SHIPPED = Path(deepfuse.__file__).parent / "models"
 """Presets whose weights come with the library lie here, by name."""
+QUANTIZE = ("auto", None, "fp8", "fp8_weights")
 MAX_SEQ_LEN = 4096
 """Length the cache is made for where the caller names none and the model allows it."""
 
@@ -58,6 +66,7 @@ def build(
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    quantize: str | None = "auto",
     max_batch_size: int = 8,
     max_seq_len: int | None = None,
     passes: Pipeline | Pass | Iterable[Pass] | None = None,
@@ -77,6 +86,10 @@ def build(
         device: ``auto`` (a :class:`CausalLM`'s own; else CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
         dtype: of weights and activations; ``auto`` is that of the checkpoint or :class:`CausalLM`, and float32 where
             there is none.
+        quantize: ``fp8``: weights of the decoder layers in FP8, quantized as they are loaded, and activations quantized
+            at every product (with ``training``: both, from float32 masters, and the gradients as well);
+            ``fp8_weights``: weights alone; ``auto``: ``fp8`` for what the checkpoint has in FP8, else nothing; ``None``:
+            nothing, FP8 checkpoints are dequantized.
         max_batch_size: sequences that generate at once; the cache is made for them.
         max_seq_len: tokens a sequence may have; the model's limit, at most 4096, where ``None``.
         passes: the rewrites; ``deepfuse.passes.default()`` where ``None``. Passes alone are added to these.
@@ -131,14 +144,30 @@ def build(
             "build: want attention 'mla', which has a cache to generate from, got 'mha'; it can be trained, or "
             "called as a plain module"
         )
-    counts = count_parameters(cfg)
-    weight_bytes = weights_bytes(cfg, dtype)
-    room = {"max_batch_size": max_batch_size, "max_seq_len": length}
+    if quantize not in QUANTIZE:
+        raise ValueError(f"build: want quantize out of {', '.join(map(repr, QUANTIZE))}, got {quantize!r}")
     built = isinstance(source, CausalLM)
+    if built and training is None and quantize not in ("auto", None):
+        raise ValueError(
+            f"build: want quantize 'auto' with a CausalLM, which is used as it is, got {quantize!r}; "
+            "deepfuse.blocks.fp8.to_fp8(model) quantizes it"
+        )
+    if training is not None and quantize == "fp8_weights":
+        raise ValueError("build: want quantize 'fp8' to train in FP8, got 'fp8_weights', which have no gradient")
+    online = training is not None and quantize == "fp8"
+    in_fp8 = [] if built or training is not None else _in_fp8(cfg, folder, quantize, notes)
+    counts = count_parameters(cfg)
+    # random weights are drawn before they are quantized
+    weight_bytes = weights_bytes(cfg, dtype, in_fp8=[] if folder is None else in_fp8)
+    room = {"max_batch_size": max_batch_size, "max_seq_len": length}
     check_memory(wanted, 0 if built else weight_bytes, cache_bytes(cfg, dtype, **room))
-    causal_lm = source if isinstance(source, CausalLM) else _weights(cfg, folder, wanted, dtype, seed)
+    if isinstance(source, CausalLM):
+        causal_lm = source
+    else:
+        activations = quantize != "fp8_weights"
+        causal_lm = _weights(cfg, folder, wanted, dtype, seed, in_fp8=in_fp8, activations=activations)
     if training is not None:
-        return Trainer(causal_lm, training, compile=compile, pipeline=pipeline, how=how)
+        return Trainer(causal_lm, training, compile=compile, pipeline=pipeline, how=how, fp8=online)
 
     # before a minute of compiling: these files may be damaged as well
     defaults = GenerationConfig() if folder is None else GenerationConfig.from_folder(folder)
@@ -159,7 +188,8 @@ def build(
         dtype=str(dtype).removeprefix("torch."),
         parameters=counts.total,
         active_parameters=counts.active,
-        weight_bytes=weight_bytes,
+        quantized=_quantized(causal_lm),
+        weight_bytes=sum(t.nbytes for t in causal_lm.state_dict().values()),
         cache_bytes_per_token=latent_bytes_per_token(cfg, dtype),
         mha_bytes_per_token=mha_bytes_per_token(cfg, dtype),
         compiled=compile,
@@ -252,11 +282,43 @@ def _folder_and_config(source: str | Path | Config | CausalLM) -> tuple[Path | N
     return Path(source), read_config(Path(source))
 
 
-def _weights(cfg: Config, folder: Path | None, device: torch.device, dtype: torch.dtype, seed: int) -> CausalLM:
+def _in_fp8(cfg: Config, folder: Path | None, quantize: str | None, notes: list[str]) -> set[str]:
+    """Names of the modules that are to be FP8."""
+    if quantize is None:
+        return set()
+    names = set() if folder is None else stored_in_fp8(folder, cfg)
+    if quantize != "auto":
+        with torch.device("meta"):
+            return names | in_decoder_layers(CausalLM(cfg))
+    if not names and folder is not None and weight_block_size(cfg) is not None:
+        notes.append(
+            f"the checkpoint's FP8 weights are dequantized: their blocks are {weight_block_size(cfg)}, not (128, 128)"
+        )
+    return names
+
+
+def _quantized(causal_lm: CausalLM) -> str:
+    """What a report says of a model's FP8 modules."""
+    modules = [m for m in causal_lm.modules() if isinstance(m, FP8Linear | FP8Experts)]
+    kinds = {"fp8" if m.activations else "fp8_weights" for m in modules}
+    return f"{' and '.join(sorted(kinds))}: {len(modules)} modules" if modules else ""
+
+
+def _weights(
+    cfg: Config,
+    folder: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    in_fp8: Collection[str],
+    activations: bool,
+) -> CausalLM:
     if folder is not None:
         present = present_mtp_layers(folder, cfg)
         with torch.device("meta"):
             causal_lm = CausalLM(cfg, mtp_layers=present)
+            to_fp8(causal_lm, activations=activations, wanted=in_fp8.__contains__)
         load_weights(causal_lm, folder, device=device, dtype=dtype)
         return causal_lm
     # made in its dtype and place: in float32 first it would take twice the memory that was checked
@@ -268,14 +330,16 @@ def _weights(cfg: Config, folder: Path | None, device: torch.device, dtype: torc
     finally:
         torch.set_default_dtype(default)
     causal_lm.initialize(seed)
-    return causal_lm.to(device)
+    to_fp8(causal_lm, activations=activations, wanted=in_fp8.__contains__)
+    return causal_lm
 
 
 def _place(
     causal_lm: CausalLM, device: str | torch.device, dtype: str | torch.dtype
 ) -> tuple[torch.device, torch.dtype]:
     """Where a module lies and in which dtype: it is used as it is, and what else is asked for is refused."""
-    places = {(p.device, p.dtype) for p in causal_lm.parameters()}
+    fp8 = {f"{n}.{p}" for n, m in causal_lm.named_modules() if isinstance(m, FP8Linear | FP8Experts) for p in m.stored}
+    places = {(p.device, p.dtype) for n, p in causal_lm.named_parameters() if n not in fp8}
     own_device, own_dtype = next(iter(places))
     if len(places) > 1 or own_device.type == "meta":
         found = ", ".join(sorted(f"{d} {t}" for d, t in places))

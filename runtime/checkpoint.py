@@ -1,7 +1,8 @@
 """Weights of a Hugging Face folder into a model, and a model into such a folder.
 
-Loading goes through the files once: a tensor is mapped, copied into its place (converted, dequantized, or fused with
-its neighbours there) and let go, so that the peak is the model and one tensor. FP8 weights are dequantized,
+Loading goes through the files once: a tensor is mapped, copied into its place (converted, quantized, dequantized, or
+fused with its neighbours there) and let go, so that the peak is the model and one tensor. FP8 weights stay FP8 where the
+model has FP8 modules (``blocks/fp8.py``); elsewhere they are dequantized,
 
     W[n, k] = W8[n, k] * scale_inv[n // N, k // K],    blocks of N x K, the last ones cut off at the edge.
 
@@ -9,7 +10,7 @@ Source: README_WEIGHTS of DeepSeek-V3, section "FP8 Weight Documentation".
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deepfuse.blocks.config import Config
+from deepfuse.blocks.fp8 import BLOCK, E4M3, put, to_fp8
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import Router
 from deepfuse.blocks.rotary import Rotary, inverse_frequencies
@@ -33,6 +35,7 @@ __all__ = [
     "present_mtp_layers",
     "save_checkpoint",
     "stored_dtype",
+    "stored_in_fp8",
     "weights_bytes",
 ]
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -47,6 +50,8 @@ class Plan(NamedTuple):
     """In the order they lie on disk."""
     problems: dict[str, list[str]]
     """Kind of problem -> the tensors."""
+    scales: dict[str, Piece]
+    """Of weights that are quantized now: name of the weight on disk -> place of its scales."""
 
 
 @torch.no_grad()
@@ -61,10 +66,11 @@ def load_weights(
     """Give a model the weights of a checkpoint folder.
 
     Args:
-        model: built under ``torch.device("meta")``; it is filled, or left as it is where an error is raised.
+        model: built under ``torch.device("meta")``; it is filled, or left as it is where an error is raised. What has
+            FP8 modules there gets FP8 weights: those of the files, or such as are quantized now.
         folder: as transformers writes it; see :func:`present_mtp_layers` for how many of these layers to build.
         device: where the weights go.
-        dtype: of all weights but the router's bias, which stays float32.
+        dtype: of all weights but FP8 ones, their scales and the router's bias, which stay as they are.
         allow_nan: take NaN and infinite weights; otherwise they are an error.
 
     Raises:
@@ -76,14 +82,22 @@ def load_weights(
     stored = stored_tensors(path)
     block = weight_block_size(model.config)
     wanted = model.state_dict()
-    placed = placed_pieces(model, path, stored)
-    state = {k: torch.empty(v.shape, dtype=_dtype_of(k, dtype), device=device) for k, v in wanted.items()}
+    plan = checked_plan(model, path, stored)
+    state = {k: _empty(v.shape, _dtype_of(k, v, dtype), device) for k, v in wanted.items()}
     broken = []
-    total = sum(stored[piece.name].nbytes for piece in placed)
+    total = sum(stored[piece.name].nbytes for piece in plan.pieces)
     with Reader(stored) as reader, LoadingBar(f"loading {path.name}", total) as bar:
-        for piece in placed:
+        for piece in plan.pieces:
             target = state[piece.key][piece.part]
-            if piece.name + SCALE in stored:
+            if target.dtype == E4M3:
+                if stored[piece.name].dtype == "F8_E4M3":
+                    target.copy_(reader.get(piece.name))
+                else:
+                    # its last rows may be those that fill a block
+                    place = plan.scales[piece.name]
+                    put(target, state[place.key][place.part], reader.get(piece.name).to(device))
+                    target = state[place.key][place.part]
+            elif piece.name + SCALE in stored:
                 assert block is not None
                 scale = reader.get(piece.name + SCALE).to(device, torch.float32, copy=True)
                 _dequantize(target, reader.get(piece.name).to(device), scale, block)
@@ -101,8 +115,8 @@ def load_weights(
     _rebuild_buffers(model, torch.device(device))
 
 
-def placed_pieces(model: CausalLM, folder: Path, stored: Mapping[str, Stored]) -> list[Piece]:
-    """Which tensors on disk go where, in the order they lie there.
+def checked_plan(model: CausalLM, folder: Path, stored: Mapping[str, Stored]) -> Plan:
+    """Which tensors on disk go where in a model, which may be on the meta device.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, or of a wrong shape or dtype; all are named.
@@ -110,7 +124,7 @@ def placed_pieces(model: CausalLM, folder: Path, stored: Mapping[str, Stored]) -
     plan = _plan(model, stored, weight_block_size(model.config))
     if any(plan.problems.values()):
         raise CheckpointError(f"{folder}: want the tensors of its config.json, got {_listed(plan.problems)}")
-    return plan.pieces
+    return plan
 
 
 def present_mtp_layers(folder: str | os.PathLike[str], config: Config) -> int:
@@ -133,16 +147,45 @@ def stored_dtype(folder: str | os.PathLike[str]) -> torch.dtype:
     return torch.float32 if dtype == torch.float64 else dtype
 
 
-def weights_bytes(config: Config, dtype: torch.dtype) -> int:
-    """Bytes of the model's weights in memory, counted on the meta device."""
+def stored_in_fp8(folder: str | os.PathLike[str], config: Config) -> set[str]:
+    """Names of the modules whose weights a checkpoint has in FP8, all of them, in blocks that FP8 modules can take."""
+    stored = stored_tensors(existing_folder(folder))
+    if weight_block_size(config) != (BLOCK, BLOCK):
+        return set()
     with torch.device("meta"):
-        state = CausalLM(config).state_dict()
-    return sum(v.numel() * _dtype_of(k, dtype).itemsize for k, v in state.items())
+        model = CausalLM(config, mtp_layers=present_mtp_layers(folder, config))
+    names = set(to_fp8(model, wanted=lambda name: name != "lm_head"))
+    for key, tensor in model.state_dict().items():
+        if tensor.dtype == E4M3:
+            kinds = {
+                stored[p.name].dtype
+                for p in pieces(key, tensor.shape, config.moe_intermediate_size)
+                if p.name in stored
+            }
+            if kinds != {"F8_E4M3"}:
+                names -= {key.removesuffix(".weight"), key.rpartition(".")[0]}
+    return names
 
 
-def _dtype_of(key: str, dtype: torch.dtype) -> torch.dtype:
-    # rounded, it would move tokens between experts
-    return torch.float32 if key.endswith("e_score_correction_bias") else dtype
+def weights_bytes(config: Config, dtype: torch.dtype, *, in_fp8: Collection[str] = ()) -> int:
+    """Bytes of the model's weights in memory, counted on the meta device; ``in_fp8``: names of FP8 modules."""
+    with torch.device("meta"):
+        model = CausalLM(config)
+        to_fp8(model, wanted=in_fp8.__contains__)
+    return sum(v.numel() * _dtype_of(k, v, dtype).itemsize for k, v in model.state_dict().items())
+
+
+def _dtype_of(key: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    if tensor.dtype == E4M3:
+        return E4M3
+    # rounded, the bias would move tokens between experts
+    return torch.float32 if key.endswith(("e_score_correction_bias", SCALE)) else dtype
+
+
+def _empty(shape: Iterable[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    if dtype == E4M3:  # what no tensor on disk fills are the zeros behind an expert's last rows
+        return torch.zeros(tuple(shape), dtype=torch.uint8, device=device).view(E4M3)
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
 def _plan(model: CausalLM, stored: Mapping[str, Stored], block: tuple[int, int] | None) -> Plan:
@@ -150,9 +193,13 @@ def _plan(model: CausalLM, stored: Mapping[str, Stored], block: tuple[int, int] 
     placed: dict[str, Piece] = {}
     for key, tensor in wanted.items():
         # fused on disk as well, or one by one
-        parts = [Piece(key, key)] if key in stored else list(pieces(key, tensor.shape))
+        whole = key.removesuffix(SCALE) in stored
+        parts = [Piece(key, key)] if whole else list(pieces(key, tensor.shape, model.config.moe_intermediate_size))
         placed |= {part.name: part for part in parts}
-    scales = {name + SCALE for name in placed if name in stored and stored[name].dtype == "F8_E4M3"}
+    in_fp8 = {name for name in placed if name in stored and stored[name].dtype == "F8_E4M3"}
+    scales = {name + SCALE for name in in_fp8}
+    made = {n.removesuffix(SCALE): p for n, p in placed.items() if n.endswith(SCALE) and n not in scales}
+    placed = {name: piece for name, piece in placed.items() if not name.endswith(SCALE) or name in scales}
     L, tied = model.config.num_hidden_layers, model.lm_head is None
     mtp = len(model.model.layers) - L
     unexpected = [
@@ -170,8 +217,9 @@ def _plan(model: CausalLM, stored: Mapping[str, Stored], block: tuple[int, int] 
             continue
         want, got = wanted[piece.key][piece.part].shape, stored[name].shape
         shapes += _compare(name, want, got)
-        if stored[name].dtype != "F8_E4M3":
-            dtypes += [] if stored[name].dtype in FLOATS else [f"{name} ({stored[name].dtype})"]
+        if name not in in_fp8:
+            taken = stored[name].dtype in FLOATS or (name in scales and stored[name].dtype == "F8_E8M0")
+            dtypes += [] if taken else [f"{name} ({stored[name].dtype})"]
         elif block is None or len(want) < 2:
             dtypes.append(f"{name} (FP8, {'without quantization_config' if block is None else 'of one dimension'})")
         elif name + SCALE in stored:
@@ -179,12 +227,12 @@ def _plan(model: CausalLM, stored: Mapping[str, Stored], block: tuple[int, int] 
             shapes += _compare(name + SCALE, (*want[:-2], *_blocks(want[-2:], block)), scale.shape)
             dtypes += [] if scale.dtype in (*FLOATS, "F8_E8M0") else [f"{name + SCALE} ({scale.dtype})"]
     problems = {
-        "missing": [name for name in (*placed, *sorted(scales)) if name not in stored],
+        "missing": [name for name in (*placed, *sorted(scales - placed.keys())) if name not in stored],
         "unexpected": unexpected,
         "of a wrong shape": shapes,
         "of a wrong dtype": dtypes,
     }
-    return Plan([placed[name] for name in stored if name in placed], problems)
+    return Plan([placed[name] for name in stored if name in placed], problems, made)
 
 
 def _compare(name: str, want: Iterable[int], got: Iterable[int]) -> list[str]:
@@ -216,6 +264,8 @@ def _dequantize(out: Tensor, weight: Tensor, scale: Tensor, block: tuple[int, in
 
 def _finite(x: Tensor) -> bool:
     """Without a temporary the size of ``x``, as ``isfinite`` makes: NaN wins over any minimum and maximum."""
+    if x.dtype == E4M3:  # which has no infinities
+        return not bool(x.isnan().any())
     return x.numel() == 0 or all(bool(end.isfinite()) for end in x.aminmax())
 
 

@@ -82,7 +82,9 @@ ALIASES = {
 DERIVED = ("head_dim", "qk_head_dim", "rope_parameters")
 """Follow from other fields."""
 NOT_WRITTEN = ("dtype", "quantization_config", "auto_map")
-"""Kept when read, but untrue of what we write: weights in ``torch_dtype``, not quantized, without Python files."""
+"""Kept when read, but perhaps untrue of what we write: weights in ``torch_dtype``, or in FP8 as we quantize; no Python files."""
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+"""``quantization_config`` of a checkpoint with FP8 weights."""
 KINDS: Mapping[type, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -135,8 +137,8 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     return config
 
 
-def config_object(config: Config, dtype: torch.dtype) -> dict[str, Any]:
-    """What ``config.json`` says of a model with weights in ``dtype``; old and new transformers read it.
+def config_object(config: Config, dtype: torch.dtype, *, fp8: bool = False) -> dict[str, Any]:
+    """What ``config.json`` says of a model with weights in ``dtype``, and in FP8 if so; old and new transformers read it.
 
     A ``kimi_k2`` model is written as the ``deepseek_v3`` model that it is: transformers does not know the former's
     name, and fills its experts with random numbers.
@@ -151,6 +153,8 @@ def config_object(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     out["architectures"] = [ARCHITECTURES[out["model_type"]]]
     out["rope_scaling"] = rope_object(config.rope_scaling)
     out["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if fp8:
+        out["quantization_config"] = FP8
     # of models of our own; transformers names the tensors it then misses
     for name, usual in (("attention", "mla"), ("mlp_layer_types", None)):
         if out[name] == usual:

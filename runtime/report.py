@@ -25,6 +25,8 @@ class Report:
     active_parameters: int
     """Parameters that take part in one token's step."""
     weight_bytes: int
+    quantized: str = ""
+    """Kind and number of the FP8 modules."""
     cache_bytes_per_token: int
     mha_bytes_per_token: int
     """What multi-head attention of the same shape would cache."""
@@ -88,6 +90,7 @@ class Report:
                 "parameters",
                 f"{self.parameters:,} ({self.active_parameters:,} active), {self.weight_bytes / 1e6:,.1f} MB",
             ),
+            *([("quantized", self.quantized)] if self.quantized else []),
             ("latent cache", f"{self.cache_bytes_per_token:,} bytes per token, {saved:.1f}x less than multi-head"),
             ("graphs", f"{self.graphs_at_build}, {self.graph_breaks} breaks, {self.recompiles} recompiles"),
             ("build", f"{self.build_seconds:.1f} s, of it compiling {self.compile_seconds:.1f} s{self._how()}"),

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from deepfuse.blocks.fp8 import E4M3
 from deepfuse.blocks.model import CausalLM
 from deepfuse.runtime.checkpoint_files import durable, existing_folder, object_bytes, temporary_name
 from deepfuse.runtime.config_json import config_object
@@ -60,8 +61,9 @@ def save_checkpoint(
     # some checkpoints leave these layers out
     config = replace(model.config, num_nextn_predict_layers=len(model.model.layers) - model.config.num_hidden_layers)
     small = _tokenizer_files(source, files or {})
-    last = {"config.json": object_bytes(config_object(config, model.model.embed_tokens.weight.dtype))}
-    tensors = _on_disk(state)
+    fp8 = any(tensor.dtype == E4M3 for tensor in state.values())
+    last = {"config.json": object_bytes(config_object(config, model.model.embed_tokens.weight.dtype, fp8=fp8))}
+    tensors = _on_disk(state, config.moe_intermediate_size)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     shards = split_in_shards(sizes, max_shard_bytes)
     names, index = shard_files(shards, sum(sizes.values()))
@@ -98,9 +100,13 @@ def _exchange(path: Path, temporary: Mapping[str, Path]) -> None:
         written.replace(path / name)
 
 
-def _on_disk(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _on_disk(state: Mapping[str, Tensor], expert_width: int) -> dict[str, Tensor]:
     """Tensors by their names on disk; views of the model's."""
-    return {piece.name: tensor[piece.part] for key, tensor in state.items() for piece in pieces(key, tensor.shape)}
+    return {
+        piece.name: tensor[piece.part]
+        for key, tensor in state.items()
+        for piece in pieces(key, tensor.shape, expert_width)
+    }
 
 
 def _tokenizer_files(source: str | os.PathLike[str] | None, files: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """A small trainer: next-token loss, AdamW with a cosine schedule, one compiled step, checkpoints to resume from.
 
-    weights and moments in float32; forward and backward on a copy in ``dtype``, gradients added up in float32
+    weights and moments in float32; forward and backward on a copy in ``dtype``, gradients added up in float32;
+    in FP8, the linear layers and experts quantize the float32 weights themselves (``blocks/fp8_training.py``)
     expert bias after each step: b_e += bias_update_speed * sign(mean load - load_e)     (no auxiliary loss)
 
 Dims: B sequences, L tokens a sequence, T = B * L.
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from deepfuse.blocks.fp8_training import Saved, train_in_fp8
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import Router
 from deepfuse.ir.device import device_row
@@ -49,6 +51,8 @@ class Training:
     mtp_steps: int = 0
     """Last steps, in which the multi-token-prediction module alone is trained, the rest of the model fixed."""
     dtype: torch.dtype = torch.bfloat16
+    fp8_saved: Saved = "high"
+    """Trained in FP8, what the weight gradient reads of a layer's input: it as it came, or its FP8 values."""
     seed: int = 0
     checkpoint_every: int = 200
     """Steps between checkpoints."""
@@ -57,6 +61,8 @@ class Training:
         for name in ("steps", "batch_size", "seq_len", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training: want {name} >= 1, got {getattr(self, name)}")
+        if self.fp8_saved not in get_args(Saved):
+            raise ValueError(f"training: want fp8_saved out of {get_args(Saved)}, got {self.fp8_saved!r}")
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then cosine down to ``min_lr_ratio`` of the peak; the same again for the last phase."""
@@ -81,10 +87,12 @@ class Trainer:
         compile: bool = True,
         pipeline: Pipeline | None = None,
         how: Mapping[str, Any] | None = None,
+        fp8: bool = False,
     ):
         """``model`` is trained in place, in float32; without ``compile`` the step's graphs run as the passes left them.
 
-        ``pipeline``: the passes, ``default()`` where ``None``; ``how``: what else the runner of the passes is told.
+        ``pipeline``: the passes, ``default()`` where ``None``; ``how``: what else the runner of the passes is told;
+        ``fp8``: whether the decoder layers' products are in FP8.
         """
         self.model, self.training = model, training
         mtp_layers = len(model.model.layers) - model.config.num_hidden_layers
@@ -102,6 +110,11 @@ class Trainer:
         self._copy_buffers()
         self.routers = [m for m in self.compute.modules() if isinstance(m, Router)]
         self.pairs = list(zip(model.parameters(), self.compute.parameters(), strict=True))
+        quantized = set(map(id, train_in_fp8(self.compute, saved=training.fp8_saved))) if fp8 else set()
+        self.copied = [pair for pair in self.pairs if id(pair[1]) not in quantized]
+        for master, working in self.pairs:
+            if id(working) in quantized:  # rounded once, from float32, and not held twice
+                working.data = master.data
         self.step = 0
         self.optimizer = self._optimizer(model.parameters())
         settings = {
@@ -161,7 +174,7 @@ class Trainer:
         if self.step == t.steps:
             self._fix_all_but_mtp()
         with torch.no_grad():
-            for master, working in self.pairs:
+            for master, working in self.copied:
                 working.copy_(master)
         loss_fn: Callable[..., Tensor] = self.next_token_loss if self.step < t.steps else self.mtp_loss
         with naming("train"):

@@ -6,6 +6,9 @@ They are equal, but for the routed experts: on disk each has its own three tenso
             mlp.experts.{i}.down_proj.weight [D, I]
     memory  mlp.experts.gate_up_proj [E, 2I, D] (gate first), mlp.experts.down_proj [E, D, I]
 
+The scales of FP8 weights stand beside them: weight_scale_inv on disk, gate_up_proj_scale_inv and down_proj_scale_inv in
+memory. There, each half of gate_up_proj may be followed by rows that fill its last block.
+
 Dims: E experts, I expert width, D model width, L layers.
 Source: the checkpoints of DeepSeek-V3 and its README_WEIGHTS; ``conversion_mapping.py`` of transformers 5.23.
 """
@@ -17,9 +20,6 @@ from typing import NamedTuple
 SCALE = "_scale_inv"
 """Behind the name of an FP8 weight: the name of its scales."""
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
-LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight")
-"""Weights of the linear layers of attention, MLP and experts: those that are FP8 in an FP8 checkpoint. Embedding, head,
-router, norms and ``eh_proj`` are not."""
 COPIES = ("embed_tokens.weight", "shared_head.head.weight")
 """Of a multi-token-prediction layer: what it shares with the main model, stored again."""
 
@@ -33,24 +33,28 @@ class Piece(NamedTuple):
     part: tuple[int | slice, ...] = ()
 
 
-def pieces(key: str, shape: Iterable[int]) -> Iterator[Piece]:
+def pieces(key: str, shape: Iterable[int], expert_width: int) -> Iterator[Piece]:
     """What a tensor in memory is on disk, expert by expert.
 
     Args:
         key: its name in the model's ``state_dict``.
         shape: its shape.
+        expert_width: I, ``moe_intermediate_size``.
     """
     prefix, _, last = key.rpartition(".")
     if not prefix.endswith(".experts"):
         yield Piece(key, key)
         return
     experts, rows, _ = shape
+    weight = "weight" + (SCALE if last.endswith(SCALE) else "")
+    half = rows // 2
+    filled = half if last.endswith(SCALE) else min(half, expert_width)
     for i in range(experts):
-        if last == "down_proj":
-            yield Piece(f"{prefix}.{i}.down_proj.weight", key, (i,))
+        if last.startswith("down_proj"):
+            yield Piece(f"{prefix}.{i}.down_proj.{weight}", key, (i,))
         else:
-            yield Piece(f"{prefix}.{i}.gate_proj.weight", key, (i, slice(0, rows // 2)))
-            yield Piece(f"{prefix}.{i}.up_proj.weight", key, (i, slice(rows // 2, rows)))
+            yield Piece(f"{prefix}.{i}.gate_proj.{weight}", key, (i, slice(0, filled)))
+            yield Piece(f"{prefix}.{i}.up_proj.{weight}", key, (i, slice(half, half + filled)))
 
 
 def has_no_place(name: str, stored: Container[str], num_layers: int, num_mtp_layers: int) -> bool:
