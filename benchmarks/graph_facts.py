@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deepfuse.runtime.describe  # noqa: F401 - defines every op
 from deepfuse.blocks.config import Config
+from deepfuse.blocks.fp8 import to_fp8
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.presets import PRESETS
 from deepfuse.ir.device import H200
@@ -49,6 +50,8 @@ DEVICE = H200
 PLAIN = "plain Inductor"
 UNREWRITTEN = "no pass"
 LAYER = "a layer of experts"
+FORMS: dict[str, Callable[[CausalLM], object]] = {"bfloat16": lambda model: None, "FP8": to_fp8}
+"""What is done to the model's weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +110,9 @@ class Captured:
         return found, {entry.name: entry.rewrites for entry in runner.journal.graphs[-1].passes}
 
 
-def capture(config: Config, workload: Workload, dtype: torch.dtype = torch.bfloat16) -> Captured:
-    """The graph of a step, on fake tensors."""
+def capture(config: Config, workload: Workload, form: str = "bfloat16") -> Captured:
+    """The graph of a step, on fake tensors; activations are bfloat16, and weights what ``form`` says."""
+    dtype = torch.bfloat16
     mode, device = FakeTensorMode(), torch.device("cuda")
     graphs: list[fx.GraphModule] = []
 
@@ -118,6 +122,7 @@ def capture(config: Config, workload: Workload, dtype: torch.dtype = torch.bfloa
 
     with mode, torch.no_grad():
         model = _model(config, dtype, device)
+        FORMS[form](model)
         shape = (workload.pages + 1, PAGE_SIZE, config.cache_width)
         caches = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         step, given = workload.inputs(device)
@@ -171,6 +176,7 @@ def summary(found: list[Launch]) -> dict[str, int]:
     for kind in ("matmul", "attention", "kernel", "region"):
         out[f"{kind} launches"] = sum(launch.kernels for launch in found if launch.kind == kind)
         out[f"{kind} bytes"] = sum(launch.activation_bytes for launch in found if launch.kind == kind)
+    out["weight bytes"] = sum(launch.weight_bytes for launch in found if launch.kind != "matmul")
     return out
 
 
@@ -194,16 +200,16 @@ def rows_of(captured: Captured) -> tuple[dict[str, dict[str, int]], Counter[str]
     return rows, by_name
 
 
-def facts_of(workload: Workload) -> dict[str, Any]:
+def facts_of(workload: Workload, form: str) -> dict[str, Any]:
     """Of two layers, and what a third adds: a layer of experts."""
-    (two, names_two), (three, names_three) = (rows_of(capture(cut(layers), workload)) for layers in (2, 3))
+    (two, names_two), (three, names_three) = (rows_of(capture(cut(layers), workload, form)) for layers in (2, 3))
     layer = {name: {key: three[name][key] - row[key] for key in row} for name, row in two.items()}
     return {"two layers": two, LAYER: layer, "launches by name": dict(sorted((names_three - names_two).items()))}
 
 
 def compute() -> dict[str, Any]:
-    facts = {workload.name: facts_of(workload) for workload in WORKLOADS}
-    return {"torch": torch.__version__.partition("+")[0], "device": DEVICE.name, "bfloat16": facts}
+    facts = {form: {workload.name: facts_of(workload, form) for workload in WORKLOADS} for form in FORMS}
+    return {"torch": torch.__version__.partition("+")[0], "device": DEVICE.name, **facts}
 
 
 def outside_matmuls(row: Mapping[str, int]) -> int:
@@ -212,7 +218,17 @@ def outside_matmuls(row: Mapping[str, int]) -> int:
 
 
 def facts_table(rows: Mapping[str, Mapping[str, int]]) -> str:
-    head = ["after", "launches", "matmuls", "attention", "others", "MB outside matmuls", "of attention", "of others"]
+    head = [
+        "after",
+        "launches",
+        "matmuls",
+        "attention",
+        "others",
+        "MB outside matmuls",
+        "of attention",
+        "of others",
+        "of weights",
+    ]
     cells = []
     for name, row in rows.items():
         others = row["kernel bytes"] + row["region bytes"]
@@ -223,7 +239,10 @@ def facts_table(rows: Mapping[str, Mapping[str, int]]) -> str:
                 str(row["matmul launches"]),
                 str(row["attention launches"]),
                 str(row["kernel launches"] + row["region launches"]),
-                *(f"{size / 1e6:.2f}" for size in (outside_matmuls(row), row["attention bytes"], others)),
+                *(
+                    f"{size / 1e6:.2f}"
+                    for size in (outside_matmuls(row), row["attention bytes"], others, row["weight bytes"])
+                ),
             ]
         )
     return table(head, cells)
@@ -231,22 +250,17 @@ def facts_table(rows: Mapping[str, Mapping[str, int]]) -> str:
 
 def summary_table(facts: Mapping[str, Any]) -> str:
     """Plain Inductor beside all passes."""
-    head = ["step", "launches a layer of experts", "MB outside matmuls", "times less", "without attention"]
+    head = ["step", "launches", "MB outside matmuls", "times less", "without attention", "times less"]
     cells = []
     for workload, parts in facts.items():
-        ends = [parts["two layers"][PLAIN], list(parts["two layers"].values())[-1]]
-        layer = [parts[LAYER][PLAIN]["launches"], list(parts[LAYER].values())[-1]["launches"]]
-        moved = [outside_matmuls(row) for row in ends]
-        others = [size - row["attention bytes"] for size, row in zip(moved, ends, strict=True)]
-        cells.append(
-            [
-                workload,
-                f"{layer[0]} -> {layer[1]}",
-                f"{moved[0] / 1e6:.1f} -> {moved[1] / 1e6:.1f}",
-                f"{moved[0] / moved[1]:.2f}",
-                f"{others[0] / others[1]:.2f}",
-            ]
-        )
+        for part in ("two layers", LAYER):
+            ends = [parts[part][PLAIN], list(parts[part].values())[-1]]
+            moved = [outside_matmuls(row) for row in ends]
+            others = [size - row["attention bytes"] for size, row in zip(moved, ends, strict=True)]
+            row = [f"{workload}: {part}", f"{ends[0]['launches']} -> {ends[1]['launches']}"]
+            for before, after in (moved, others):
+                row += [f"{before / 1e6:.1f} -> {after / 1e6:.1f}", f"{before / after:.2f}"]
+            cells.append(row)
     return table(head, cells)
 
 
@@ -270,13 +284,14 @@ def _part(p: Pass, label: str) -> str:
 
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
     """Markdown by the section of `docs/passes.md`."""
-    facts = results["bfloat16"]
-    out = {"graph_facts: passes": passes_table(), "graph_facts: bfloat16": summary_table(facts)}
-    for workload, parts in facts.items():
-        for part in ("two layers", LAYER):
-            out[f"graph_facts: bfloat16, {workload}, {part}"] = facts_table(parts[part])
-        names = [f"{count} {name}" for name, count in parts["launches by name"].items()]
-        out[f"graph_facts: bfloat16, {workload}, launches"] = f"{', '.join(names)}.\n"
+    out = {"graph_facts: passes": passes_table()}
+    for form in FORMS:
+        out[f"graph_facts: {form}"] = summary_table(results[form])
+        for workload, parts in results[form].items():
+            for part in ("two layers", LAYER):
+                out[f"graph_facts: {form}, {workload}, {part}"] = facts_table(parts[part])
+            names = [f"{count} {name}" for name, count in parts["launches by name"].items()]
+            out[f"graph_facts: {form}, {workload}, launches"] = f"{', '.join(names)}.\n"
     return out
 
 

@@ -6,13 +6,13 @@ by the block they come from. :func:`run_text` turns the text back into a functio
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-OP_FILE = str(Path(__file__).with_name("op.py"))
+from deepfuse.ir import op
+
 HEADER = "import torch\nfrom torch import device, inf, nan\n"
 
 
@@ -52,8 +52,8 @@ def where(node: fx.Node) -> str:
 def source_line(node: fx.Node) -> str:
     """Where the call was written, as in ``mlp.py:18``; empty where that is not known."""
     places = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    # an op is called through its record
-    places = [place for place in places if place[0] != OP_FILE]
+    # every op of ours is called there
+    places = [place for place in places if place[0] != op.__file__]
     return f"{places[-1][0].rpartition('/')[2]}:{places[-1][1]}" if places else ""
 
 

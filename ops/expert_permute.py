@@ -37,7 +37,7 @@ def _offsets(expert_M: Tensor, num_experts: int) -> Tensor:
     return at_or_before_ME.sum(0, dtype=torch.int32)
 
 
-def _compare(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def compare_few(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same without a sort: a row's place is the number of rows that go before it."""
     expert_M = experts.flatten()
     place_M = torch.arange(expert_M.shape[0], device=x.device)
@@ -49,7 +49,8 @@ def _compare(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tens
     return x[order_M // experts.shape[1]], order_M, inverse_M, _offsets(expert_M, num_experts)
 
 
-def _compare_supports(x: Tensor, experts: Tensor, num_experts: int) -> str | None:
+def few_rows(x: Tensor, experts: Tensor, num_experts: int) -> str | None:
+    """``None`` where :func:`compare_few` is the faster way, or why not."""
     return None if at_most(experts.numel(), COMPARE_ROWS) else f"rows are not known to be at most {COMPARE_ROWS}"
 
 
@@ -246,4 +247,4 @@ Raises:
 """
 
 expert_permute.provide("triton", _launch, priority={"cuda": 10})
-expert_permute.provide("compare", _compare, priority={"cpu": 10}, supports=_compare_supports, inline=True)
+expert_permute.provide("compare", compare_few, priority={"cpu": 10}, supports=few_rows, inline=True)

@@ -17,7 +17,7 @@ from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
 from deepfuse.ir.tolerance import EXACT
 from deepfuse.ops.dequantize import in_memory
-from deepfuse.ops.expert_permute import expert_permute_ref, sort_by_expert
+from deepfuse.ops.expert_permute import compare_few, expert_permute_ref, few_rows, sort_by_expert
 from deepfuse.ops.quantize import (
     BITWISE,
     FP8_DTYPES,
@@ -36,6 +36,20 @@ def permute_quantize_ref(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, order, inverse, offsets = expert_permute_ref(x, experts, num_experts)
     return (*quantize_ref(rows, dtype, 1, 128, power_of_two), order, inverse, offsets)
+
+
+def _compare(
+    x: Tensor, experts: Tensor, num_experts: int, dtype: torch.dtype, power_of_two: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same without a sort, as ``expert_permute`` does it with few rows."""
+    rows, order, inverse, offsets = compare_few(x, experts, num_experts)
+    return (*quantize_ref(rows, dtype, 1, 128, power_of_two), order, inverse, offsets)
+
+
+def _compare_supports(
+    x: Tensor, experts: Tensor, num_experts: int, dtype: torch.dtype, power_of_two: bool
+) -> str | None:
+    return few_rows(x, experts, num_experts)
 
 
 @triton.jit
@@ -155,3 +169,4 @@ Raises:
 """
 
 permute_quantize.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
+permute_quantize.provide("compare", _compare, priority={"cpu": 10}, supports=_compare_supports, inline=True)

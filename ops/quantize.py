@@ -115,7 +115,9 @@ def in_scale_layout(scale: Tensor, rows: int, cols: int, power_of_two: bool) -> 
     dtype = torch.float8_e8m0fnu if power_of_two else torch.float32
     if (rows, cols) == (1, 128):
         M = scale.shape[-2]
-        return functional.pad(scale.mT, (0, -M % 4)).contiguous().to(dtype).mT[..., :M, :]
+        padded = functional.pad(scale.mT, (0, -M % 4))
+        # contiguous() would leave the strides of a tensor without elements as they are
+        return padded.clone(memory_format=torch.contiguous_format).to(dtype).mT[..., :M, :]
     return scale.contiguous().to(dtype)
 
 

@@ -6,7 +6,7 @@
 Why: saves the write and the read of all experts' weights in float32 (8 bytes a number beside the 1 that is stored, used
 or not), those of the rows, and two launches. In training the forward product and the input gradient (the weight
 transposed) have this form.
-Requires: float32 before the rounding to the result's dtype; nobody else reads the dequantized operands.
+Requires: float32 before the rounding to the result's dtype. Others may read the dequantized operands: they stay for these.
 Numerics: reassociating; products of FP8 numbers are exact in float32, sums are taken by blocks of 128.
 """
 
@@ -27,6 +27,7 @@ def _offsets() -> Tensor:
 @fusion(stage="quantize", kind="reassociating", saves="rows and weights in float32, written and read; two launches")
 class FuseQuantizedExperts:
     anchor = grouped_matmul
+    shared = (dequantize,)
 
     @staticmethod
     def pattern(

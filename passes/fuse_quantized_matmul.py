@@ -7,7 +7,7 @@ Why: saves the write and the read of both operands in float32 (8 bytes a number 
 launches; tensor cores multiply FP8 twice as fast as bfloat16. In training all three products of a layer have this form:
 forward (b is the weight, in blocks of 128x128), input gradient (the weight transposed) and weight gradient (both operands
 transposed, in blocks of 1x128). A bias is added in the product's own epilogue.
-Requires: float32 before the rounding to the result's dtype; nobody else reads the dequantized operands.
+Requires: float32 before the rounding to the result's dtype. Others may read the dequantized operands: they stay for these.
 Numerics: reassociating; products of FP8 numbers are exact in float32, sums are taken by blocks of 128.
 """
 
@@ -52,9 +52,14 @@ def _fused(
     return fp8_matmul(a, a_scale, b, b_scale, b_rows, bias, None, to).to(dtype)
 
 
-@fusion(stage="quantize", kind="reassociating", saves="both operands in float32, written and read; two launches")
+@fusion(
+    stage="quantize",
+    kind="reassociating",
+    saves="both operands in float32, written and read; two launches, and one more with a bias",
+)
 class FuseQuantizedMatmul:
     anchor = linear
+    shared = (dequantize,)
 
     @staticmethod
     def pattern(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, b_rows: int, dtype: torch.dtype) -> Tensor:
@@ -64,31 +69,22 @@ class FuseQuantizedMatmul:
     def replacement(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, b_rows: int, dtype: torch.dtype) -> Tensor:
         return _fused(a, a_scale, b, b_scale, None, b_rows, dtype)
 
-    samples = list(_samples())
-
-
-@fusion(
-    stage="quantize",
-    kind="reassociating",
-    saves="as fuse_quantized_matmul; the bias goes with the product: one launch more, one read and write of y",
-)
-class FuseQuantizedMatmulBias:
-    anchor = linear
-
     @staticmethod
-    def pattern(
+    def pattern_bias(
         a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor, b_rows: int, dtype: torch.dtype
     ) -> Tensor:
         return (_product(a, a_scale, b, b_scale, b_rows) + bias.float()).to(dtype)
 
     @staticmethod
-    def replacement(
+    def replacement_bias(
         a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor, b_rows: int, dtype: torch.dtype
     ) -> Tensor:
         return _fused(a, a_scale, b, b_scale, bias, b_rows, dtype)
 
     @staticmethod
     def guard(site: Site) -> str | None:
-        return None if site.bias.ndim == 1 else f"what is added is no bias [N]: {list(site.bias.shape)}"
+        bias = site.values.get("bias")
+        return None if bias is None or bias.ndim == 1 else f"what is added is no bias [N]: {list(bias.shape)}"
 
-    samples = [*_samples("bfloat16[130]"), *_samples("float32[130]")]
+    samples = list(_samples())
+    samples_bias = [*_samples("bfloat16[130]"), *_samples("float32[130]")]

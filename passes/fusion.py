@@ -8,9 +8,14 @@
         samples = [("bfloat16[3, 128]", "bfloat16[3, 128]", "bfloat16[128]", 1e-6)]
 
 The samples (see ``passes/samples.py``) say what the rule is proved on, and so what it applies to: their dtypes, and
-their values of parameters that are neither tensors nor floats. Other forms of the pattern are functions ``pattern_...``.
-``anchor`` names the op a search begins at, where the first telling op of the pattern is not the best one. ``tolerance``
-maps dtypes to bounds where ``ir``'s do not fit, with the reason beside it.
+their values of parameters that are neither tensors nor floats; ``free = ("num_experts",)`` names ints that may have any
+value. Other forms of the pattern are functions ``pattern_NAME``; one that gives other results or takes other parameters
+has its own ``replacement_NAME``, and ``samples_NAME`` for these. ``anchor`` names the op a search begins at, where the
+first telling op of the pattern is not the best one. ``shared`` names ops inside the pattern whose results others may
+read as well: they stay for these. ``tolerance`` maps dtypes to bounds where ``ir``'s do not fit, with the reason beside
+it.
+
+Of several forms the largest is tried first, and of equally large ones that with the fewest results: it asks for the most.
 """
 
 import inspect
@@ -23,12 +28,12 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 
-from deepfuse.ir.op import Op
+from deepfuse.ir.op import NAMESPACE, Op
 from deepfuse.ir.printer import source_line, where
 from deepfuse.ir.private import inductor_decompositions
 from deepfuse.ir.tolerance import Tolerance
+from deepfuse.passes.declaration import COMMON, Case, cases_of, no_anchor
 from deepfuse.passes.journal import note
 from deepfuse.passes.match import VIEWS, Found, Miss, Traced, match, op_name
 from deepfuse.passes.record import Kind, Pass, Stage, check_declaration
@@ -36,13 +41,6 @@ from deepfuse.passes.samples import materialized
 from deepfuse.passes.splice import Splicer, fake_mode_of
 
 aten = torch.ops.aten
-_NAMES = """
-add radd iadd sub rsub mul rmul div truediv rtruediv neg clone contiguous copy to to_copy type float half bfloat16 double
-convert_element_type get getitem view reshape flatten unflatten permute transpose t swapaxes movedim expand expand_as
-unsqueeze squeeze narrow select slice split chunk unbind size shape
-"""
-_COMMON = frozenset(_NAMES.split())
-"""What stands everywhere: no search begins there. Names of ops, and of the functions that call them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +50,16 @@ class Site:
     Attributes:
         nodes: parameter -> node of the graph, for tensors.
         values: parameter -> fake tensor, number or other value.
-        outputs: the nodes that the replacement replaces.
+        outputs: the nodes that the replacement replaces; ``None`` for one of several results that nobody reads.
         matched: all nodes of the graph that belong to the pattern.
+        replacement: what is put in their place.
     """
 
     nodes: Mapping[str, fx.Node]
     values: Mapping[str, Any]
-    outputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node | None, ...]
     matched: tuple[fx.Node, ...]
+    replacement: Callable[..., Any]
 
     def __getattr__(self, name: str) -> Any:
         if name in self.values:
@@ -71,7 +71,7 @@ class Site:
 class _Form:
     """One pattern function traced for one sample."""
 
-    pattern: Callable[..., Any]
+    case: Case
     traced: Traced
     dtypes: Mapping[str, torch.dtype]
     constants: Mapping[str, Any]
@@ -82,33 +82,31 @@ class Rule:
 
     def __init__(self, declared: type, name: str, kind: Kind):
         self.declared, self.name, self.kind = declared, name, kind
-        members = vars(declared)
-        self.patterns = tuple(getattr(declared, n) for n in members if n == "pattern" or n.startswith("pattern_"))
-        self.samples: list[tuple[Any, ...]] = list(getattr(declared, "samples", ()))
         self.tolerance: Mapping[torch.dtype, Tolerance] = getattr(declared, "tolerance", {})
         self.guard: Callable[[Site], str | None] = getattr(declared, "guard", lambda site: None)
+        self.free: tuple[str, ...] = tuple(getattr(declared, "free", ()))
         anchor = getattr(declared, "anchor", None)
         self.anchor = anchor.overload if isinstance(anchor, Op) else anchor
-        for wanted in ("pattern", "replacement", "samples"):
-            if not members.get(wanted):
-                raise ValueError(f"{name}: want a class with pattern, replacement and samples, got no {wanted}")
-        self.replacement: Callable[..., Any] = declared.replacement  # type: ignore[attr-defined]
-        self.parameters = list(inspect.signature(self.patterns[0]).parameters)
+        self.shared = frozenset(op.overload if isinstance(op, Op) else op for op in getattr(declared, "shared", ()))
+        self.cases = cases_of(declared, name, self.anchor, self.free)
         self._forms: list[_Form] | None = None
-        self._check()
 
     @property
     def forms(self) -> list[_Form]:
         """The patterns, traced for each sample when they are first needed; the largest first."""
         if self._forms is None:
-            made = [self._form(pattern, sample) for pattern in self.patterns for sample in self.samples]
+            made = [self._form(case, sample) for case in self.cases for sample in case.samples]
             # samples that differ in sizes only have one form
-            distinct = {f"{f.pattern} {_graph_key(f.traced)} {f.dtypes} {f.constants}": f for f in made}
-            self._forms = sorted(distinct.values(), key=lambda f: -len(f.traced.calls))
+            distinct = {f"{f.case.pattern} {_graph_key(f.traced)} {f.dtypes} {f.constants}": f for f in made}
+            self._forms = sorted(distinct.values(), key=lambda f: (-len(f.traced.calls), len(f.traced.outputs)))
         return self._forms
 
     def rewrite(self, graph: fx.Graph) -> int:
         """Replace every site, and say of every node with the anchor's op what became of it."""
+        lacking = self._lacking(graph)
+        if lacking:
+            note(f"nothing to do: the graph has no {lacking}")
+            return 0
         targets = list(dict.fromkeys(form.traced.anchor.target for form in self.forms))
         anchors = [node for node in graph.nodes if node.op == "call_function" and node.target in targets]
         splicer, traced, count = Splicer(graph, share=False), {}, 0  # type: ignore[var-annotated]
@@ -125,6 +123,13 @@ class Rule:
                 gone.update(_erase_dead(site.matched))
             note(f"{at}: {problem or 'matched'}")
         return count
+
+    def _lacking(self, graph: fx.Graph) -> str:
+        """The ops of ours that the graph lacks for the pattern; empty where it has those of one. Patterns are not traced."""
+        overloads = (node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+        there = {target._opname for target in overloads if target.namespace == NAMESPACE}
+        lacking = [sorted(case.ops - there) for case in self.cases]
+        return " and no ".join(lacking[0]) if all(lacking) else ""
 
     def find(self, anchor: fx.Node, traced: dict[str, Traced] | None = None) -> Site | str:
         """The site at a node with the anchor's op, or how far the match got and why it stopped.
@@ -154,14 +159,16 @@ class Rule:
         values = {name: node.meta["val"] for name, node in nodes.items()}
         for name, value in values.items():
             if value.dtype != form.dtypes[name]:
-                wanted = dict.fromkeys(str(f.dtypes[name]) for f in self.forms if name in f.dtypes)
+                same = (f for f in self.forms if f.traced.anchor.target is anchor.target and name in f.dtypes)
+                wanted = dict.fromkeys(str(f.dtypes[name]) for f in same)
                 text = f"{name} has dtype {value.dtype}, rule wants {' or '.join(wanted)}"
                 return 2.0, text.replace("torch.", "")
         arguments = {**values, **form.constants, **found.numbers}
-        key = f"{form.pattern} {form.constants} {[(n, v.shape, v.stride(), v.dtype, v.device) for n, v in values.items()]}"
+        free = {name: value for name, value in found.numbers.items() if name in self.free}
+        key = f"{form.case.pattern} {form.constants} {free} {[(n, v.shape, v.stride(), v.dtype, v.device) for n, v in values.items()]}"
         if key not in traced:
             try:
-                traced[key] = self._trace(form.pattern, arguments, fake_mode_of(anchor.graph))
+                traced[key] = self._trace(form.case, arguments, fake_mode_of(anchor.graph), ())
             except Exception as error:  # noqa: BLE001 - shapes a pattern is not made for may raise anything in it
                 return 3.0, f"the pattern does not take these arguments: {error}"
         fitted = traced[key]
@@ -170,9 +177,10 @@ class Rule:
             return 4.0, f"sizes or numbers differ: {again.reason}"
         site = Site(
             nodes,
-            {name: arguments[name] for name in self.parameters},
-            tuple(again.nodes[output] for output in fitted.outputs),
-            tuple(again.nodes[call] for call in fitted.calls),
+            {name: arguments[name] for name in form.case.parameters},
+            tuple(again.nodes.get(output) for output in fitted.outputs),
+            tuple(again.nodes[call] for call in fitted.calls if call in again.nodes),
+            form.case.replacement,
         )
         reason = self.guard(site)
         return site if reason is None else (5.0, f"guard: {reason}")
@@ -180,40 +188,48 @@ class Rule:
     def _replace(self, site: Site, splicer: Splicer) -> str | None:
         """Put the replacement in; or the reason why it does not fit there."""
         matched = set(site.matched)
-        users = [user for output in site.outputs for user in output.users if user not in matched]
+        users = [user for output in site.outputs if output for user in output.users if user not in matched]
         if not users:
             return "nobody reads the result"
         first = min(users)
         late = next((name for name, node in site.nodes.items() if not node < first), None)
         if late is not None:
             return f"{late} is computed after the result is read"
-        arguments = [site.nodes.get(name, site.values[name]) for name in self.parameters]
+        arguments = [site.nodes.get(name, value) for name, value in site.values.items()]
         like = max(site.matched)
-        new = splicer.splice(first, self.replacement, arguments, like)
+        new = splicer.splice(first, site.replacement, arguments, like)
         results = new if isinstance(new, list | tuple) else (new,)
-        for old, fresh in zip(site.outputs, results, strict=True):
+        pairs = [(old, fresh) for old, fresh in zip(site.outputs, results, strict=True) if old is not None]
+        for old, fresh in pairs:
             a, b = _layout(old.meta["val"]), _layout(fresh.meta["val"])
             if a != b:
                 return f"result is {a}, the replacement gives {b}"
-        for old, fresh in zip(site.outputs, results, strict=True):
+        for old, fresh in pairs:
             old.replace_all_uses_with(fresh)
         return None
 
-    def _form(self, pattern: Callable[..., Any], sample: tuple[Any, ...]) -> _Form:
+    def _form(self, case: Case, sample: tuple[Any, ...]) -> _Form:
         with FakeTensorMode() as mode:
-            arguments = dict(zip(self.parameters, materialized(sample), strict=True))
+            arguments = dict(zip(case.parameters, materialized(sample), strict=True))
         dtypes = {name: value.dtype for name, value in arguments.items() if isinstance(value, Tensor)}
-        constants = {n: v for n, v in arguments.items() if n not in dtypes and not isinstance(v, float)}
-        return _Form(pattern, self._trace(pattern, arguments, mode), dtypes, constants)
+        bound = (*dtypes, *self.free)
+        constants = {n: v for n, v in arguments.items() if n not in bound and not isinstance(v, float)}
+        return _Form(case, self._trace(case, arguments, mode, self.free), dtypes, constants)
 
-    def _trace(self, pattern: Callable[..., Any], arguments: Mapping[str, Any], mode: Any) -> Traced:
+    def _trace(self, case: Case, arguments: Mapping[str, Any], mode: Any, free: Sequence[str]) -> Traced:
+        """``free``: ints whose place in the pattern is looked for; else they are part of it."""
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
         # a number that occurs nowhere else, and survives rounding, shows where the parameter went
-        floats = {(187 + 2 * i) / 256: name for i, (name, v) in enumerate(arguments.items()) if isinstance(v, float)}
-        numbers = {name: value for value, name in floats.items()}
+        marks: dict[float, str] = {}
+        for i, (name, value) in enumerate(arguments.items()):
+            if isinstance(value, float):
+                marks[(187 + 2 * i) / 256] = name
+            elif name in free:
+                marks[100003 + i] = name
+        numbers = {name: value for value, name in marks.items()}
 
         def on_tensors(*given: Tensor) -> Any:
-            return pattern(**{**arguments, **numbers, **dict(zip(tensors, given, strict=True))})
+            return case.pattern(**{**arguments, **numbers, **dict(zip(tensors, given, strict=True))})
 
         with mode:
             given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors.values()]
@@ -228,60 +244,20 @@ class Rule:
                 raise ValueError(f"{self.name}: want a pattern that uses its parameters, got one without use of {name}")
         if not all(isinstance(node, fx.Node) and node in calls for node in outputs):
             raise ValueError(f"{self.name}: want a pattern that computes what it returns, got {list(outputs)}")
-        return Traced(inputs, floats, outputs, self._anchor(calls), calls)  # type: ignore[arg-type]
+        return Traced(inputs, marks, outputs, self._anchor(calls), calls, self.shared)  # type: ignore[arg-type]
 
     def _anchor(self, calls: tuple[fx.Node, ...]) -> fx.Node:
         def fits(node: fx.Node) -> bool:
             if self.anchor is not None:
                 return node.target is self.anchor
             name = op_name(node.target).strip("_")
-            return node.target not in VIEWS and name not in _COMMON and not _gives_number(node)
+            return node.target not in VIEWS and name not in COMMON and not _gives_number(node)
 
         dialect = [n for n in calls if getattr(n.target, "namespace", "") == "deepfuse"] if self.anchor is None else []
         found = next((node for node in [*dialect, *calls] if fits(node)), None)
         if found is None:
-            raise self._no_anchor([op_name(call.target) for call in calls])
+            raise no_anchor(self.name, self.anchor, [op_name(call.target) for call in calls])
         return found
-
-    def _no_anchor(self, ops: list[str]) -> ValueError:
-        wanted = "an op rarer than these" if self.anchor is None else op_name(self.anchor)
-        return ValueError(f"{self.name}: want a pattern with an anchor to search for, {wanted}, got the ops {ops}")
-
-    def _check(self) -> None:
-        """What a registration refuses; on real zeros: torch imports for seconds before its first meta tensor."""
-        for fn in (*self.patterns, self.replacement):
-            if list(inspect.signature(fn).parameters) != self.parameters:
-                raise ValueError(
-                    f"{self.name}: want {fn.__name__} with the parameters {self.parameters} of the pattern, "
-                    f"got {list(inspect.signature(fn).parameters)}"
-                )
-        for sample in self.samples:
-            if len(sample) != len(self.parameters):
-                raise ValueError(f"{self.name}: want samples of {self.parameters}, got {sample}")
-            arguments = materialized(sample, zeros=True)
-            want = _shapes(self.replacement(*arguments))
-            for pattern in self.patterns:
-                with _Recorded() as seen:
-                    got = _shapes(pattern(*arguments))
-                if self.anchor is None and seen.names <= _COMMON:
-                    raise self._no_anchor(sorted(seen.names - {"get"}))
-                if got != want:
-                    raise ValueError(
-                        f"{self.name}: want a replacement that gives what the {pattern.__name__} gives, {got}, got {want}, "
-                        f"for {sample}"
-                    )
-
-
-class _Recorded(TorchFunctionMode):
-    """Names of the functions called. A dispatch mode would see ops, but imports Dynamo for that."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.__name__.partition(".")[0].strip("_"))
-        return func(*args, **(kwargs or {}))
 
 
 def fusion(*, stage: Stage, saves: str, kind: Kind = "exact") -> Callable[[Any], Pass]:
@@ -343,11 +319,6 @@ def _layout(value: Any) -> str:
 
 def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
-
-
-def _shapes(result: Any) -> list[str]:
-    results = result if isinstance(result, list | tuple) else (result,)
-    return [f"{str(r.dtype).removeprefix('torch.')}{list(r.shape)}" for r in results]
 
 
 def _gives_number(node: fx.Node) -> bool:

@@ -5,7 +5,8 @@ word where a re-trace fails, an operand's dtype is one it knows no fallback for,
 
 A pattern is matched node by node. Operands of commutative ops are tried in both orders; views may have other users
 (they compute nothing), other inner nodes may not. Numbers that the pattern takes as parameters are bound; sizes and
-dimensions are left open at first (``exact=False``), until the pattern is traced again for the site's own arguments.
+dimensions are left open at first (``exact=False``), until the pattern is traced again for the site's own arguments. Of an
+op's several results those that the pattern returns may be missing: nobody reads them.
 """
 
 import operator
@@ -61,17 +62,19 @@ class Traced:
 
     Attributes:
         inputs: tensor parameter -> its placeholder.
-        floats: the value a number had while tracing -> the parameter it stands for.
+        marks: the value a number had while tracing -> the parameter it stands for.
         outputs: what the pattern returns.
         anchor: where matching begins.
         calls: all nodes but placeholders and the output, in order.
+        shared: ops whose results others than the pattern may read, too.
     """
 
     inputs: Mapping[str, fx.Node]
-    floats: Mapping[float, str]
+    marks: Mapping[float, str]
     outputs: tuple[fx.Node, ...]
     anchor: fx.Node
     calls: tuple[fx.Node, ...]
+    shared: frozenset[Any] = frozenset()
 
 
 @dataclass(slots=True)
@@ -139,9 +142,11 @@ class _Search:
             else:
                 self._stop(found, f"{_param(wanted)} is {got}, rule wants a tensor")
             return
-        if not isinstance(got, fx.Node) or got.op != "call_function" or not _same_target(wanted.target, got.target):
+        if not isinstance(got, fx.Node) or got.op != "call_function" or not _same_call(wanted, got):
             names = _text(got), op_name(wanted.target)
-            if names[0] == names[1]:  # two overloads of one op
+            if wanted.target is getattr(got, "target", None) is operator.getitem:
+                names = _result(got), f"result {wanted.args[1]}"
+            elif names[0] == names[1]:  # two overloads of one op
                 names = str(got.target), str(wanted.target)
             self._stop(found, f"{names[0]} stands where the rule wants {names[1]}")
             return
@@ -198,11 +203,11 @@ class _Search:
                 return None
             return f"is {_plain(theirs)}, rule wants {_plain(ours)}"
         ours, theirs = _plain(ours), _plain(theirs)
-        if isinstance(ours, float) and ours in self.traced.floats:
-            name = self.traced.floats[ours]
-            if not isinstance(theirs, int | float) or isinstance(theirs, bool):
+        if type(ours) in (int, float) and ours in self.traced.marks:
+            name = self.traced.marks[ours]
+            if not isinstance(theirs, type(ours) | int) or isinstance(theirs, bool):
                 return f"is {_text(theirs)}, rule wants a number"
-            if found.numbers.setdefault(name, float(theirs)) == theirs:
+            if found.numbers.setdefault(name, type(ours)(theirs)) == theirs:
                 return None
             return f"is {theirs}, but {name} was {found.numbers[name]} before"
         if _is_size(ours) and _is_size(theirs) and not self.exact:
@@ -221,17 +226,20 @@ class _Search:
                 continue
             source = found.nodes[from_]
             # what the operand is used by, the nearest first
-            users = [u for u in source.users if _same_target(wanted.target, u.target) and u not in found.nodes.values()]
+            users = [u for u in source.users if _same_call(wanted, u) and u not in found.nodes.values()]
+            if self._unread(found, wanted):
+                continue
             if not users:
                 names = ", ".join(sorted(op_name(u.target) if u.op == "call_function" else u.op for u in source.users))
                 self._stop(
-                    found, f"result of {_text(source)} is used by {names}, rule wants it in {op_name(wanted.target)}"
+                    found,
+                    f"{_result(source)} is used by {names or 'nobody'}, rule wants it in {op_name(wanted.target)}",
                 )
                 return
             for user in users:
                 yield from self.solve(found, [(wanted, user)])
             return
-        if len([n for n in self.traced.calls if n in found.nodes]) < len(self.traced.calls):
+        if not all(n in found.nodes or self._unread(found, n) for n in self.traced.calls):
             self._stop(found, "the rest of the pattern does not hang together with its anchor")
             return
         problem = self._shared(found)
@@ -240,18 +248,37 @@ class _Search:
         else:
             yield found
 
+    def _unread(self, found: Found, wanted: fx.Node) -> bool:
+        """Whether this is one of several results of a call, which the pattern returns and the graph has no reader of."""
+        if wanted.target is not operator.getitem or wanted not in self.traced.outputs:
+            return False
+        if any(user.op != "output" for user in wanted.users):
+            return False
+        (source,) = wanted.all_input_nodes
+        return source in found.nodes and not any(_same_call(wanted, user) for user in found.nodes[source].users)
+
     def _shared(self, found: Found) -> str | None:
         """Why an inner node cannot be dropped: somebody else reads it."""
         matched = set(found.nodes.values())
-        for wanted in self.traced.calls:
-            node = found.nodes[wanted]
-            if wanted in self.traced.outputs or node.target in VIEWS or _is_number(node.meta.get("val")):
+        for wanted, node in found.nodes.items():
+            if wanted.op == "placeholder" or self._stays(found, wanted):
                 continue
             if any(user not in matched for user in node.users):
                 users = [op_name(u.target) if u.op == "call_function" else u.op for u in node.users]
-                who = "" if node is found.nodes[self.traced.anchor] else f" of {_text(node)}"
-                return f"result{who} has {len(users)} users: {', '.join(users)}"
+                who = "result" if node is found.nodes[self.traced.anchor] else _result(node)
+                return f"{who} has {len(users)} users: {', '.join(users)}"
         return None
+
+    def _stays(self, found: Found, wanted: fx.Node) -> bool:
+        """Whether a node may have other users: it is returned, a number, shared, or a view of what is returned or given."""
+        if wanted in self.traced.outputs or _is_number(found.nodes[wanted].meta.get("val")):
+            return True
+        if wanted.target in self.traced.shared:
+            return True
+        if found.nodes[wanted].target not in VIEWS:
+            return False
+        source = next(n for n in wanted.all_input_nodes if isinstance(n.meta.get("val"), Tensor | list | tuple))
+        return source.op == "placeholder" or self._stays(found, source)
 
     def _stop(self, found: Found, reason: str) -> None:
         reached = sum(n in found.nodes for n in self.traced.calls)
@@ -301,8 +328,11 @@ def _dim_of_slice(node: fx.Node) -> Any:
     return node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
 
 
-def _same_target(ours: Any, theirs: Any) -> bool:
-    return ours is theirs or (ours in _RESHAPES and theirs in _RESHAPES)
+def _same_call(ours: fx.Node, theirs: fx.Node) -> bool:
+    """Whether two nodes call the same op; of several results, take the same one."""
+    if ours.target is theirs.target is operator.getitem:
+        return bool(ours.args[1] == theirs.args[1])
+    return ours.target is theirs.target or (ours.target in _RESHAPES and theirs.target in _RESHAPES)
 
 
 def _plain(value: Any) -> Any:
@@ -334,3 +364,9 @@ def _text(value: Any) -> str:
     if not isinstance(value, fx.Node):
         return f"the constant {value}" if value is not None else "nothing"
     return op_name(value.target) if value.op == "call_function" else f"the input {value.name}"
+
+
+def _result(node: fx.Node) -> str:
+    if node.target is operator.getitem:
+        return f"result {node.args[1]} of {_text(node.args[0])}"
+    return f"result of {_text(node)}"

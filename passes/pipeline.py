@@ -20,14 +20,18 @@ import deepfuse.ir.op
 import deepfuse.passes
 from deepfuse.passes.absorb_mla import absorb_mla
 from deepfuse.passes.eliminate_no_ops import eliminate_no_ops
+from deepfuse.passes.fuse_norm_quantize import FuseNormQuantize
+from deepfuse.passes.fuse_permute_quantize import FusePermuteQuantize
 from deepfuse.passes.fuse_quantized_experts import FuseQuantizedExperts
-from deepfuse.passes.fuse_quantized_matmul import FuseQuantizedMatmul, FuseQuantizedMatmulBias
+from deepfuse.passes.fuse_quantized_matmul import FuseQuantizedMatmul
+from deepfuse.passes.fuse_swiglu_quantize import FuseSwigluQuantize
 from deepfuse.passes.lower import lower
 from deepfuse.passes.recognize_linear import RecognizeLinear
 from deepfuse.passes.recognize_norm import RecognizeNorm
 from deepfuse.passes.recognize_rotary import RecognizeRotary
 from deepfuse.passes.recognize_swiglu import RecognizeSwiglu
 from deepfuse.passes.record import STAGES, Pass
+from deepfuse.passes.share_quantize import share_quantize
 
 DEFAULT: tuple[Any, ...] = (  # of passes; mypy takes a decorated class for a class
     eliminate_no_ops,  # what gives back its operand
@@ -36,8 +40,11 @@ DEFAULT: tuple[Any, ...] = (  # of passes; mypy takes a decorated class for a cl
     RecognizeRotary,
     RecognizeLinear,
     absorb_mla,  # decode attends in latent space
-    FuseQuantizedMatmulBias,  # products take FP8 numbers as they are
-    FuseQuantizedMatmul,
+    share_quantize,  # an activation is quantized once, however many layers read it
+    FuseNormQuantize,  # and by the kernel that computes it
+    FuseSwigluQuantize,
+    FusePermuteQuantize,
+    FuseQuantizedMatmul,  # products take the FP8 numbers as they are
     FuseQuantizedExperts,
     lower,  # each remaining op to the provider for its device
 )

@@ -64,7 +64,7 @@ class Launch:
 
     Attributes:
         kind: what sort.
-        name: op and provider of a call; what a region's stored loops compute.
+        name: op and provider of a call; what a region's stored loops compute, each once.
         kernels: how many launches it takes.
         activation_bytes: read and written of tensors that are not made of weights alone.
         weight_bytes: of the others.
@@ -249,7 +249,7 @@ class _Counting:
         for loop in region.loops:
             if any(self._outside(reader, members) for reader in self._readers(loop)):
                 moved[loop in self.of_weights] += _written(loop)
-        name = " + ".join(_packet(n) for n in region.loops)
+        name = " + ".join(dict.fromkeys(_packet(n) for n in region.loops))
         return Launch("region", name, 1, moved[False], moved[True], tuple(region.loops))
 
     def _outside(self, reader: fx.Node, members: set[fx.Node]) -> bool:
@@ -282,6 +282,8 @@ class _Counting:
             bytes_moved, kernels = whole, 1
         # of a cache the cost has what is read, and of experts only those with rows
         activations = bytes_moved - of_weights if of_weights <= bytes_moved else whole - of_weights
+        if node in self.of_weights:
+            activations = 0
         return Launch(kind, name, kernels, activations, bytes_moved - activations, (node,))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from deepfuse.ir.printer import graph_text, run_text, where
+from deepfuse.ir.printer import graph_text, run_text, source_line, where
 from deepfuse.ops.add_rms_norm import add_rms_norm
 from deepfuse.ops.expert_permute import expert_permute
 from deepfuse.ops.rms_norm import rms_norm
@@ -151,3 +151,15 @@ def test_a_line_says_where_it_comes_from() -> None:
     node = module.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)[0]
     node.meta["nn_module_stack"] = {"a": ("L['self'].layers[3].mlp", nn.Module)}
     assert "# float32[3]  layers.3.mlp" in assert_same_values(module, torch.ones(3))
+
+
+def test_the_line_of_a_call_of_ours_is_the_callers() -> None:
+    lines: list[str] = []
+
+    def look(gm: fx.GraphModule, inputs: list[Tensor]) -> Any:
+        lines.extend(source_line(node) for node in gm.graph.nodes if node.op == "call_function")
+        return gm.forward
+
+    torch.compile(lambda x, weight: rms_norm(x, weight, 1e-6), backend=look)(torch.randn(2, 4), torch.randn(4))
+    code = test_the_line_of_a_call_of_ours_is_the_callers.__code__
+    assert lines == [f"test_printer.py:{code.co_firstlineno + 7}"]

@@ -18,10 +18,10 @@ from graphs import assert_same_graph
 
 RULES = [p for p in DEFAULT if p.rule is not None]
 CASES = [
-    pytest.param(p, pattern, sample, id=f"{p.name}-{pattern.__name__}-{i}")
+    pytest.param(p, case, sample, id=f"{p.name}-{case.pattern.__name__}-{i}")
     for p in RULES
-    for pattern in p.rule.patterns
-    for i, sample in enumerate(p.rule.samples)
+    for case in p.rule.cases
+    for i, sample in enumerate(case.samples)
 ]
 
 
@@ -36,24 +36,24 @@ def graph_of(fn, arguments):
         return traced(on_tensors, [mode.from_tensor(t) for t in tensors]), tensors
 
 
-@pytest.mark.parametrize(("p", "pattern", "sample"), CASES)
-def test_a_pattern_becomes_the_replacement(p, pattern, sample, monkeypatch):
+@pytest.mark.parametrize(("p", "case", "sample"), CASES)
+def test_a_pattern_becomes_the_replacement(p, case, sample, monkeypatch):
     # a guard may want to see where an input comes from, and a pattern alone has only inputs
     monkeypatch.setattr(p.rule, "guard", lambda site: None)
     arguments = materialized(sample)
-    gm, tensors = graph_of(pattern, arguments)
+    gm, tensors = graph_of(case.pattern, arguments)
     notes = []
     with noting(notes):
         assert p(gm.graph) == 1, notes
         assert any(note.endswith(": matched") for note in notes)
     gm.graph.eliminate_dead_code()
     gm.recompile()
-    expected, _ = graph_of(p.rule.replacement, arguments)
+    expected, _ = graph_of(case.replacement, arguments)
     expected.graph.eliminate_dead_code()
     assert_same_graph(gm, expected)
     assert p(gm.graph) == 0
 
-    got, want = gm(*tensors), pattern(*arguments)
+    got, want = gm(*tensors), case.pattern(*arguments)
     pairs = [(got, want)] if isinstance(want, Tensor) else zip(got, want, strict=True)
     for a, b in pairs:
         bound = EXACT if p.kind == "exact" else p.rule.tolerance.get(b.dtype, DEFAULT_TOLERANCE[b.dtype])

@@ -124,6 +124,111 @@ def test_an_inner_result_that_others_read_stops_a_match():
     assert "result of rms_norm is used by exp, rule wants it in pow" in notes[0]
 
 
+def test_a_view_of_an_inner_result_that_others_read_stops_a_match():
+    @fusion(stage="semantic", saves="a launch")
+    class ExpOfHalf:
+        def pattern(x):
+            return x.exp()[:, :8].sin()
+
+        def replacement(x):
+            return x[:, :8].exp().sin()
+
+        samples = [("float32[3, 16]",)]
+
+    def shared(x):
+        half = x.exp()[:, :8]
+        return half.sin(), half + 1
+
+    x = torch.randn(3, D)
+    _, count, notes = rewritten(ExpOfHalf, shared, x)
+    assert count == 0 and notes[0].endswith("result of slice has 2 users: sin, add")
+    # a view of an input computes nothing
+    _, count, _ = rewritten(FuseAddNorm, lambda x, r, w: (rms_norm(x.t().t() + r, w, 0.5), x.t()), *arguments())
+    assert count == 1
+
+
+@fusion(stage="semantic", saves="a read of the sum")
+class FuseSum:
+    """One with a residual, one without, each with results of its own."""
+
+    def pattern(x, weight, eps):
+        return rms_norm(x, weight, eps).exp()
+
+    def replacement(x, weight, eps):
+        return rms_norm(x, weight, eps).exp().clone()
+
+    def pattern_add(x, residual, weight, eps):
+        y, h = add_rms_norm(x, residual, weight, eps)
+        return y.exp(), h
+
+    def replacement_add(x, residual, weight, eps):
+        h = x + residual
+        return rms_norm(h, weight, eps).exp(), h
+
+    samples = [("float32[3, 16]", "float32[16]", 1e-6)]
+    samples_add = SAMPLES
+
+
+def test_a_form_has_a_replacement_and_samples_of_its_own():
+    x, r, w = arguments()
+
+    def before(x, r, w):
+        y, h = add_rms_norm(x, r, w, 1e-5)
+        return rms_norm(h, w, 1e-5).exp(), y.exp()
+
+    gm, count, notes = rewritten(FuseSum, before, x, r, w)
+    assert count == 2 and all(n.endswith("matched") for n in notes)
+    for got, want in zip(gm(x, r, w), before(x, r, w), strict=True):
+        assert torch.equal(got, want)
+    # bfloat16 is in the samples of one form only
+    _, count, notes = rewritten(FuseSum, before, *arguments(dtype=torch.bfloat16))
+    assert count == 1 and "rms_norm at rms_norm: x has dtype bfloat16, rule wants float32" in notes
+
+
+def test_a_result_that_nobody_reads_need_not_be_there():
+    x, r, w = arguments()
+    gm, count, _ = rewritten(FuseSum, lambda x, r, w: add_rms_norm(x, r, w, 1e-5)[0].exp(), x, r, w)
+    assert count == 1
+    assert torch.equal(gm(x, r, w), add_rms_norm(x, r, w, 1e-5)[0].exp())
+    # the other result cannot be missing: what is made of it is replaced
+    _, count, notes = rewritten(FuseSum, lambda x, r, w: add_rms_norm(x, r, w, 1e-5)[1], x, r, w)
+    assert count == 0 and notes[0].endswith("result 0 of add_rms_norm is used by nobody, rule wants it in exp")
+
+
+@pytest.mark.parametrize("experts", [3, 100])
+def test_free_integers_are_those_of_the_site(experts):
+    from deepfuse.ops.expert_permute import expert_permute
+
+    @fusion(stage="semantic", saves="nothing")
+    class Permute:
+        def pattern(x, experts, num_experts):
+            rows, order, inverse, offsets = expert_permute(x, experts, num_experts)
+            return rows.exp(), order, inverse, offsets
+
+        def replacement(x, experts, num_experts):
+            return expert_permute(x.exp(), experts, num_experts)
+
+        free = ("num_experts",)
+        samples = [("float32[3, 16]", "int64[3, 1]", 4)]
+
+    def before(x, chosen):
+        rows, *places = expert_permute(x, chosen, experts)
+        return rows.exp(), *places
+
+    x, chosen = torch.randn(5, 8), torch.randint(3, (5, 1))
+    gm, count, notes = rewritten(Permute, before, x, chosen)
+    assert count == 1, notes
+    for got, want in zip(gm(x, chosen), before(x, chosen), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_graph_without_the_ops_of_a_rule_is_not_searched(monkeypatch):
+    monkeypatch.setattr(FuseAddNorm.rule, "_forms", None)
+    monkeypatch.setattr(FuseAddNorm.rule, "_form", lambda *_: pytest.fail("a pattern was traced"))
+    _, count, notes = rewritten(FuseAddNorm, lambda x, r, w: x + r * w, *arguments())
+    assert (count, notes) == (0, ["nothing to do: the graph has no rms_norm"])
+
+
 def test_an_input_that_comes_too_late_stops_a_match():
     def late(x, r, w):
         h = x + r
@@ -179,7 +284,8 @@ def declare(**members):
     cls = type(
         "SomeRule",
         (),
-        {"samples": SAMPLES, "pattern": FuseAddNorm.rule.patterns[0], "replacement": add_rms_norm.reference} | members,
+        {"samples": SAMPLES, "pattern": FuseAddNorm.rule.cases[0].pattern, "replacement": add_rms_norm.reference}
+        | members,
     )
     return fusion(stage="semantic", saves="nothing")(cls)
 
@@ -193,10 +299,16 @@ def declare(**members):
         ({"replacement": lambda x, residual, weight: (x, x)}, r"want <lambda> with the parameters \['x', 'residual'"),
         ({"pattern": lambda x, residual, weight, eps: (x + residual, (x * weight).t().t())}, "want a pattern with an anchor"),
         ({"samples": []}, "got no samples"),
+        ({"replacement_other": add_rms_norm.reference}, "want pattern_other for replacement_other, got none"),
+        ({"samples_other": SAMPLES}, "want pattern_other for samples_other, got none"),
+        ({"free": ("eps",)}, "want free parameters that are ints, got eps = 1e-06"),
         ({"samples": [("float32[3, 16]",)]}, "want samples of"),
         ({"samples": [("floaty[3]", "float32[3]", "float32[3]", 1e-6)]}, r"want tensors as 'bfloat16\[3, 128\]', got 'floaty"),
     ],
-    ids=["shape", "dtype", "results", "parameters", "anchor", "samples", "arity", "sample"],
+    ids=[
+        "shape", "dtype", "results", "parameters", "anchor", "samples", "replacement without pattern",
+        "samples without pattern", "free", "arity", "sample",
+    ],
 )  # fmt: skip
 def test_a_registration_refuses(members, message):
     with pytest.raises(ValueError, match=message):
@@ -210,3 +322,30 @@ def test_refusals_name_the_rule():
         fusion(stage="early", saves="")
     with pytest.raises(ValueError, match="want kind out of"):
         fusion(stage="semantic", saves="", kind="rough")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_others_read_too_stays_for_them_where_a_rule_says_so(shared):
+    @fusion(stage="semantic", saves="nothing", kind="reassociating")
+    class TwoNorms:
+        anchor = torch.ops.aten.tanh.default
+
+        def pattern(x, weight, eps):
+            return rms_norm(x, weight, eps).tanh()
+
+        def replacement(x, weight, eps):
+            return -rms_norm(-x, weight, eps).neg().tanh().neg()
+
+        samples = [(f"float32[3, {D}]", f"float32[{D}]", 1e-6)]
+
+    TwoNorms.rule.shared = frozenset([rms_norm.overload] if shared else [])
+
+    def before(x, r, w):
+        y = rms_norm(x, w, 0.5)
+        return y.tanh() + r, y * 2
+
+    args = arguments()
+    gm, count, notes = rewritten(TwoNorms, before, *args)
+    assert count == shared
+    assert notes[0].endswith(": matched" if shared else "result of rms_norm has 2 users: tanh, mul")
+    torch.testing.assert_close(gm(*args), before(*args))
