@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from deepfuse.ir.private import storage_id
 from deepfuse.ir.tolerance import DEFAULT_TOLERANCE, ONE_FLOAT8_STEP, Tolerance
 from deepfuse.ops.append_latent_fp8 import unpacked_rows
 from deepfuse.passes.mutation import is_mutation, is_of_a_view, mutation_arguments
@@ -104,10 +105,31 @@ def caches_in_fp8(graph: fx.Graph) -> dict[int, int]:
 
 def _run(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     """Results, and the inputs as they are afterwards."""
-    given = [i.detach().clone() if isinstance(i, Tensor) else i for i in inputs]
+    given = _cloned(inputs)
     with torch.no_grad():
         results = gm(*given)
     return [*torch.utils._pytree.tree_leaves(results), *given]
+
+
+def _cloned(inputs: Sequence[Any]) -> list[Any]:
+    """Copies of the inputs, of which those share memory that did: a graph may read one through another."""
+    tensors = {i: x.detach() for i, x in enumerate(inputs) if isinstance(x, Tensor)}
+    together: dict[int, list[int]] = {}
+    for i, x in tensors.items():
+        together.setdefault(storage_id(x), []).append(i)
+    out = list(inputs)
+    for places in together.values():
+        first = tensors[places[0]]
+        if len(places) == 1:
+            out[places[0]] = first.clone()
+            continue
+        storage = first.untyped_storage().clone()
+        for i in places:
+            x = tensors[i]
+            out[i] = torch.empty(0, dtype=x.dtype, device=x.device).set_(
+                storage, x.storage_offset(), x.shape, x.stride()
+            )
+    return out
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ from deepfuse.runtime.report import Report
 from deepfuse.runtime.requirements import check_device, check_memory, missing_for_compilation
 from deepfuse.runtime.tokenizer import Tokenizer
 from deepfuse.runtime.trainer import Trainer, Training
+from deepfuse.runtime.weight_layout import lay_side_by_side, layout_key
 
 SHIPPED = Path(deepfuse.__file__).parent / "models"
 """Presets whose weights come with the library lie here, by name."""
@@ -178,12 +179,14 @@ def build(
         causal_lm = _weights(cfg, folder, wanted, dtype, seed, in_fp8=in_fp8, activations=activations)
     if training is not None:
         return Trainer(causal_lm, training, compile=compile, pipeline=pipeline, how=how, fp8=online)
+    if not built:
+        lay_side_by_side(causal_lm)
 
     # before a minute of compiling: these files may be damaged as well
     defaults = GenerationConfig() if folder is None else GenerationConfig.from_folder(folder)
     tokenizer = None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder)
     row = device_row(wanted)
-    settings = {"providers": forced, "device": row, "max_seq_len": length}
+    settings = {"providers": forced, "device": row, "max_seq_len": length, "layout": layout_key(causal_lm)}
     runner = Runner(pipeline, settings, **{**how, "verify": False})
     kept_apart = {**settings, "strict": runner.strict}
     key = f"{_key(pipeline, kept_apart, cfg, dtype, wanted, {**room, 'cache': cached})}-{_module_key(causal_lm)}"
