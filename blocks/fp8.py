@@ -145,11 +145,12 @@ def put(values: Tensor, scale: Tensor, weight: Tensor) -> None:
     """Quantize ``weight [..., N, K]`` into memory for it."""
     if weight.is_meta:
         return
-    # a matrix at a time: quantization works in float32
-    for at in range(weight.shape[0]) if weight.ndim > 2 else (...,):
-        new_values, new_scale = quantize(weight[at], E4M3, BLOCK, BLOCK, False)
-        values[at].copy_(new_values)
-        scale[at].copy_(new_scale)
+    # a row of blocks at a time: quantization works in float32, with several times its argument
+    for i in range(scale.shape[-2]):
+        rows = (..., slice(i * BLOCK, (i + 1) * BLOCK), slice(None))
+        new_values, new_scale = quantize(weight[rows], E4M3, BLOCK, BLOCK, False)
+        values[rows].copy_(new_values)
+        scale[..., i : i + 1, :].copy_(new_scale)
 
 
 def _rounded(x: Tensor, compute: torch.dtype) -> Tensor:

@@ -66,6 +66,18 @@ def widen_scale(scale):
 
 
 @triton.jit
+def load_column_scales(ptrs):
+    """Scales that belong to the columns of a product's tile, as float32.
+
+    Each is read twice. Where reads are fewer than threads, Triton takes them for cheap and lets every thread read all
+    that it multiplies by: 32 of them, whose addresses took the registers of the sums.
+    """
+    twice = widen_scale(tl.load(tl.broadcast_to(ptrs[:, None], (ptrs.shape[0], 2))))
+    # of integers, as the larger of two NaN must be NaN
+    return tl.max(twice.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _dequantize_kernel(
     values_ptr,
     scale_ptr,

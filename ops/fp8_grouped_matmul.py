@@ -22,18 +22,17 @@ from deepfuse.ir.private import materialize
 from deepfuse.ops.dequantize import check_scale, dequantize_ref, in_memory, widen_scale
 from deepfuse.ops.grouped_matmul import few_rows, group_of_rows
 from deepfuse.ops.grouped_matmul_wgrad import groups
+from deepfuse.ops.k_major import k_major
 from deepfuse.ops.quantize import FP8_DTYPES, quantize_ref, scale_shape
 
 
 def fp8_grouped_matmul_ref(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    ends, M = offsets.tolist(), x.shape[0]
-    if ends and (ends != sorted(ends) or ends[0] < 0 or ends[-1] != M):
-        raise ValueError(f"fp8_grouped_matmul: want offsets that never decrease and end at M = {M}, got {ends}")
+    check_ends("fp8_grouped_matmul", offsets, x.shape[0])
     compute = torch.promote_types(dtype, torch.float32)
     x_MK = dequantize_ref(x, x_scale, 1, 128, compute)
-    y_MN = x_MK.new_zeros(M, weight.shape[1])
+    y_MN = x_MK.new_zeros(x.shape[0], weight.shape[1])
     for e, rows in groups(offsets):
         # a matrix at a time: all of them in float32 may be more than memory holds
         torch.mm(x_MK[rows], dequantize_ref(weight[e], weight_scale[e], 128, 128, compute).t(), out=y_MN[rows])
@@ -51,12 +50,19 @@ def _gather(
     return (weight_MNK * x_MK[:, None]).sum(-1).to(dtype)
 
 
+def check_ends(op: str, offsets: Tensor, M: int) -> None:
+    """Refuse offsets that are no ends of groups. Reads them, which only a reference may."""
+    ends = offsets.tolist()
+    if ends and (ends != sorted(ends) or ends[0] < 0 or ends[-1] != M):
+        raise ValueError(f"{op}: want offsets that never decrease and end at M = {M}, got {ends}")
+
+
 @triton.jit
 def _fp8_grouped_matmul_kernel(
     x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, ends_ptr, y_ptr, x_stride, x_scale_stride_e, x_scale_stride_m,
-    x_scale_stride_k, weight_stride_e, weight_stride_n, weight_stride_k, weight_scale_stride_e, weight_scale_stride_n,
-    weight_scale_stride_k, M, E, N, K, capacity, row_tiles, MASKED: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RASTER: tl.constexpr, SWAP: tl.constexpr,
+    x_scale_stride_k, weight_stride_e, weight_stride_n, weight_scale_stride_e, weight_scale_stride_n,
+    weight_scale_stride_k, M, E, N, K, capacity, row_tiles, MASKED: tl.constexpr, WHOLE_K: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RASTER: tl.constexpr, SWAP: tl.constexpr,
     DOT_FLOAT32: tl.constexpr,
 ):  # fmt: skip
     """One tile of one group's rows a program. The grid holds as many tiles as there can be; the surplus returns.
@@ -76,7 +82,9 @@ def _fp8_grouped_matmul_kernel(
         tiles_per_group = tl.cdiv(capacity, BLOCK_M)
         group = tile // tiles_per_group
         m = (tile % tiles_per_group) * BLOCK_M + tl.arange(0, BLOCK_M)
-        live = m < tl.minimum(tl.load(ends_ptr + group), capacity)
+        count = tl.minimum(tl.load(ends_ptr + group), capacity)
+        live = m < count
+        m_read = tl.maximum(tl.minimum(m, count - 1), 0)
         written = m < capacity
         depth = tl.where(tl.sum(live.to(tl.int32), 0) > 0, K, 0)
         x_ptr += group.to(tl.int64) * capacity * x_stride
@@ -96,13 +104,16 @@ def _fp8_grouped_matmul_kernel(
         m = begin + tile_in_group * BLOCK_M + tl.arange(0, BLOCK_M)
         # wrong offsets must not reach what is not x
         live = (m >= 0) & (m < tl.minimum(end, M))
+        m_read = tl.maximum(tl.minimum(m, tl.minimum(end, M) - 1), 0)
         written = live
         depth = K
 
-    # of rows: pointers to every element would take the registers of the sums
-    x_rows = x_ptr + m.to(tl.int64) * x_stride
-    weight_rows = weight_ptr + group.to(tl.int64) * weight_stride_e + n.to(tl.int64) * weight_stride_n
-    x_scale_ptrs = x_scale_ptr + m.to(tl.int64) * x_scale_stride_m
+    # of rows: pointers to every element would take the registers of the sums. Beyond the last row the last is read again,
+    # so that loads need no mask; what comes of it is not stored
+    m_read, n_read = m_read.to(tl.int64), tl.minimum(n, N - 1).to(tl.int64)
+    x_rows = x_ptr + m_read * x_stride
+    weight_rows = weight_ptr + group.to(tl.int64) * weight_stride_e + n_read * weight_stride_n
+    x_scale_ptrs = x_scale_ptr + m_read * x_scale_stride_m
     # one number for the tile, read once a row: a scalar in a pipelined loop was seen to race (tritonbench 1163)
     weight_scale_ptrs = (
         weight_scale_ptr
@@ -113,10 +124,12 @@ def _fp8_grouped_matmul_kernel(
     acc = tl.zeros((BLOCK_N if SWAP else BLOCK_M, BLOCK_M if SWAP else BLOCK_N), tl.float32)
     for k0 in range(0, depth, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        x = tl.load(x_rows[:, None] + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
-        weight_ptrs = weight_rows[:, None] + k.to(tl.int64)[None, :] * weight_stride_k
-        weight = tl.load(weight_ptrs, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
-        scale = widen_scale(tl.load(x_scale_ptrs, mask=live, other=0)) * widen_scale(tl.load(weight_scale_ptrs))
+        if WHOLE_K:
+            x, weight = tl.load(x_rows[:, None] + k[None, :]), tl.load(weight_rows[:, None] + k[None, :])
+        else:
+            x = tl.load(x_rows[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
+            weight = tl.load(weight_rows[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
+        scale = widen_scale(tl.load(x_scale_ptrs)) * widen_scale(tl.load(weight_scale_ptrs))
         if DOT_FLOAT32:
             x, weight = x.to(tl.float32), weight.to(tl.float32)
         # a fresh accumulator each time
@@ -129,6 +142,8 @@ def _fp8_grouped_matmul_kernel(
     y = acc.to(y_ptr.dtype.element_ty)
     if SWAP:
         y = tl.trans(y)
+    if MASKED:
+        y = tl.where(live[:, None], y, 0.0)
     tl.store(y_ptr + m.to(tl.int64)[:, None] * N + n[None, :], y, mask=written[:, None] & (n < N)[None, :])
 
 
@@ -158,17 +173,12 @@ def launch_groups(
         return y
     if K == 0:
         return y.zero_()
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    x, weight = k_major(x), k_major(weight)
+    # zeros where K was no multiple of 16
+    K = x.shape[1]
     # of the rows a group has on average, so that few rows of a tile are padding
     rows = triton.next_power_of_2(triton.cdiv(M, E) if capacity is None else capacity)
     block_m, block_n, num_warps, num_stages = _tile(rows)
-    if weight.stride(2) != 1:
-        # what tensor cores want side by side is not: tiles go through registers, two at a time
-        block_n, num_stages = 64, 2
-    if (x.stride(0) | max(weight.stride()[1:]) | K) % 16:
-        # read byte by byte, each of which takes a register
-        block_m, block_n, num_warps, num_stages = 16, 64, 8, 2
     # a group wastes less than one tile
     row_tiles = M // block_m + min(E, M) if capacity is None else E * triton.cdiv(capacity, block_m)
     x_scale, weight_scale = in_memory(x_scale), in_memory(weight_scale)
@@ -181,7 +191,7 @@ def launch_groups(
         y,
         x.stride(0),
         *x_scale.stride(),
-        *weight.stride(),
+        *weight.stride()[:2],
         *weight_scale.stride(),
         M,
         E,
@@ -190,6 +200,7 @@ def launch_groups(
         capacity or 0,
         row_tiles,
         MASKED=capacity is not None,
+        WHOLE_K=K % 128 == 0,
         BLOCK_E=triton.next_power_of_2(E),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -306,7 +317,7 @@ fp8_grouped_matmul = define(
 Args:
     x: ``[M, K]`` float8, rows sorted by group.
     x_scale: ``[M, ceil(K / 128)]``, one for each row and 128 columns; ``quantize`` gives the memory layout.
-    weight: ``[E, N, K]`` float8; may be transposed in its last two dimensions, which is slower.
+    weight: ``[E, N, K]`` float8. Copied where K is not contiguous, as in the gradient of the input, or no multiple of 16.
     weight_scale: ``[E, ceil(N / 128), ceil(K / 128)]``, one for each 128 x 128; dtype of ``x_scale``.
     offsets: ``[E]`` int32, end of each group's rows, never decreasing; the last is M. Stays on the device: no
         synchronisation.

@@ -25,7 +25,8 @@ from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
 from deepfuse.ir.provider import at_most
 from deepfuse.ir.tolerance import Tolerance
-from deepfuse.ops.dequantize import check_scale, dequantize_ref, in_memory, widen_scale
+from deepfuse.ops.dequantize import check_scale, dequantize_ref, in_memory, load_column_scales, widen_scale
+from deepfuse.ops.k_major import k_major
 from deepfuse.ops.linear import MATVEC_ROWS, matvec
 from deepfuse.ops.quantize import FP8_DTYPES, expand_scale, quantize, scale_shape
 
@@ -143,7 +144,10 @@ def _fp8_matmul_kernel(
     acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
         p_scale = widen_scale(tl.load(p_scale_ptrs))
-        q_scale = widen_scale(tl.load(q_scale_ptrs))
+        if P_ROWS == 1 and Q_ROWS == 1:
+            q_scale = load_column_scales(q_scale_ptrs)
+        else:
+            q_scale = widen_scale(tl.load(q_scale_ptrs))
         if WHOLE_K:
             p_tile = tl.load(p_ptrs)
             q_tile = tl.load(q_ptrs)
@@ -221,11 +225,9 @@ def _launch(
     y = torch.empty((M, N), dtype=dtype, device=a.device)
     if y.numel() == 0:
         return y
-    # tensor cores read FP8 along K only; rows that do not begin at 16 bytes would be read byte by byte
-    a, b = (t if t.stride(1) == 1 and t.stride(0) % 16 == 0 else t.contiguous() for t in (a, b))
-    if K % 16:
-        a, b = (functional.pad(t.view(torch.uint8), (0, -K % 128)).view(t.dtype) for t in (a, b))
-        K = a.shape[1]
+    a, b = k_major(a), k_major(b)
+    # zeros where K was no multiple of 16
+    K = a.shape[1]
     bias = bias if bias is None else bias.contiguous()
     residual_strides = (0, 0) if residual is None else residual.stride()
     block_p, block_q, num_warps, num_stages = _tile(M, N)
@@ -509,7 +511,7 @@ It has gradients for bias and residual. Those for what was quantized are product
 block that quantized writes out.
 
 Args:
-    a: ``[M, K]``, ``float8_e4m3fn`` or ``float8_e5m2``. Where K is not contiguous it is copied first.
+    a: ``[M, K]``, ``float8_e4m3fn`` or ``float8_e5m2``. Copied where K is not contiguous, or no multiple of 16.
     a_scale: ``[M, ceil(K / 128)]``, float32 or ``float8_e8m0fnu``, any strides (column-major is read best).
     b: ``[N, K]``, as ``a``.
     b_scale: ``[ceil(N / b_rows), ceil(K / 128)]``, dtype of ``a_scale``, any strides.

@@ -24,6 +24,7 @@ from deepfuse.passes.fuse_norm_quantize import FuseNormQuantize
 from deepfuse.passes.fuse_permute_quantize import FusePermuteQuantize
 from deepfuse.passes.fuse_quantized_experts import FuseQuantizedExperts
 from deepfuse.passes.fuse_quantized_matmul import FuseQuantizedMatmul
+from deepfuse.passes.fuse_quantized_wgrad import FuseQuantizedWgrad
 from deepfuse.passes.fuse_swiglu_quantize import FuseSwigluQuantize
 from deepfuse.passes.lower import lower
 from deepfuse.passes.recognize_linear import RecognizeLinear
@@ -46,6 +47,7 @@ DEFAULT: tuple[Any, ...] = (  # of passes; mypy takes a decorated class for a cl
     FusePermuteQuantize,
     FuseQuantizedMatmul,  # products take the FP8 numbers as they are
     FuseQuantizedExperts,
+    FuseQuantizedWgrad,
     lower,  # each remaining op to the provider for its device
 )
 

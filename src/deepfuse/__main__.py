@@ -27,6 +27,8 @@ class BuildOptions:
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: str = "auto"
     """auto (the checkpoint's), float32, bfloat16 or float16."""
+    quantize: Literal["auto", "none", "fp8", "fp8_weights"] = "auto"
+    """fp8: weights and activations; fp8_weights: weights alone; auto: as the checkpoint is; none: dequantize."""
     max_batch_size: int = 1
     max_seq_len: int | None = None
     without: tuple[str, ...] = ()
@@ -49,6 +51,7 @@ class BuildOptions:
             model,
             device=self.device,
             dtype=self.dtype,
+            quantize=None if self.quantize == "none" else self.quantize,
             max_batch_size=self.max_batch_size,
             max_seq_len=self.max_seq_len,
             passes=df.passes.default().without(*self.without),

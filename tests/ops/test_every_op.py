@@ -34,6 +34,7 @@ WITHOUT_KERNEL = {
 WITHOUT_OP = {
     "attention_arguments": "what mla_attention and its gradient are given",
     "dot": "a step of the kernels of matrix products",
+    "k_major": "how products of FP8 want their operands to lie",
 }
 """Modules of several ops' common ground, and what it is."""
 

@@ -91,6 +91,20 @@ def test_scales_of_any_stride_and_transposed_weights():
 
 
 @on_kernel_device
+@every_provider
+# few rows a group and many; sizes that are no multiples of 16, or of anything
+@pytest.mark.parametrize(("counts", "N", "K"), [([5, 0, 17], 144, 160), ([70, 60], 131, 40), ([150, 1], 200, 129)])
+def test_the_gradient_of_the_input(run, counts, N, K):
+    counts = torch.tensor(counts)
+    dy, weight = torch.randn(int(counts.sum()), N), torch.randn(len(counts), N, K)
+    dy_pair, (weight, scale) = quantize(dy, E4M3, 1, 128, False), quantize(weight, E4M3, 128, 128, False)
+    dx = run(*dy_pair, weight.transpose(1, 2), scale.transpose(1, 2), counts.cumsum(0).to(torch.int32), torch.float32)
+    dy = dequantize(*dy_pair, 1, 128, torch.float64)
+    weight = dequantize(weight, scale, 128, 128, torch.float64)[torch.arange(len(counts)).repeat_interleave(counts)]
+    _assert_near(dx, (torch.einsum("mn,mnk->mk", dy, weight), torch.einsum("mn,mnk->mk", dy.abs(), weight.abs())))
+
+
+@on_kernel_device
 def test_a_block_that_holds_nan_spoils_its_row_alone():
     (x, x_scale, *rest), _ = _arguments([3, 2], 16, 256)
     x_scale[1, 0] = float("nan")

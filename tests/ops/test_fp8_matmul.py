@@ -90,8 +90,9 @@ def test_more_programs_than_one_band_of_tiles(monkeypatch, M):
 
 @on_kernel_device
 @pytest.mark.parametrize("run", RUNS)
-def test_the_matrix_products_of_a_gradient(run):
-    T, N, K = 150, 72, 260
+# few tokens and many, one; sizes that are no multiples of 16, or of anything
+@pytest.mark.parametrize(("T", "N", "K"), [(150, 72, 260), (33, 130, 48), (1, 128, 576), (257, 65, 131)])
+def test_the_matrix_products_of_a_gradient(run, T, N, K):
     x, weight, dy = torch.randn(T, K), torch.randn(N, K), torch.randn(T, N)
     weight, weight_scale = quantize(weight, E4M3, 128, 128, False)
     # of the input: the same weight, read transposed

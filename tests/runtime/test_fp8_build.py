@@ -17,6 +17,7 @@ from deepfuse.blocks.model import CausalLM
 from deepfuse.runtime.build import _in_fp8, _module_key, _weights
 from deepfuse.runtime.checkpoint import save_checkpoint
 from deepfuse.runtime.config_json import read_config
+from deepfuse.runtime.quantize_checkpoint import quantize_checkpoint
 from deepfuse.runtime.shards import SINGLE
 from deepfuse.runtime.trainer import Trainer, Training
 from tiny_checkpoint import TINY, assert_same_state, change, load, model_of
@@ -120,6 +121,11 @@ def test_fp8_is_saved_and_loaded_without_loss(fp8_checkpoint: Path, tmp_path: Pa
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
+def test_a_quantized_checkpoint_is_what_a_build_makes(tmp_path: Path) -> None:
+    quantize_checkpoint(checkpoint(), tmp_path / "fp8")
+    assert_same_state(loaded(tmp_path / "fp8").state_dict(), built("fp8").engine.model.state_dict())
+
+
 def test_a_checkpoint_partly_in_fp8_is_kept_so(tmp_path: Path) -> None:
     plain, name = load_file(checkpoint() / SINGLE), "model.layers.0.self_attn.o_proj.weight"
     built("fp8").save(tmp_path)
@@ -216,6 +222,7 @@ def test_the_three_products_of_a_layer_are_fused() -> None:
     # uncompiled, forward and backward come apart
     assert [c["fuse_quantized_matmul"] for c in counts] == [linears, 2 * linears]
     assert [c["fuse_quantized_experts"] for c in counts] == [2, 2]
+    assert [c["fuse_quantized_wgrad"] for c in counts] == [0, 2]
     assert "fp8_matmul" in one.runner.journal.graphs[1].snapshots["after:fuse_quantized_matmul"]
 
 

@@ -108,6 +108,7 @@ def deepseek_v3_arguments() -> dict[str, list[tuple[Any, ...]]]:
 def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
     D, H, C, Q, R, N, E, K, F, V, P = 7168, 128, 512, 1536, 64, 128, 256, 8, 2048, 129280, 64
     M, scale, eps, fp8 = T * K, (N + R) ** -0.5, 1e-6, torch.float8_e4m3fn
+    blocks = (M + 127) // 128
 
     def t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -137,7 +138,9 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
         "fp8_grouped_matmul": [
             (t(rows, D, dtype=fp8), f(D // 128, rows).t(), *fp8_up, offsets, torch.bfloat16)
             for rows in (M, 16 * M, 64 * M)
-        ],
+        ]
+        # the gradient of the input
+        + [(t(M, 2 * F, dtype=fp8), f(2 * F // 128, M).t(), *(u.mT for u in fp8_up), offsets, torch.bfloat16)],
         "fp8_grouped_matmul_masked": [
             (
                 t(E, room, D, dtype=fp8),
@@ -147,6 +150,10 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
                 torch.bfloat16,
             )
             for room in (16, 64, 128)
+        ],
+        "fp8_grouped_matmul_wgrad": [
+            (t(M, n, dtype=fp8), f(blocks, n), t(M, k, dtype=fp8), f(blocks, k), offsets, torch.float32)
+            for n, k in ((2 * F, D), (D, F))
         ],
         "gather_latent": [(cache, table)],
         "dequantize": [
@@ -168,6 +175,33 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             )
             # every projection of attention, and of the experts
             for n, k in ((Q + C + R, D), (H * (N + R), Q), (H * 2 * N, C), (D, H * N), (2 * F, D), (D, F), (C + R, D))
+        ]
+        + [
+            # the gradients of the input and of the weight
+            gradient
+            for n, k in ((C + R, D), (2 * F, D))
+            for gradient in (
+                (
+                    t(T, n, dtype=fp8),
+                    f((n + 127) // 128, (T + 3) // 4 * 4).t()[:T],
+                    t(n, k, dtype=fp8).t(),
+                    f((n + 127) // 128, (k + 127) // 128).t(),
+                    128,
+                    None,
+                    None,
+                    torch.bfloat16,
+                ),
+                (
+                    t(T, n, dtype=fp8).t(),
+                    f((T + 127) // 128, n).t(),
+                    t(T, k, dtype=fp8).t(),
+                    f((T + 127) // 128, k).t(),
+                    1,
+                    None,
+                    None,
+                    torch.float32,
+                ),
+            )
         ],
         "expert_permute": [(t(T, D), i(T, K), E)],
         "expert_unpermute": [(t(M, D), i(M), i(M), f(T, K))],
