@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepfuse.profiling.view_ops import is_view
@@ -27,11 +28,24 @@ def count_kernels(fn: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
 
     Args:
         fn: allocates its results and launches; may not read values.
-        args: fake tensors, of one mode, and plain values.
+        args: fake tensors, of one mode, and plain values; memory counts as aligned.
     """
+    from triton.runtime.jit import KernelInterface
+
     launched: list[str] = []
+
+    def counted(kernel: Any, grid: Any) -> Callable[..., None]:
+        """``kernel[grid]``, which enters the kernel instead of launching it."""
+        name = getattr(kernel, "__name__", None) or kernel.fn.__name__
+        return lambda *args, **kwargs: launched.append(name)
+
     modes = [a.fake_mode for a in torch.utils._pytree.tree_leaves(args) if hasattr(a, "fake_mode")]
-    with modes[0], _Counter(launched), _triton_counted(launched):
+    with (
+        modes[0],
+        _Counter(launched),
+        _replaced(KernelInterface, "__getitem__", counted),
+        _replaced(FakeTensor, "data_ptr", lambda x: 0),
+    ):
         fn(*args)
     return launched
 
@@ -48,19 +62,14 @@ class _Counter(TorchDispatchMode):
 
 
 @contextmanager
-def _triton_counted(launched: list[str]) -> Iterator[None]:
-    """Inside, ``kernel[grid](...)`` is entered, and not launched."""
-    from triton.runtime.jit import KernelInterface
-
-    def counted(kernel: Any, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            launched.append(getattr(kernel, "__name__", None) or kernel.fn.__name__)
-
-        return launch
-
-    launching = KernelInterface.__getitem__
-    KernelInterface.__getitem__ = counted
+def _replaced(owner: type, name: str, value: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a class has another method."""
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        KernelInterface.__getitem__ = launching
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from deepfuse.ops import expert_permute, quantize
 from deepfuse.ops.expert_permute import KERNEL_COMPARE_ROWS
@@ -41,10 +41,14 @@ def test_what_is_launched_follows_the_sizes(tokens: int, sorting: int) -> None:
     assert len(names) == sorting + 1 and names[-1] == "_expert_permute_rows_kernel"
 
 
+def test_memory_is_aligned() -> None:
+    assert count_kernels(lambda x: x.clone() if x.data_ptr() % 16 else x, (fakes((2,))[0],)) == []
+
+
 def test_an_error_leaves_triton_as_it_was() -> None:
     from triton.runtime.jit import KernelInterface
 
-    before = KernelInterface.__getitem__
+    before, pointer = KernelInterface.__getitem__, FakeTensor.data_ptr
 
     def fails(x: Tensor) -> None:
         raise ValueError("x")
@@ -52,3 +56,4 @@ def test_an_error_leaves_triton_as_it_was() -> None:
     with pytest.raises(ValueError, match="x"):
         count_kernels(fails, (fakes((2,))[0],))
     assert KernelInterface.__getitem__ is before
+    assert FakeTensor.data_ptr is pointer
