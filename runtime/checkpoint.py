@@ -116,7 +116,7 @@ def load_weights(
 
 
 def checked_plan(model: CausalLM, folder: Path, stored: Mapping[str, Stored]) -> Plan:
-    """Which tensors on disk go where.
+    """Which tensors on disk go where in a model, which may be on the meta device.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, or of a wrong shape or dtype; all are named.

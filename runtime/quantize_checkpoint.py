@@ -2,8 +2,8 @@
 
     W8, scale_inv = quantize(W, E4M3, 128 x 128),    W[n, k] ~ W8[n, k] * scale_inv[n // 128, k // 128]
 
-for the weights of attention, MLP and experts (``LINEAR``); everything else is copied as it is: embedding, head, router,
-norms, biases, ``eh_proj``. Tensors are read, quantized and written one at a time. All is written into a folder beside
+for the weights of attention, MLP and experts (``blocks/fp8.py`` says which); everything else is copied as it is:
+embedding, head, router, norms, biases, ``eh_proj``. Tensors are read, quantized and written one at a time. All is written into a folder beside
 the target and renamed at the end, so that a folder by the target's name is whole.
 
 Source: README_WEIGHTS of DeepSeek-V3, section "FP8 Weight Documentation", and the tensors of its release;
@@ -12,14 +12,14 @@ Source: README_WEIGHTS of DeepSeek-V3, section "FP8 Weight Documentation", and t
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from deepfuse.blocks.fp8 import BLOCK, E4M3, put
+from deepfuse.blocks.fp8 import BLOCK, E4M3, put, to_fp8
 from deepfuse.blocks.model import CausalLM
 from deepfuse.runtime.checkpoint import checked_plan, present_mtp_layers
 from deepfuse.runtime.checkpoint_files import (
@@ -44,7 +44,7 @@ from deepfuse.runtime.shards import (
     stored_tensors,
     write_shard,
 )
-from deepfuse.runtime.weight_names import LINEAR, SCALE, Piece, pieces
+from deepfuse.runtime.weight_names import SCALE, Piece, pieces
 
 NOT_COPIED = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", ".*", *PICKLES)
 """Files of the source that the result has in another form, or not at all."""
@@ -97,10 +97,12 @@ def quantize_checkpoint(
         raise CheckpointError(f"{path}: want floating point tensors, got {', '.join(strange)}")
 
     # by name: experts that are fused in the source become tensors of their own
-    names = {
-        piece.name: piece for name in stored for piece in pieces(name, stored[name].shape, config.moe_intermediate_size)
-    }
-    layouts = {name: _layout(piece, stored[piece.key]) for name, piece in names.items()}
+    I = config.moe_intermediate_size
+    names = {piece.name: piece for name in stored for piece in pieces(name, stored[name].shape, I)}
+    to_fp8(model)
+    state = {key: t.shape for key, t in model.state_dict().items() if t.dtype == E4M3}
+    in_fp8 = {piece.name for key, shape in state.items() for piece in pieces(key, shape, I)}
+    layouts = {name: _layout(piece, stored[piece.key], in_fp8) for name, piece in names.items()}
     sizes = {name: sum(_nbytes(*entry) for entry in layout.values()) for name, layout in layouts.items()}
     shards = split_in_shards(sizes, max_shard_bytes)
     files, index = shard_files([[t for name in shard for t in layouts[name]] for shard in shards], sum(sizes.values()))
@@ -121,7 +123,9 @@ def quantize_checkpoint(
         with Reader(stored) as reader, LoadingBar(f"quantizing {path.name}", before) as bar:
             for file, shard in zip(files, shards, strict=True):
                 layout = {tensor: entry for name in shard for tensor, entry in layouts[name].items()}
-                write_shard(temporary / file, layout, _tensors(path, [names[name] for name in shard], reader, bar))
+                write_shard(
+                    temporary / file, layout, _tensors(path, [names[name] for name in shard], layout, reader, bar)
+                )
         for other in others:
             with durable(temporary / other.name) as copy, other.open("rb") as original:
                 shutil.copyfileobj(original, copy)
@@ -134,15 +138,17 @@ def quantize_checkpoint(
     return Quantized(len(names), sum(len(layout) > 1 for layout in layouts.values()), before, sum(sizes.values()))
 
 
-def _tensors(folder: Path, wanted: list[Piece], reader: Reader, bar: LoadingBar) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a shard of the result, made as they are asked for."""
+def _tensors(
+    folder: Path, wanted: list[Piece], layout: Collection[str], reader: Reader, bar: LoadingBar
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a shard of the result, which are those of ``layout``, made as they are asked for."""
     for piece in wanted:
-        stored = reader.tensors[piece.key]
         tensor = reader.get(piece.key)[piece.part]
-        if len(_layout(piece, stored)) == 1:
+        if piece.name + SCALE not in layout:
             yield piece.name, tensor
         else:
-            values, scale = (torch.empty(shape, dtype=dtype) for dtype, shape in _layout(piece, stored).values())
+            N, K = tensor.shape
+            values, scale = torch.empty((N, K), dtype=E4M3), torch.empty((-(-N // BLOCK), -(-K // BLOCK)))
             put(values, scale, tensor)
             if not bool(scale.isfinite().all()):
                 raise CheckpointError(f"{folder}: want finite weights, got {piece.name} with NaN or infinity")
@@ -153,14 +159,13 @@ def _tensors(folder: Path, wanted: list[Piece], reader: Reader, bar: LoadingBar)
         del tensor
 
 
-def _layout(piece: Piece, stored: Stored) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _layout(piece: Piece, stored: Stored, in_fp8: Collection[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """What a tensor becomes: names, dtypes and shapes."""
     shape = tuple(torch.empty(stored.shape, device="meta")[piece.part].shape)
-    if not LINEAR.fullmatch(piece.name) or 0 in shape:
+    if piece.name not in in_fp8:
         return {piece.name: (DTYPES[stored.dtype], shape)}
     N, K = shape
-    blocks = (-(-N // BLOCK), -(-K // BLOCK))
-    return {piece.name: (E4M3, shape), piece.name + SCALE: (torch.float32, blocks)}
+    return {piece.name: (E4M3, shape), piece.name + SCALE: (torch.float32, (-(-N // BLOCK), -(-K // BLOCK)))}
 
 
 def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

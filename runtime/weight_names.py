@@ -20,9 +20,6 @@ from typing import NamedTuple
 SCALE = "_scale_inv"
 """Behind the name of an FP8 weight: the name of its scales."""
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
-LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight")
-"""Weights of the linear layers of attention, MLP and experts: those that are FP8 in an FP8 checkpoint. Embedding, head,
-router, norms and ``eh_proj`` are not."""
 COPIES = ("embed_tokens.weight", "shared_head.head.weight")
 """Of a multi-token-prediction layer: what it shares with the main model, stored again."""
 

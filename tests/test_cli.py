@@ -268,7 +268,7 @@ def test_chat_without_a_template(
     ("options", "message"),
     [
         (["--without", "absorb"], "passes: want a name out of absorb_mla, got 'absorb'"),
-        (["--without", "lower", "xyz"], "absorb_mla, lower, got 'xyz'"),
+        (["--without", "lower", "xyz"], "fuse_rope_append, lower, got 'xyz'"),
         (["--providers", "rms_norm"], "--providers: want op=provider, got 'rms_norm'"),
         (["--providers", "rms_norm=nothing"], "build: want a provider of rms_norm out of reference, "),
         (["--providers", "nothing=reference"], "build: want providers for ops out of add_rms_norm, "),
@@ -323,6 +323,13 @@ def test_an_interrupt_while_building(
     with pytest.raises(SystemExit) as caught:
         run(monkeypatch, "build", tmp_path)
     assert caught.value.code == 130 and capsys.readouterr().err == "deepfuse: interrupted\n"
+
+
+def test_the_cache_may_be_in_fp8(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "build", folder, "--device", "cpu", "--no-compile", "--cache-dtype", "fp8", "--json")
+    assert json.loads(capsys.readouterr().out)["cache_dtype"] == "fp8"
 
 
 def test_a_reader_that_has_read_enough() -> None:

@@ -162,6 +162,7 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             for n, k in ((2 * F, D), (D, F))
         ],
         "gather_latent": [(cache, table)],
+        "gather_latent_fp8": [(cache_fp8, table, C, torch.bfloat16)],
         "dequantize": [
             (t(T, D, dtype=fp8), f(T, D // 128), 1, 128, torch.bfloat16),
             (t(T, D, dtype=fp8), f((T + 127) // 128, D), 128, 1, torch.bfloat16),
@@ -239,6 +240,11 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
         ],
         "mla_decode": [(t(T, H, C), t(T, H, R), cache, table, i(T, dtype=torch.int32), scale)],
         "mla_decode_fp8": [(t(T, H, C), t(T, H, R), cache_fp8, table, i(T, dtype=torch.int32), scale)],
+        "norm_rope_append": [
+            (to, t(T, C + R)[:, :C], t(T, C + R)[:, C:], t(C), f(T, R // 2), f(T, R // 2), i(T), eps, True, keep)
+            for to in (cache, cache_fp8)
+            for keep in (False, True)
+        ],
         "permute_quantize": [(t(T, D), i(T, K), E, fp8, False)],
         "quantize": [
             *((t(T, width), fp8, 1, 128, pow2) for width in (D, Q) for pow2 in (False, True)),
