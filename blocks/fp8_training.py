@@ -38,7 +38,7 @@ class _Linear(torch.autograd.Function):
         values, scale = quantize(weight, E4M3, BLOCK, BLOCK, False)
         ctx.save_for_backward(*((x,) if saved == "high" else (x_values, x_scale)), values, scale)
         ctx.dtypes = x.dtype, weight.dtype
-        return _product(x_values, x_scale, values, scale, BLOCK).to(x.dtype)
+        return _rounded(_product(x_values, x_scale, values, scale, BLOCK), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
@@ -59,7 +59,7 @@ class _Grouped(torch.autograd.Function):
         values, scale = quantize(weight, E4M3, BLOCK, BLOCK, False)
         ctx.save_for_backward(*((x,) if saved == "high" else (x_values, x_scale)), values, scale, offsets)
         ctx.dtypes = x.dtype, weight.dtype
-        return _grouped_product(x_values, x_scale, values, scale, offsets).to(x.dtype)
+        return _rounded(_grouped_product(x_values, x_scale, values, scale, offsets), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
@@ -119,6 +119,11 @@ def _product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, b_rows: int
 def _grouped_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor) -> Tensor:
     b_ENK = dequantize(b, b_scale, BLOCK, BLOCK, torch.float32)
     return grouped_matmul(dequantize(a, a_scale, 1, BLOCK, torch.float32), b_ENK, offsets)
+
+
+def _rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
+    # not to() for the dtype it has: torch 2.11's Dynamo loses the gradient of a function that returns what it was given
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def _high(saved: list[Tensor], dtype: torch.dtype) -> Tensor:
