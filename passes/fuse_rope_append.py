@@ -9,7 +9,8 @@ returns them (``keep``); a decode step, which reads the cache, wants neither.
 Why: two launches fewer a layer; and of a token in bfloat16 and DeepSeek-V3's widths, 576 numbers, 1152 bytes that are
 not read again, and in decode 1152 that are not written beside the cache. On a CPU, where no kernel does it, the graph
 stays what it was.
-Requires: a norm and a rotation of one head that are read nowhere before the write; a cache that is no view.
+Requires: a norm and a rotation of one head that are read nowhere before the write; a cache that is no view. Where the
+next layer computes in FP8, its quantize has taken the norm of a prefill already (``fuse_norm_quantize``).
 Numerics: exact; the kernel sums and rounds as those of the three ops do.
 """
 

@@ -29,6 +29,8 @@ from torch import Tensor, fx
 
 from deepfuse.ir.cost import tensor_bytes
 from deepfuse.ir.op import NAMESPACE, OPS
+from deepfuse.passes.mutation import is_mutation, mutation_arguments
+from deepfuse.passes.splice import values
 from deepfuse.profiling.kernel_count import ALLOCATIONS, count_kernels
 from deepfuse.profiling.view_ops import is_view
 
@@ -158,7 +160,7 @@ class _Counting:
     def _is_copied(self, node: fx.Node) -> bool:
         """Whether a write to an input is a copy: loops, and calls that mutate, write there in the first place."""
         base = self._base(node.args[1])
-        mutates = base.target is torch.ops.higher_order.auto_functionalized_v2
+        mutates = is_mutation(base)
         return self.sorts[base] == "nothing" or (self.sorts[base] == "call" and not mutates)
 
     # which loops are stored, and what a stored loop reads
@@ -307,15 +309,8 @@ def _has_elements(node: fx.Node) -> bool:
 
 def _called(node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
     """The op of a call and the values of its arguments; an op that mutates stands inside of another."""
-    args = fx.map_arg(node.args, lambda n: n.meta["val"])
-    if node.target is not torch.ops.higher_order.auto_functionalized_v2:
-        return node.target, args
-    target: Any = node.args[0]
-    kwargs: dict[str, Any] = dict(fx.map_arg(dict(node.kwargs), lambda n: n.meta["val"]))
-    bases = kwargs.pop("_all_bases")
-    names = [a.name for a in target._schema.arguments]
-    given = {n: bases[kwargs[f"_{n}_base_index"]] for n in names if f"_{n}_base_index" in kwargs} | kwargs
-    return target, tuple(given[n] for n in names)
+    target: Any = node.args[0] if is_mutation(node) else node.target
+    return target, tuple(values(mutation_arguments(node) if is_mutation(node) else list(node.args)))
 
 
 def _packet_name(target: Any) -> str:

@@ -10,6 +10,7 @@ from deepfuse.ops.append_latent import PAGE_SIZE, append_latent
 from deepfuse.ops.append_latent_fp8 import append_latent_fp8, row_bytes, unpacked_rows
 from deepfuse.ops.norm_rope_append import norm_rope_append
 from deepfuse.ops.rms_norm import rms_norm
+from deepfuse.ops.rms_norm_quantize import rms_norm_quantize
 from deepfuse.ops.rotary import rotary
 from deepfuse.passes.fuse_rope_append import fuse_rope_append
 from deepfuse.passes.journal import noting
@@ -138,6 +139,12 @@ def not_normed(cache, x, weight, cos, sin, slots):
     append_latent(cache, x[:, :C].exp(), turned(x, cos, sin), slots)
 
 
+def normed_and_quantized(cache, x, weight, cos, sin, slots):
+    latent, values, _ = rms_norm_quantize(x[:, :C], weight, EPS, torch.float8_e4m3fn, False, True)
+    append_latent(cache, latent, turned(x, cos, sin), slots)
+    return values.float()
+
+
 def not_turned(cache, x, weight, cos, sin, slots):
     append_latent(cache, normed(x, weight), x[:, C:].exp(), slots)
 
@@ -168,6 +175,7 @@ def into_a_view(cache, x, weight, cos, sin, slots):
     ("fn", "why"),
     [
         (not_normed, "latent comes from exp, rule wants rms_norm"),
+        (normed_and_quantized, "latent comes from rms_norm_quantize, rule wants rms_norm"),
         (not_turned, "k_rope comes from exp, rule wants rotary"),
         (of_two_heads, "k_rope is of 2 heads, rule wants 1"),
         (read_in_another_shape, "rotary's result has 2 users: squeeze, exp"),
