@@ -2,7 +2,8 @@
 
 A block names its submodules of one input in ``side_by_side``; their weights, and the scales of FP8 weights, are laid
 one behind the other in one storage. Each stays a parameter of its own: saved and loaded by its name, and written in
-place. What is moved to another device or dtype lies by itself again, and is read by itself.
+place. What is moved to another device or dtype before it is built lies by itself again, and is read by itself; of a
+built model weights may be written, but not moved, since its graphs read them where they lay.
 """
 
 import hashlib
