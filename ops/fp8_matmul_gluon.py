@@ -193,8 +193,8 @@ def _fp8_matmul_gluon_kernel(
     to_fetch = (tiles_m, tiles_n, blocks)
     to_multiply = to_fetch
     if GROUPED:
-        to_fetch = (tiles_m, tiles_n, blocks, table_ptr, N)
-        to_multiply = (tiles_m, tiles_n, blocks, table_ptr, N, y_ptr, b_scale_stride_e)
+        to_fetch = (tiles_m, tiles_n, blocks, table_ptr, N)  # type: ignore[assignment]
+        to_multiply = (tiles_m, tiles_n, blocks, table_ptr, N, y_ptr, b_scale_stride_e)  # type: ignore[assignment]
     gl.warp_specialize(
         [
             (
