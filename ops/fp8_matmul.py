@@ -5,6 +5,7 @@
 
 The inner sum is what tensor cores do; the outer one is in float32 registers, since Hopper's tensor cores keep about 14
 bits of an FP8 sum (see `ir/tensor_core.py`). Blocks of 1x128 and 128x128 share the 128 for that reason.
+Three providers stand here, each with what it is not made for, hence the length.
 
 Dims: M rows, N outputs, K inputs.
 Source: DeepSeek-V3 (arXiv:2412.19437), section 3.3.2; the layouts torch's ``scaled_mm`` wants: `ScaledBlas.cpp` of

@@ -46,24 +46,22 @@ def _tile(index, tiles_m, tiles_n, RASTER: gl.constexpr):
 
 
 @gluon.jit
-def _rows(table_ptr, tile_m, M, HEIGHT: gl.constexpr, GROUPED: gl.constexpr):
-    """Expert, first row, and end of the rows that a row of tiles has."""
-    if GROUPED:
-        entry = table_ptr + 1 + tile_m * 3
-        return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2)
-    else:  # noqa: RET505 - behind an if with a return Triton would compile both
-        return tile_m * 0, tile_m * HEIGHT, M
-
-
-@gluon.jit
 def _fetch_tiles(
-    a_desc, b_desc, table_ptr, a_tiles, b_tiles, ready, empty, M, N, tiles_m, tiles_n, blocks, GROUPED: gl.constexpr,
-    TURNS: gl.constexpr, STAGES: gl.constexpr, RASTER: gl.constexpr,
+    a_desc, b_desc, sizes, a_tiles, b_tiles, ready, empty, GROUPED: gl.constexpr, TURNS: gl.constexpr,
+    STAGES: gl.constexpr, RASTER: gl.constexpr,
 ):  # fmt: skip
+    tiles_m, tiles_n, blocks = sizes[0], sizes[1], sizes[2]
+    if GROUPED:
+        table_ptr, N = sizes[3], sizes[4]
     step = 0
     for index in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = _tile(index, tiles_m, tiles_n, RASTER)
-        expert, first, _ = _rows(table_ptr, tile_m, M, 128 * TURNS, GROUPED)
+        first = tile_m * (128 * TURNS)
+        b_row = tile_n * 128
+        if GROUPED:
+            entry = table_ptr + 1 + tile_m * 3
+            first = gl.load(entry + 1)
+            b_row += gl.load(entry) * N
         for block in range(blocks):
             stage = step % STAGES
             # the phase before the first counts as complete: nobody uses the buffers yet
@@ -76,7 +74,7 @@ def _fetch_tiles(
                     ready.index(stage),
                     a_tiles.index(stage * 2 * TURNS + part),
                 )
-            fetch(b_desc, [expert * N + tile_n * 128, block * 128], ready.index(stage), b_tiles.index(stage))
+            fetch(b_desc, [b_row, block * 128], ready.index(stage), b_tiles.index(stage))
             step += 1
 
 
@@ -87,11 +85,24 @@ def _here(x):
 
 
 @gluon.jit
+def _write_tile(y_desc, row, col, y_tile, y):
+    """What lies past the last row or column is cut off."""
+    # until the write before has read its tile
+    tma.store_wait(0)
+    y_tile.store(y)
+    fence_async_shared()
+    write(y_desc, [row, col], y_tile)
+
+
+@gluon.jit
 def _multiply_tiles(
-    y_desc, y_ptr, a_scale_ptr, b_scale_ptr, table_ptr, a_tiles, b_tiles, y_tiles, ready, empty, a_scale_stride,
-    b_scale_stride_e, b_scale_stride_n, b_scale_stride_k, M, N, tiles_m, tiles_n, blocks, GROUP: gl.constexpr,
-    GROUPED: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr, RASTER: gl.constexpr,
+    y_desc, a_scale_ptr, b_scale_ptr, sizes, a_tiles, b_tiles, y_tiles, ready, empty, a_scale_stride,
+    b_scale_stride_n, b_scale_stride_k, M, GROUP: gl.constexpr, GROUPED: gl.constexpr, TURNS: gl.constexpr,
+    STAGES: gl.constexpr, RASTER: gl.constexpr,
 ):  # fmt: skip
+    tiles_m, tiles_n, blocks = sizes[0], sizes[1], sizes[2]
+    if GROUPED:
+        table_ptr, N, y_ptr, b_scale_stride_e = sizes[3], sizes[4], sizes[5], sizes[6]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     ROWS: gl.constexpr = gl.SliceLayout(1, SUMS)
     y_tile = y_tiles.index(GROUP)
@@ -99,13 +110,20 @@ def _multiply_tiles(
     step = 0
     for index in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = _tile(index, tiles_m, tiles_n, RASTER)
-        expert, first, end = _rows(table_ptr, tile_m, M, 128 * TURNS, GROUPED)
+        first = tile_m * (128 * TURNS)
+        end = M
+        b_scales = b_scale_ptr + tile_n.to(gl.int64) * b_scale_stride_n
+        if GROUPED:
+            # expert, first row, and end of the group
+            entry = table_ptr + 1 + tile_m * 3
+            first = gl.load(entry + 1)
+            end = gl.load(entry + 2)
+            b_scales += gl.load(entry).to(gl.int64) * b_scale_stride_e
         first += GROUP * TURNS * 64
         # rows beyond the last have the last one's scale; they are not written
         m = gl.minimum(first + gl.arange(0, 64, layout=ROWS), M - 1)
         m_next = gl.minimum(first + 64 + gl.arange(0, 64, layout=ROWS), M - 1)
         a_scales = a_scale_ptr
-        b_scales = b_scale_ptr + expert.to(gl.int64) * b_scale_stride_e + tile_n.to(gl.int64) * b_scale_stride_n
         scale = gl.load(a_scales + m) * gl.load(b_scales)
         scale_next = scale
         if TURNS == 2:
@@ -140,21 +158,17 @@ def _multiply_tiles(
         for turn in gl.static_range(TURNS):
             row = first + turn * 64
             y = (sums if turn == 0 else sums_next).to(y_desc.dtype)
-            # rows past M are cut off, but not those of the next group
-            whole = True
             if GROUPED:
-                whole = row + 64 <= end
-            if whole:
-                # until the write before has read its tile
-                tma.store_wait(0)
-                y_tile.store(y)
-                fence_async_shared()
-                write(y_desc, [row, tile_n * 128], y_tile)
-            elif row < end:
-                m = row + gl.arange(0, 64, layout=ROWS)
-                n = tile_n * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, SUMS))
-                rows = y_ptr + m.to(gl.int64) * N
-                gl.store(rows[:, None] + n[None, :], y, mask=(m < end)[:, None] & (n < N)[None, :])
+                if row + 64 <= end:
+                    _write_tile(y_desc, row, tile_n * 128, y_tile, y)
+                elif row < end:
+                    # those of the next group must not be touched
+                    m = row + gl.arange(0, 64, layout=ROWS)
+                    n = tile_n * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, SUMS))
+                    rows = y_ptr + m.to(gl.int64) * N
+                    gl.store(rows[:, None] + n[None, :], y, mask=(m < end)[:, None] & (n < N)[None, :])
+            else:
+                _write_tile(y_desc, row, tile_n * 128, y_tile, y)
     tma.store_wait(0)
 
 
@@ -175,29 +189,32 @@ def _fp8_matmul_gluon_kernel(
     tiles_n, blocks = gl.cdiv(N, 128), gl.cdiv(K, 128)
     # there it is known only on the device
     tiles_m = gl.load(table_ptr) if GROUPED else gl.cdiv(M, 128 * TURNS)
+    # what only groups need is passed where there are any
+    to_fetch = (tiles_m, tiles_n, blocks)
+    to_multiply = to_fetch
+    if GROUPED:
+        to_fetch = (tiles_m, tiles_n, blocks, table_ptr, N)  # type: ignore[assignment]
+        to_multiply = (tiles_m, tiles_n, blocks, table_ptr, N, y_ptr, b_scale_stride_e)  # type: ignore[assignment]
     gl.warp_specialize(
         [
             (
                 _multiply_tiles,
                 (
-                    y_desc, y_ptr, a_scale_ptr, b_scale_ptr, table_ptr, a_tiles, b_tiles, y_tiles, ready, empty,
-                    a_scale_stride, b_scale_stride_e, b_scale_stride_n, b_scale_stride_k, M, N, tiles_m, tiles_n, blocks,
-                    0, GROUPED, TURNS, STAGES, RASTER,
+                    y_desc, a_scale_ptr, b_scale_ptr, to_multiply, a_tiles, b_tiles, y_tiles, ready, empty,
+                    a_scale_stride, b_scale_stride_n, b_scale_stride_k, M, 0, GROUPED, TURNS, STAGES, RASTER,
                 ),
             ),
             (
                 _multiply_tiles,
                 (
-                    y_desc, y_ptr, a_scale_ptr, b_scale_ptr, table_ptr, a_tiles, b_tiles, y_tiles, ready, empty,
-                    a_scale_stride, b_scale_stride_e, b_scale_stride_n, b_scale_stride_k, M, N, tiles_m, tiles_n, blocks,
-                    1, GROUPED, TURNS, STAGES, RASTER,
+                    y_desc, a_scale_ptr, b_scale_ptr, to_multiply, a_tiles, b_tiles, y_tiles, ready, empty,
+                    a_scale_stride, b_scale_stride_n, b_scale_stride_k, M, 1, GROUPED, TURNS, STAGES, RASTER,
                 ),
             ),
             (
                 _fetch_tiles,
                 (
-                    a_desc, b_desc, table_ptr, a_tiles, b_tiles, ready, empty, M, N, tiles_m, tiles_n, blocks, GROUPED,
-                    TURNS, STAGES, RASTER,
+                    a_desc, b_desc, to_fetch, a_tiles, b_tiles, ready, empty, GROUPED, TURNS, STAGES, RASTER,
                 ),
             ),
         ],
