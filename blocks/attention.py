@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from deepfuse.blocks.batch import Batch
+from deepfuse.blocks.cached_latent import append, gather
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.linear import Linear
 from deepfuse.blocks.norm import RMSNorm
-from deepfuse.ops.append_latent import append_latent
-from deepfuse.ops.gather_latent import gather_latent
 from deepfuse.ops.mla_attention import mla_attention
 from deepfuse.ops.rotary import rotary
 
@@ -27,6 +26,9 @@ LATENT_NORM_EPS = 1e-6
 
 class MLA(nn.Module):
     """Multi-head latent attention; parameter names are those of the checkpoints."""
+
+    side_by_side = (("q_a_proj", "kv_a_proj_with_mqa"), ("q_proj", "kv_a_proj_with_mqa"))
+    """Submodules of one input, whose weights may lie one behind the other; a model has one of the two."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -45,7 +47,7 @@ class MLA(nn.Module):
         self.o_proj = Linear(H * config.v_head_dim, D, bias=bias)
 
     def forward(self, x: Tensor, batch: Batch, cache: Tensor | None = None) -> Tensor:
-        """``x [T, D] -> [T, D]``; ``cache [pages, 64, C + R]`` is written, and read where ``batch`` has a block table."""
+        """``x [T, D] -> [T, D]``; ``cache``, a layer's, is written, and read where ``batch`` has a block table."""
         c = self.config
         H, C = c.num_attention_heads, c.kv_lora_rank
         q_TE = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
@@ -56,11 +58,13 @@ class MLA(nn.Module):
         latent = self.kv_a_layernorm(latent)
         k_rope = rotary(k_rope.unsqueeze(1), batch.cos, batch.sin, c.rope_interleave).squeeze(1)
         if cache is not None:
-            append_latent(cache, latent, k_rope, batch.slots)
+            if batch.slots is None:
+                raise ValueError("MLA: want slots to write the cache at, got None")
+            append(cache, latent, k_rope, batch.slots)
 
         k_start, k_len = batch.q_start[:-1], batch.q_start[1:] - batch.q_start[:-1]
         if cache is not None and batch.block_table is not None and batch.seqlens is not None:
-            cached, k_start = gather_latent(cache, batch.block_table)
+            cached, k_start = gather(cache, batch.block_table, C, x.dtype)
             latent, k_rope = cached.split((C, c.qk_rope_head_dim), -1)
             k_len = batch.seqlens
         kv_SHE = self.kv_b_proj(latent).unflatten(-1, (H, c.qk_nope_head_dim + c.v_head_dim))

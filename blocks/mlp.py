@@ -9,6 +9,9 @@ from deepfuse.ops.swiglu import swiglu
 class MLP(nn.Module):
     """``[T, D] -> [T, D]`` (Shazeer 2020, arXiv:2002.05202)."""
 
+    side_by_side = (("gate_proj", "up_proj"),)
+    """Submodules of one input, whose weights may lie one behind the other."""
+
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.gate_proj = Linear(hidden_size, intermediate_size)

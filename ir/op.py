@@ -39,6 +39,8 @@ class Op:
         cost: FLOPs and bytes from the arguments.
         samples: argument tuples for tests and benchmarks, on a device and in a dtype.
         differentiable: whether a gradient is registered.
+        functional: of an op that mutates: what it returns and then what it leaves in the arguments it changes, as new
+            tensors. So it stands in a functional graph where no kernel does it; ``None`` keeps the call.
         tolerance: per-dtype bounds where the defaults do not fit, each with its reason in the op's file.
         providers: the reference and the others.
     """
@@ -51,6 +53,7 @@ class Op:
     cost: Callable[..., Cost]
     samples: Samples
     differentiable: bool
+    functional: Callable[..., Any] | None = None
     tolerance: Mapping[torch.dtype, Tolerance] = field(default_factory=dict)
     providers: list[Provider] = field(default_factory=list)
 
@@ -129,6 +132,7 @@ def define(
     check: Callable[..., None] = lambda *args: None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    functional: Callable[..., Any] | None = None,
     tolerance: Mapping[torch.dtype, Tolerance] | None = None,
     inline_reference: bool = True,
 ) -> Op:
@@ -137,6 +141,7 @@ def define(
     Args:
         schema: ``name(Tensor x, float eps) -> Tensor``; no default values (they would be dropped before dispatch).
         setup_context, backward: the gradient, as ``torch.library.register_autograd`` takes them.
+        functional: see :class:`Op`.
         inline_reference: whether a compiled graph may trace through the reference; ``False`` where it reads values
             (a loop over lengths): it is then called as an opaque kernel.
 
@@ -161,6 +166,7 @@ def define(
         cost=cost,
         samples=samples,
         differentiable=backward is not None,
+        functional=functional,
         tolerance=tolerance or {},
     )
     op._register_flops()

@@ -59,6 +59,11 @@ def schema_parameters(schema: str) -> list[str]:
     return [argument.name for argument in torch._C.parse_schema(schema).arguments]
 
 
+def storage_id(tensor: Tensor) -> int:
+    """Equal for tensors, real or fake, that share their memory while both live."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
     """What Inductor decomposes before its own passes run."""
     from torch._inductor.decomposition import select_decomp_table

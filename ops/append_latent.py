@@ -114,6 +114,7 @@ append_latent = define(
     fake=_fake,
     cost=_cost,
     samples=_samples,
+    functional=appended_latent,
     inline_reference=False,
 )
 """Append to the cache.

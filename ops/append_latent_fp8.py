@@ -34,19 +34,47 @@ def appended_latent_fp8(cache: Tensor, latent: Tensor, k_rope: Tensor, slots: Te
 def packed_rows(latent: Tensor, k_rope: Tensor) -> Tensor:
     """Rows of the cache, ``[T, W]`` bytes."""
     values_TC, scales = quantize_ref(latent, torch.float8_e4m3fn, 1, 128, False)
-    # clones: a column of one scale counts as contiguous whatever its stride, and still has no view as bytes
-    parts = (part.clone(memory_format=torch.contiguous_format) for part in (scales, k_rope.to(torch.bfloat16)))
-    return torch.cat([values_TC.view(torch.uint8), *(part.view(torch.uint8) for part in parts)], dim=-1)
+    return torch.cat([values_TC.view(torch.uint8), bytes_of(scales), bytes_of(k_rope.to(torch.bfloat16))], dim=-1)
+
+
+def bytes_of(x: Tensor) -> Tensor:
+    """``[T, N]`` float32 or bfloat16 -> ``[T, N * itemsize]``, the lowest byte of each number first.
+
+    By shifts, which Inductor fuses, and which leave it the choice of strides; a view as bytes wants contiguous numbers,
+    which a column of one is to Inductor whatever its stride.
+    """
+    bits = x.view(torch.int32 if x.element_size() == 4 else torch.int16)
+    places = torch.arange(0, 8 * x.element_size(), 8, dtype=bits.dtype, device=x.device)
+    return ((bits[..., None] >> places) & 255).to(torch.uint8).flatten(-2)
+
+
+def numbers_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``bytes_of`` undone: ``[T, N * itemsize]`` bytes -> ``[T, N]`` of float32 or bfloat16."""
+    integers = torch.int32 if dtype.itemsize == 4 else torch.int16
+    places = torch.arange(0, 8 * dtype.itemsize, 8, dtype=integers, device=x.device)
+    return (x.unflatten(-1, (-1, dtype.itemsize)).to(integers) << places).sum(-1, dtype=integers).view(dtype)
 
 
 def unpacked_rows(rows: Tensor, C: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Latents ``[..., C]`` and rotated keys ``[..., R]`` of rows ``[..., W]`` of the cache."""
-    flat = rows.reshape(-1, rows.shape[-1])
-    values, scales, k_rope = flat.split([C, 4 * num_scales(C), flat.shape[1] - C - 4 * num_scales(C)], dim=-1)
-    values, scales = values.contiguous().view(torch.float8_e4m3fn), scales.contiguous().view(torch.float32)
+    values, scales, k_rope = row_parts(rows.reshape(-1, rows.shape[-1]), C)
     latent = dequantize_ref(values, scales, 1, 128, dtype)
-    k_rope = k_rope.contiguous().view(torch.bfloat16).to(dtype)
-    return latent.unflatten(0, rows.shape[:-1]), k_rope.unflatten(0, rows.shape[:-1])
+    return latent.unflatten(0, rows.shape[:-1]), k_rope.to(dtype).unflatten(0, rows.shape[:-1])
+
+
+def row_parts(rows: Tensor, C: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What lies in rows ``[T, W]``: values ``[T, C]``, scales ``[T, ceil(C / 128)]`` and rotated keys ``[T, R]``."""
+    values, scales, k_rope = rows.split([C, 4 * num_scales(C), rows.shape[1] - C - 4 * num_scales(C)], dim=-1)
+    return (
+        values.contiguous().view(torch.float8_e4m3fn),
+        numbers_of(scales, torch.float32),
+        numbers_of(k_rope, torch.bfloat16),
+    )
+
+
+def is_in_fp8(cache: Tensor) -> bool:
+    """Whether a latent cache has this format; otherwise it is one of numbers, as ``append_latent`` writes it."""
+    return cache.dtype == torch.uint8
 
 
 def num_scales(C: int) -> int:
@@ -163,6 +191,7 @@ append_latent_fp8 = define(
     fake=_fake,
     cost=_cost,
     samples=_samples,
+    functional=appended_latent_fp8,
     inline_reference=False,
 )
 """Append to the cache in FP8.

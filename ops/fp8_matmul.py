@@ -390,6 +390,52 @@ def _torch_supports(
     return None
 
 
+def _gluon(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_rows: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    # here, since Gluon takes as long to import as all ops together
+    from deepfuse.ops.fp8_matmul_gluon import launch
+
+    return launch(a, a_scale, b, b_scale, dtype)
+
+
+def _gluon_supports(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_rows: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> str | None:
+    if at_most(a.shape[0], FEW_ROWS):
+        return f"the kernel is made for up to {FEW_ROWS} rows"
+    if dtype not in (torch.bfloat16, torch.float32):
+        return "computes in float32"
+    if a_scale.dtype != torch.float32:
+        return "takes float32 scales"
+    if a.dtype != torch.float8_e4m3fn or b.dtype != torch.float8_e4m3fn:
+        return "takes E4M3"
+    if b_rows != 128:
+        return "takes one scale of b for 128 rows"
+    if bias is not None or residual is not None:
+        return "adds nothing"
+    N = b.shape[0]
+    if not isinstance(N, int) or N * dtype.itemsize % 16:
+        return f"TMA writes rows of a multiple of 16 bytes, got {N} of {dtype}"
+    if a.device.type == "cuda" and torch.cuda.get_device_capability(a.device)[0] != 9:
+        return "made for sm_90"
+    return None
+
+
 def _check(
     a: Tensor,
     a_scale: Tensor,
@@ -528,5 +574,7 @@ Raises:
 """
 
 fp8_matmul.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
+# not before "triton" and "torch" until it has been measured against them
+fp8_matmul.provide("gluon", _gluon, priority={"cuda": 5}, supports=_gluon_supports)
 fp8_matmul.provide("torch", _torch, priority={"cuda": 20}, supports=_torch_supports)
 fp8_matmul.provide("matvec", _matvec, priority={"cpu": 10}, supports=_matvec_supports, inline=True)

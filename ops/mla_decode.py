@@ -186,14 +186,19 @@ def _fits(q_latent: Tensor, q_rope: Tensor, cache: Tensor, *rest: Any) -> str | 
 def _stream(
     q_latent: Tensor, q_rope: Tensor, cache: Tensor, block_table: Tensor, seqlens: Tensor, scale: float
 ) -> Tensor:
+    return stream_pages(q_latent, q_rope, cache[block_table], seqlens, scale)
+
+
+def stream_pages(q_latent: Tensor, q_rope: Tensor, rows: Tensor, seqlens: Tensor, scale: float) -> Tensor:
     """Reductions over the pages where they lie, which Inductor fuses: no gathered copy, and any number of pages.
 
-    Page by page, so that all heads read a page while it is in the first cache, and threads share the pages.
+    Page by page, so that all heads read a page while it is in the first cache, and threads share the pages. ``rows`` are
+    ``[B, P, 64, C + R]``.
     """
     compute = torch.promote_types(q_latent.dtype, torch.float32)
-    C, P = q_latent.shape[-1], block_table.shape[1]
-    rows_BPSD = cache[block_table].to(compute)
-    place_PS = torch.arange(P, device=cache.device)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=cache.device)
+    C, P = q_latent.shape[-1], rows.shape[1]
+    rows_BPSD = rows.to(compute)
+    place_PS = torch.arange(P, device=rows.device)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=rows.device)
     written_BPS = place_PS < seqlens[:, None, None]
     q_BHD = materialize(torch.cat((q_latent, q_rope), -1).to(compute) * scale)
     scores_BPHS = (q_BHD[:, None, :, None] * rows_BPSD[:, :, None]).sum(-1)

@@ -30,7 +30,7 @@ from deepfuse.ops.append_latent_fp8 import (
     unpacked_rows,
 )
 from deepfuse.ops.dot import dot
-from deepfuse.ops.mla_decode import mix_splits, mla_decode_ref, num_splits_for
+from deepfuse.ops.mla_decode import mix_splits, mla_decode_ref, num_splits_for, stream_pages
 
 
 def mla_decode_fp8_ref(
@@ -143,6 +143,13 @@ def _fits(q_latent: Tensor, q_rope: Tensor, cache: Tensor, *rest: Any) -> str | 
     return cache_is_aligned(cache)
 
 
+def _stream(
+    q_latent: Tensor, q_rope: Tensor, cache: Tensor, block_table: Tensor, seqlens: Tensor, scale: float
+) -> Tensor:
+    rows = unpacked_rows(cache[block_table], q_latent.shape[2], q_latent.dtype)
+    return stream_pages(q_latent, q_rope, torch.cat(rows, -1), seqlens, scale)
+
+
 def _check(q_latent: Tensor, q_rope: Tensor, cache: Tensor, block_table: Tensor, seqlens: Tensor, scale: float) -> None:
     if (
         q_latent.ndim != 3
@@ -230,3 +237,4 @@ Raises:
 """
 
 mla_decode_fp8.provide("triton", _launch, priority={"cuda": 10}, supports=_fits)
+mla_decode_fp8.provide("stream", _stream, priority={"cpu": 10}, inline=True)

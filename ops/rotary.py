@@ -34,6 +34,12 @@ def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor
 
 
 @triton.jit
+def rotated(a, b, cos, sin):
+    """Pairs (a, b) turned by an angle; all float32."""
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit
 def _rotary_kernel(
     x_ptr,
     cos_ptr,
@@ -63,14 +69,16 @@ def _rotary_kernel(
         mask = (h[:, None] < H) & (r < 2 * P)
         x = tl.load(x_row + r, mask=mask, other=0.0).to(tl.float32)
         a, b = tl.split(tl.reshape(x, (BLOCK_H, BLOCK_P, 2)))
-        y = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (BLOCK_H, 2 * BLOCK_P))
+        a, b = rotated(a, b, cos, sin)
+        y = tl.reshape(tl.join(a, b), (BLOCK_H, 2 * BLOCK_P))
         tl.store(y_row + r, y.to(y_ptr.dtype.element_ty), mask=mask)
     else:
         mask = (h[:, None] < H) & (p < P)
         a = tl.load(x_row + p, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(x_row + P + p, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_row + p, (a * cos - b * sin).to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(y_row + P + p, (b * cos + a * sin).to(y_ptr.dtype.element_ty), mask=mask)
+        a, b = rotated(a, b, cos, sin)
+        tl.store(y_row + p, a.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_row + P + p, b.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -3,9 +3,11 @@
     before:  kv = linear(gather_latent(cache)[:C], kv_b_proj);  out = mla_attention([q_nope | q_rope], kv, k_rope, ...)
     after:   out = head_matmul(mla_decode(head_matmul(q_nope, W_UK), q_rope, cache, ...), W_UV)
 
+A cache in FP8 is read by ``gather_latent_fp8`` before, and by ``mla_decode_fp8`` after.
+
 Why: expanding reads and multiplies every cached token by ``kv_b_proj`` at every step; absorbed, the step reads C + R
 numbers a token, whatever the number of heads.
-Requires: one query a sequence, keys from ``gather_latent``; the cost model must find it cheaper. Never in training,
+Requires: one query a sequence, keys from the cache; the cost model must find it cheaper. Never in training,
 where there is no cache.
 Numerics: reassociating; ``(W_UK^T q) . c`` for ``q . (W_UK c)``. With an FP8 ``kv_b_proj`` the step dequantizes its weight
 to the model's dtype (1 byte read and 2 written a number; a copy kept would take back what FP8 saves), and the latent is
@@ -24,10 +26,12 @@ from deepfuse.ir.printer import where
 from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.ops.dequantize import dequantize
 from deepfuse.ops.gather_latent import gather_latent
+from deepfuse.ops.gather_latent_fp8 import gather_latent_fp8
 from deepfuse.ops.head_matmul import head_matmul
 from deepfuse.ops.linear import linear
 from deepfuse.ops.mla_attention import mla_attention
 from deepfuse.ops.mla_decode import mla_decode
+from deepfuse.ops.mla_decode_fp8 import mla_decode_fp8
 from deepfuse.ops.quantize import quantize
 from deepfuse.passes.journal import note
 from deepfuse.passes.record import graph_pass
@@ -35,6 +39,11 @@ from deepfuse.passes.splice import call, values
 
 aten = torch.ops.aten
 CAST = torch.ops.prims.convert_element_type.default
+ABSORBED = {
+    gather_latent.overload: (gather_latent, mla_decode),
+    gather_latent_fp8.overload: (gather_latent_fp8, mla_decode_fp8),
+}
+"""What reads a cache, expanded and absorbed, by the former's overload."""
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default)
 
 
@@ -58,7 +67,7 @@ def absorb_mla(graph: fx.Graph, *, device: Device, max_seq_len: int) -> int:
     return absorbed
 
 
-def _decode_site(attention: fx.Node) -> dict[str, fx.Node] | str:
+def _decode_site(attention: fx.Node) -> dict[str, Any] | str:
     """The nodes around an attention over gathered pages with one query a sequence, or why it is none."""
     args: Any = attention.args
     q, kv, k_rope, q_start, k_start, k_len, _ = args
@@ -73,15 +82,15 @@ def _decode_site(attention: fx.Node) -> dict[str, fx.Node] | str:
     if parts != [(split, 0), (split, 1)]:
         return "latent and rotary key are not the two parts of one row"
     rows = _getitem_source(split.args[0])
-    if rows is None or rows[0].target is not gather_latent.overload or _getitem_source(k_start) != (rows[0], 1):
+    if rows is None or rows[0].target not in ABSORBED or _getitem_source(k_start) != (rows[0], 1):
         return "keys come from the tokens of the call, not from the cache"
-    cache, block_table = rows[0].args
+    block_table = rows[0].args[1]
     queries = q.meta["val"].shape[0]
     if queries != block_table.meta["val"].shape[0] or not _counts_up(q_start, queries + 1):
         return "several queries a sequence"
     if any(user.args[1] != 0 for user in attention.users if user.users):
         return "the statistics of the softmax are read"
-    return {"q": q, "weight": weight, "cache": cache, "block_table": block_table, "seqlens": k_len}
+    return {"q": q, "weight": weight, "gather": rows[0], "seqlens": k_len}
 
 
 def _absorb(
@@ -89,11 +98,11 @@ def _absorb(
     attention: fx.Node,
     q: fx.Node,
     weight: fx.Node,
-    cache: fx.Node,
-    block_table: fx.Node,
+    gather: Any,
     seqlens: fx.Node,
 ) -> None:
     H, C, N, R, V = _dims(attention)
+    decode, (cache, block_table) = ABSORBED[gather.target][1], gather.args[:2]
     with graph.inserting_before(attention):
         q_nope = call(graph, attention, aten.slice.Tensor, q, 2, 0, N)
         q_rope = call(graph, attention, aten.slice.Tensor, q, 2, N, N + R)
@@ -106,7 +115,7 @@ def _absorb(
         w_uv = call(graph, attention, aten.permute.default, w_uv, [0, 2, 1])
         q_latent = call(graph, attention, head_matmul.overload, q_nope, w_uk)
         scale = attention.args[-1]
-        mixed = call(graph, attention, mla_decode.overload, q_latent, q_rope, cache, block_table, seqlens, scale)
+        mixed = call(graph, attention, decode.overload, q_latent, q_rope, cache, block_table, seqlens, scale)
         new = call(graph, attention, head_matmul.overload, mixed, w_uv)
     for user in list(attention.users):
         user.replace_all_uses_with(new)
@@ -114,7 +123,7 @@ def _absorb(
     graph.erase_node(attention)
 
 
-def _predict(attention: fx.Node, site: dict[str, fx.Node], device: Device, tokens: int) -> tuple[float, float]:
+def _predict(attention: fx.Node, site: dict[str, Any], device: Device, tokens: int) -> tuple[float, float]:
     """Microseconds of the expanded and of the absorbed step with ``tokens`` cached tokens a sequence."""
     H, C, N, R, V = _dims(attention)
     B = int(site["q"].meta["val"].shape[0])
@@ -123,18 +132,21 @@ def _predict(attention: fx.Node, site: dict[str, fx.Node], device: Device, token
     def meta(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    gather, decode = ABSORBED[site["gather"].target]
+    stored, gathered = site["gather"].args[0].meta["val"], site["gather"].args[2:]
     index = torch.empty(B, -(-tokens // PAGE_SIZE), dtype=torch.int64, device="meta")
     S = index.numel() * PAGE_SIZE
     lengths = torch.empty(B, dtype=torch.int32, device="meta")
-    q, cache, kv_b = meta(B, H, N + R), meta(index.numel() + 1, PAGE_SIZE, C + R), meta(H * (N + V), C)
+    q, kv_b = meta(B, H, N + R), meta(H * (N + V), C)
+    cache = torch.empty(index.numel() + 1, *stored.shape[1:], dtype=stored.dtype, device="meta")
     expand = (
-        gather_latent.cost(cache, index)
+        gather.cost(cache, index, *gathered)
         + linear.cost(meta(S, C), kv_b, None)
         + mla_attention.cost(q, meta(S, H, N + V), meta(S, R), lengths, lengths, lengths, 1.0)
     )
     absorb = (
         head_matmul.cost(q[..., :N], meta(H, N, C))
-        + mla_decode.cost(meta(B, H, C), q[..., N:], cache, index, lengths, 1.0)
+        + decode.cost(meta(B, H, C), q[..., N:], cache, index, lengths, 1.0)
         + head_matmul.cost(meta(B, H, C), meta(H, C, V))
     )
     if site["weight"].target is dequantize.overload:

@@ -4,6 +4,10 @@
     after:   y = deepfuse.rms_norm.triton(x, weight, eps)          an opaque kernel
              ... the reference's own nodes, for Inductor to fuse   an inline provider
 
+An op that mutates (a cache write) stands in the graph as a function of what it changes, ``auto_functionalized_v2``. A
+kernel keeps that form, which Inductor makes in-place again; otherwise the op's ``functional`` nodes take its place, an
+``index_put`` for a cache write, which Inductor makes in-place and fuses with what it writes.
+
 Why: without a rewrite every op is an opaque call, and on CPU its meaning is worth more to Inductor than its name.
 Requires: a functional graph with ``meta["val"]`` on every node; runs after all passes that match ops by name.
 Numerics: within the tolerance of the op between providers; an inlined reference is what the op means.
@@ -18,8 +22,8 @@ from torch import fx
 
 from deepfuse.ir.op import NAMESPACE, OPS, Op
 from deepfuse.ir.provider import Choice
-from deepfuse.ops.append_latent import append_latent, appended_latent
 from deepfuse.passes.journal import note
+from deepfuse.passes.mutation import is_mutation, is_of_a_view, mutation_arguments
 from deepfuse.passes.record import graph_pass
 from deepfuse.passes.splice import Splicer, replace_outputs, values
 
@@ -30,23 +34,27 @@ def lower(graph: fx.Graph, *, providers: Mapping[str, str]) -> int:
     chosen: Counter[str] = Counter()
     splicer = Splicer(graph)
     for node in list(graph.nodes):
-        op = _op_of(node)
-        if op is not None:
-            choice = op.choose(tuple(values(list(node.args))), compiled=True, forced=providers.get(op.name))
-            _replace(node, op, choice, splicer)
-        elif _is_append(node):
-            op, choice = append_latent, _lower_append(node, providers, splicer)
-        else:
+        mutates = is_mutation(node)
+        op = _op_of(node.args[0] if mutates else node.target)
+        if op is None:
             continue
-        chosen[f"{op.name} -> {choice.provider.name}{_refusals(choice, providers.get(op.name))}"] += 1
+        forced = providers.get(op.name)
+        if not mutates:
+            choice = op.choose(tuple(values(list(node.args))), compiled=True, forced=forced)
+            _replace(node, op, choice, splicer)
+        elif is_of_a_view(node):
+            note(f"1 x {op.name}: stays: it changes a view of another tensor")
+            continue
+        else:
+            choice = _lower_mutation(node, op, forced, splicer)
+        chosen[f"{op.name} -> {choice.provider.name}{_refusals(choice, forced)}"] += 1
     for line, count in sorted(chosen.items()):
         note(f"{count} x {line}")
     return chosen.total()
 
 
-def _op_of(node: fx.Node) -> Op | None:
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+def _op_of(target: Any) -> Op | None:
+    if not isinstance(target, torch._ops.OpOverload):
         return None
     if target.namespace != NAMESPACE or target._overloadname != "default":
         return None
@@ -60,25 +68,15 @@ def _replace(node: fx.Node, op: Op, choice: Choice, splicer: Splicer) -> None:
         node.target = getattr(getattr(torch.ops.deepfuse, op.name), choice.provider.name)
 
 
-def _is_append(node: fx.Node) -> bool:
-    higher_order = torch.ops.higher_order.auto_functionalized_v2
-    return node.target is higher_order and node.args[0] is append_latent.overload
-
-
-def _lower_append(node: fx.Node, providers: Mapping[str, str], splicer: Splicer) -> Choice:
-    """The cache write stands in the graph as a function of the cache (``auto_functionalized_v2``).
-
-    A kernel keeps that form, which Inductor makes in-place again; otherwise it becomes an ``index_put``, which Inductor
-    makes in-place and fuses with what it writes.
-    """
-    kwargs: Any = node.kwargs
-    (cache,) = kwargs["_all_bases"]
-    args = (cache, *(kwargs[name] for name in ("latent", "k_rope", "slots")))
-    choice = append_latent.choose(tuple(values(list(args))), compiled=True, forced=providers.get("append_latent"))
-    if choice.provider.name == "triton":
-        node.args = (torch.ops.deepfuse.append_latent.triton, *node.args[1:])
-    else:
-        replace_outputs(node, (None, splicer.splice(node, appended_latent, args)))
+def _lower_mutation(node: fx.Node, op: Op, forced: str | None, splicer: Splicer) -> Choice:
+    args = mutation_arguments(node)
+    choice = op.choose(tuple(values(args)), compiled=True, forced=forced)
+    if choice.provider.name == "triton" or op.functional is None:
+        node.args = (getattr(getattr(torch.ops.deepfuse, op.name), choice.provider.name), *node.args[1:])
+        return choice
+    new = splicer.splice(node, op.functional, args)
+    # the node gives what the op returns, None for nothing, and then what it changed
+    replace_outputs(node, new if isinstance(new, tuple) else (None, new))
     return choice
 
 

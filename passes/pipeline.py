@@ -25,8 +25,10 @@ from deepfuse.passes.fuse_permute_quantize import FusePermuteQuantize
 from deepfuse.passes.fuse_quantized_experts import FuseQuantizedExperts
 from deepfuse.passes.fuse_quantized_matmul import FuseQuantizedMatmul
 from deepfuse.passes.fuse_quantized_wgrad import FuseQuantizedWgrad
+from deepfuse.passes.fuse_rope_append import fuse_rope_append
 from deepfuse.passes.fuse_swiglu_quantize import FuseSwigluQuantize
 from deepfuse.passes.lower import lower
+from deepfuse.passes.merge_projections import merge_projections
 from deepfuse.passes.recognize_linear import RecognizeLinear
 from deepfuse.passes.recognize_norm import RecognizeNorm
 from deepfuse.passes.recognize_rotary import RecognizeRotary
@@ -41,6 +43,7 @@ DEFAULT: tuple[Any, ...] = (  # of passes; mypy takes a decorated class for a cl
     RecognizeRotary,
     RecognizeLinear,
     absorb_mla,  # decode attends in latent space
+    merge_projections,  # one product for the weights that lie side by side
     share_quantize,  # an activation is quantized once, however many layers read it
     FuseNormQuantize,  # and by the kernel that computes it
     FuseSwigluQuantize,
@@ -48,6 +51,7 @@ DEFAULT: tuple[Any, ...] = (  # of passes; mypy takes a decorated class for a cl
     FuseQuantizedMatmul,  # products take the FP8 numbers as they are
     FuseQuantizedExperts,
     FuseQuantizedWgrad,
+    fuse_rope_append,  # norm, rotation and cache write in one kernel
     lower,  # each remaining op to the provider for its device
 )
 

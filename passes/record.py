@@ -27,7 +27,7 @@ class Pass:
         stage: where it runs; see the design of the pipeline in ``passes/pipeline.py``.
         kind: what it does to values.
         fn: rewrites the graph in place and returns the number of rewrites. Keyword-only parameters are settings,
-            which the pipeline fills in by name.
+            which the pipeline fills in by name; one that it does not have keeps its default.
         saves: what it saves, in words: bytes or launches.
         rule: the :class:`~deepfuse.passes.fusion.Rule` a fusion was declared as; ``None`` for a plain function.
     """
@@ -64,7 +64,7 @@ class Pass:
         return hashlib.sha256(source).hexdigest()
 
     def __call__(self, graph: fx.Graph, **settings: Any) -> int:
-        return self.fn(graph, **{name: settings[name] for name in self.settings})
+        return self.fn(graph, **{name: settings[name] for name in self.settings if name in settings})
 
 
 def _code(declared: Any) -> str:

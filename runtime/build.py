@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import deepfuse
-from deepfuse.blocks import attention, batch, config, decoder, linear, mlp, model, moe, mtp, norm, rotary
+from deepfuse.blocks import attention, batch, cached_latent, config, decoder, linear, mlp, model, moe, mtp, norm, rotary
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.fp8 import FP8Experts, FP8Linear, in_decoder_layers, to_fp8
 from deepfuse.blocks.model import CausalLM
@@ -41,8 +41,10 @@ from deepfuse.runtime.engine import Engine
 from deepfuse.runtime.generation import Sampling, Speed, generate_tokens
 from deepfuse.runtime.generation_config import GenerationConfig
 from deepfuse.runtime.latent_cache import (
+    FP8,
     LatentCache,
     cache_bytes,
+    cached_dtype,
     latent_bytes_per_token,
     mha_bytes_per_token,
 )
@@ -52,6 +54,7 @@ from deepfuse.runtime.report import Report
 from deepfuse.runtime.requirements import check_device, check_memory, missing_for_compilation
 from deepfuse.runtime.tokenizer import Tokenizer
 from deepfuse.runtime.trainer import Trainer, Training
+from deepfuse.runtime.weight_layout import lay_side_by_side, layout_key
 
 SHIPPED = Path(deepfuse.__file__).parent / "models"
 """Presets whose weights come with the library lie here, by name."""
@@ -69,6 +72,7 @@ def build(
     quantize: str | None = "auto",
     max_batch_size: int = 8,
     max_seq_len: int | None = None,
+    cache_dtype: str = "auto",
     passes: Pipeline | Pass | Iterable[Pass] | None = None,
     providers: Mapping[str, str] | None = None,
     compile: bool = True,
@@ -92,6 +96,8 @@ def build(
             nothing, FP8 checkpoints are dequantized.
         max_batch_size: sequences that generate at once; the cache is made for them.
         max_seq_len: tokens a sequence may have; the model's limit, at most 4096, where ``None``.
+        cache_dtype: of the latent cache: ``auto``, the dtype of the activations; or ``fp8``, E4M3 with a scale for each 128
+            numbers, and rotary keys in bfloat16, 656 bytes per token and layer of DeepSeek-V3 instead of 1152.
         passes: the rewrites; ``deepfuse.passes.default()`` where ``None``. Passes alone are added to these.
         providers: op name -> provider to take first, e.g. ``{"rms_norm": "reference"}``.
         compile: with Inductor; otherwise the same graphs run as the passes left them (for debugging and quick tests).
@@ -125,6 +131,8 @@ def build(
         compile = False
         warnings.warn(f"build: {notes[0]}", stacklevel=3)  # beyond the decorator
     if isinstance(source, nn.Module) and not isinstance(source, CausalLM):
+        if cache_dtype != "auto":
+            raise ValueError(f"build: want no cache_dtype for a module that has no latent cache, got {cache_dtype!r}")
         return CompiledModule(source, pipeline, forced, compile=compile, how=how)
     folder, cfg = _folder_and_config(source)
     if isinstance(source, CausalLM):
@@ -144,6 +152,9 @@ def build(
             "build: want attention 'mla', which has a cache to generate from, got 'mha'; it can be trained, or "
             "called as a plain module"
         )
+    if training is not None and cache_dtype != "auto":
+        raise ValueError(f"build: want no cache_dtype in training, where there is no cache, got {cache_dtype!r}")
+    cached = cached_dtype(cache_dtype, cfg, dtype, wanted)
     if quantize not in QUANTIZE:
         raise ValueError(f"build: want quantize out of {', '.join(map(repr, QUANTIZE))}, got {quantize!r}")
     built = isinstance(source, CausalLM)
@@ -160,7 +171,7 @@ def build(
     # random weights are drawn before they are quantized
     weight_bytes = weights_bytes(cfg, dtype, in_fp8=[] if folder is None else in_fp8)
     room = {"max_batch_size": max_batch_size, "max_seq_len": length}
-    check_memory(wanted, 0 if built else weight_bytes, cache_bytes(cfg, dtype, **room))
+    check_memory(wanted, 0 if built else weight_bytes, cache_bytes(cfg, cached, **room))
     if isinstance(source, CausalLM):
         causal_lm = source
     else:
@@ -168,16 +179,18 @@ def build(
         causal_lm = _weights(cfg, folder, wanted, dtype, seed, in_fp8=in_fp8, activations=activations)
     if training is not None:
         return Trainer(causal_lm, training, compile=compile, pipeline=pipeline, how=how, fp8=online)
+    if not built:
+        lay_side_by_side(causal_lm)
 
     # before a minute of compiling: these files may be damaged as well
     defaults = GenerationConfig() if folder is None else GenerationConfig.from_folder(folder)
     tokenizer = None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder)
     row = device_row(wanted)
-    settings = {"providers": forced, "device": row, "max_seq_len": length}
+    settings = {"providers": forced, "device": row, "max_seq_len": length, "layout": layout_key(causal_lm)}
     runner = Runner(pipeline, settings, **{**how, "verify": False})
     kept_apart = {**settings, "strict": runner.strict}
-    key = f"{_key(pipeline, kept_apart, cfg, dtype, wanted, room)}-{_module_key(causal_lm)}"
-    cache = LatentCache(cfg, dtype=dtype, device=wanted, **room)
+    key = f"{_key(pipeline, kept_apart, cfg, dtype, wanted, {**room, 'cache': cached})}-{_module_key(causal_lm)}"
+    cache = LatentCache(cfg, dtype=cached, device=wanted, **room)
     with inductor_cache() if compile else contextlib.nullcontext():
         if verify:
             _verify(causal_lm.eval(), cache, Runner(pipeline, settings, **how), max_batch_size, length)
@@ -190,7 +203,8 @@ def build(
         active_parameters=counts.active,
         quantized=_quantized(causal_lm),
         weight_bytes=sum(t.nbytes for t in causal_lm.state_dict().values()),
-        cache_bytes_per_token=latent_bytes_per_token(cfg, dtype),
+        cache_dtype="fp8" if cached == FP8 else str(cached).removeprefix("torch."),
+        cache_bytes_per_token=latent_bytes_per_token(cfg, cached),
         mha_bytes_per_token=mha_bytes_per_token(cfg, dtype),
         compiled=compile,
         warm=made.from_cache,
@@ -379,10 +393,10 @@ def _key(
     cfg: Config,
     dtype: torch.dtype,
     device: torch.device,
-    room: Mapping[str, int],
+    room: Mapping[str, Any],
 ) -> str:
     """Of everything a captured graph depends on."""
-    modules = (attention, batch, config, decoder, linear, mlp, model, moe, mtp, norm, rotary, engine)
+    modules = (attention, batch, cached_latent, config, decoder, linear, mlp, model, moe, mtp, norm, rotary, engine)
     parts = [
         torch.__version__,
         platform.machine(),

@@ -147,7 +147,9 @@ def _tensors(
         if piece.name + SCALE not in layout:
             yield piece.name, tensor
         else:
-            values, scale = _quantize(tensor)
+            N, K = tensor.shape
+            values, scale = torch.empty((N, K), dtype=E4M3), torch.empty((-(-N // BLOCK), -(-K // BLOCK)))
+            put(values, scale, tensor)
             if not bool(scale.isfinite().all()):
                 raise CheckpointError(f"{folder}: want finite weights, got {piece.name} with NaN or infinity")
             yield piece.name, values
@@ -155,17 +157,6 @@ def _tensors(
             del values, scale
         bar.advance(tensor.numel() * tensor.element_size())
         del tensor
-
-
-def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """FP8 of ``[N, K]``, a row of blocks at a time: what quantization computes with is several times its argument."""
-    N, K = weight.shape
-    values = torch.empty((N, K), dtype=E4M3)
-    scale = torch.empty((-(-N // BLOCK), -(-K // BLOCK)))
-    for i in range(len(scale)):
-        rows = slice(i * BLOCK, (i + 1) * BLOCK)
-        put(values[rows], scale[i : i + 1], weight[rows])
-    return values, scale
 
 
 def _layout(piece: Piece, stored: Stored, in_fp8: Collection[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

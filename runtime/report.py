@@ -27,6 +27,8 @@ class Report:
     weight_bytes: int
     quantized: str = ""
     """Kind and number of the FP8 modules."""
+    cache_dtype: str
+    """``fp8``, or the dtype's name."""
     cache_bytes_per_token: int
     mha_bytes_per_token: int
     """What multi-head attention of the same shape would cache."""
@@ -91,7 +93,10 @@ class Report:
                 f"{self.parameters:,} ({self.active_parameters:,} active), {self.weight_bytes / 1e6:,.1f} MB",
             ),
             *([("quantized", self.quantized)] if self.quantized else []),
-            ("latent cache", f"{self.cache_bytes_per_token:,} bytes per token, {saved:.1f}x less than multi-head"),
+            (
+                "latent cache",
+                f"{self.cache_bytes_per_token:,} bytes per token, {saved:.1f}x less than multi-head, {self.cache_dtype}",
+            ),
             ("graphs", f"{self.graphs_at_build}, {self.graph_breaks} breaks, {self.recompiles} recompiles"),
             ("build", f"{self.build_seconds:.1f} s, of it compiling {self.compile_seconds:.1f} s{self._how()}"),
         ]

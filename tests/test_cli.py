@@ -325,6 +325,13 @@ def test_an_interrupt_while_building(
     assert caught.value.code == 130 and capsys.readouterr().err == "deepfuse: interrupted\n"
 
 
+def test_the_cache_may_be_in_fp8(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "build", folder, "--device", "cpu", "--no-compile", "--cache-dtype", "fp8", "--json")
+    assert json.loads(capsys.readouterr().out)["cache_dtype"] == "fp8"
+
+
 def test_a_reader_that_has_read_enough() -> None:
     # one row of a longer output, as head reads it
     command = [sys.executable, "-m", "deepfuse", "ops", "--json"]

@@ -31,6 +31,8 @@ class BuildOptions:
     """fp8: weights and activations; fp8_weights: weights alone; auto: as the checkpoint is; none: dequantize."""
     max_batch_size: int = 1
     max_seq_len: int | None = None
+    cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Of the latent cache: auto (that of the activations) or fp8."""
     without: tuple[str, ...] = ()
     """Passes to leave out."""
     providers: tuple[str, ...] = ()
@@ -54,6 +56,7 @@ class BuildOptions:
             quantize=None if self.quantize == "none" else self.quantize,
             max_batch_size=self.max_batch_size,
             max_seq_len=self.max_seq_len,
+            cache_dtype=self.cache_dtype,
             passes=df.passes.default().without(*self.without),
             providers=forced,
             compile=self.compile,

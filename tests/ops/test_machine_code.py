@@ -19,6 +19,7 @@ WGMMA_OPS = [
     "fp8_matmul",
     "fp8_grouped_matmul",
     "fp8_grouped_matmul_masked",
+    "fp8_grouped_matmul_wgrad",
     "grouped_matmul",
     "grouped_matmul_wgrad",
     "head_matmul",
@@ -52,24 +53,38 @@ def test_matrix_products_use_the_tensor_cores_of_hopper(machine_code, name):
     assert any(code.wgmma for code in machine_code if code.op == name)
 
 
-FP8_KERNELS = ["_fp8_matmul_kernel"]
-"""Products of FP8 values, which never leave FP8 on their way to the tensor cores."""
+FP8_OPS = ["fp8_matmul", "fp8_grouped_matmul", "fp8_grouped_matmul_masked", "fp8_grouped_matmul_wgrad"]
+"""Products of FP8 values, which never leave FP8 on their way to the tensor cores. (`mla_decode_fp8` widens its cache.)"""
 
 
-@pytest.mark.parametrize("name", FP8_KERNELS)
-def test_products_of_fp8_use_the_tensor_cores_for_fp8(machine_code, name):
-    kernels = [code for code in machine_code if code.kernel == name]
-    assert kernels and all(code.qgmma for code in kernels)
-
-
-@pytest.mark.parametrize("name", FP8_KERNELS)
-def test_products_of_fp8_have_two_blocks_or_more_in_flight(machine_code, name):
-    # of those whose rows begin at multiples of 16 bytes, all of DeepSeek-V3's among them
-    kernels = [code for code in machine_code if code.kernel == name and code.arguments["WHOLE_K"] == "True"]
+def _products(machine_code, op):
+    """The kernels of an op that multiply, those that copy for them left out."""
+    kernels = [code for code in machine_code if code.op == op and "matmul" in code.kernel]
     assert kernels
+    return kernels
+
+
+@pytest.mark.parametrize("op", FP8_OPS)
+def test_products_of_fp8_use_the_tensor_cores_for_fp8(machine_code, op):
+    assert [code for code in _products(machine_code, op) if not code.qgmma] == []
+
+
+@pytest.mark.parametrize("op", FP8_OPS)
+def test_products_of_fp8_load_the_next_blocks_while_they_multiply_one(machine_code, op):
+    # a sum over one block has no loop
+    loops = [code for code in _products(machine_code, op) if code.stages is not None]
+    assert loops and [code for code in loops if code.stages < 2] == []
+    one_block = [code for code in _products(machine_code, op) if code.stages is None]
+    assert all(code.arguments["blocks_a_split"] == "1" for code in one_block)
+
+
+def test_the_product_that_has_a_warp_for_each_task_fetches_with_tma(machine_code):
+    kernels = [code for code in machine_code if code.kernel == "_fp8_matmul_gluon_kernel"]
+    assert {code.arguments["TURNS"] for code in kernels} == {"1", "2"}
     for code in kernels:
-        a_stage = (int(code.arguments["BLOCK_P"]) + int(code.arguments["BLOCK_Q"])) * int(code.arguments["BLOCK_K"])
-        assert code.shared_bytes >= 2 * a_stage
+        assert code.tma and code.qgmma
+        # twelve warps, of which one group of four fetches with 24 registers
+        assert code.registers * 32 * 12 <= 65536
 
 
 def test_every_kernel_is_compiled_for_the_widths_of_deepseek_v3():

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from deepfuse.ir.device import CPU
+from deepfuse.ops.append_latent_fp8 import packed_rows, row_bytes
 from deepfuse.ops.gather_latent import gather_latent
+from deepfuse.ops.gather_latent_fp8 import gather_latent_fp8
 from deepfuse.ops.head_matmul import head_matmul
 from deepfuse.ops.linear import linear
 from deepfuse.ops.mla_attention import mla_attention
@@ -28,6 +30,11 @@ def attend(q, weight, latent, k_rope, k_start, seqlens, *, bias=None, queries=1)
 
 def expanded(q, weight, cache, block_table, seqlens):
     rows, k_start = gather_latent(cache, block_table)
+    return attend(q, weight, *rows.split((C, R), -1), k_start, seqlens)[0]
+
+
+def expanded_fp8(q, weight, cache, block_table, seqlens):
+    rows, k_start = gather_latent_fp8(cache, block_table, C, q.dtype)
     return attend(q, weight, *rows.split((C, R), -1), k_start, seqlens)[0]
 
 
@@ -71,6 +78,29 @@ def test_decode_is_absorbed():
     # reassociating: sums of C = 16 and N = 8 terms in another order, a few units of roundoff of values near one
     torch.testing.assert_close(gm(*args), expanded(*args), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gm(*args), absorbed(*args), atol=0, rtol=0)
+
+
+def test_decode_over_a_cache_in_fp8_is_absorbed():
+    q, weight, cache, *rest = arguments()
+    cache = packed_rows(cache[..., :C].flatten(0, 1), cache[..., C:].flatten(0, 1)).unflatten(0, cache.shape[:2])
+    gm, count, notes = rewritten(expanded_fp8, q, weight, cache, *rest)
+    assert count == 1 and "absorbed; predicted" in notes[0]
+    counts = op_counts(gm.graph)
+    assert counts["deepfuse.mla_decode_fp8.default"] == 1 and "deepfuse.gather_latent_fp8.default" not in counts
+    # as above: both read the same rounded rows
+    torch.testing.assert_close(gm(q, weight, cache, *rest), expanded_fp8(q, weight, cache, *rest), atol=1e-5, rtol=1e-5)
+
+
+def test_prediction_counts_the_bytes_of_the_cache():
+    q, weight, cache, *rest = arguments()
+    in_fp8 = torch.zeros(*cache.shape[:2], row_bytes(C, R), dtype=torch.uint8)
+    predicted = []
+    for fn, given in ((expanded, cache), (expanded_fp8, in_fp8)):
+        gm = trace(fn, q, weight, given, *rest)
+        (attention,) = gm.graph.find_nodes(op="call_function", target=mla_attention.overload)
+        predicted.append(_predict(attention, _decode_site(attention), CPU, 4096))
+    # 16 + 4 + 2 * 4 bytes a token instead of 20 * 4
+    assert predicted[1][1] < predicted[0][1] and predicted[1][0] < predicted[0][0]
 
 
 def test_is_idempotent():

@@ -6,6 +6,7 @@ from torch.utils import _pytree as pytree
 
 import deepfuse.runtime.describe  # noqa: F401  defines every op
 from deepfuse.ir.op import OPS
+from deepfuse.ir.private import uncompiled_backend, with_own_code
 from deepfuse.ir.tolerance import EXACT
 from deepfuse.ops.add_rms_norm import add_rms_norm
 from deepfuse.ops.append_latent import append_latent
@@ -113,25 +114,52 @@ def test_new_nodes_know_where_they_come_from():
     assert calls and all("norm" in n.meta["nn_module_stack"]["a"][0] for n in calls)
 
 
-def test_the_cache_write_becomes_an_index_put():
-    from deepfuse.ir.private import uncompiled_backend
-
-    seen = []
+def lowered_as_compiled(fn, *args):
+    """What ``fn`` gives, lowered behind the hooks of the compiler, and the graph's targets."""
+    seen, notes = [], []
 
     def run(hook, gm):
         if hook == "last":
-            lower(gm.graph, providers={})
+            with noting(notes):
+                lower(gm.graph, providers={})
             gm.graph.eliminate_dead_code()
             seen.extend(targets(gm))
 
-    def step(cache, latent, k_rope, slots):
-        append_latent(cache, latent, k_rope, slots)
-        return cache.sum()
-
-    args = next(iter(append_latent.samples(torch.device("cpu"), torch.float32)))
-    ours, theirs = args[0].clone(), args[0].clone()
     with torch.no_grad():
-        total = torch.compile(step, fullgraph=True, backend=uncompiled_backend(run))(ours, *args[1:])
-        expected = step(theirs, *args[1:])
-    assert torch.equal(ours, theirs) and torch.equal(total, expected)
-    assert "aten.index_put.default" in seen and not any("auto_functionalized" in t for t in seen)
+        result = torch.compile(with_own_code(fn), fullgraph=True, dynamic=False, backend=uncompiled_backend(run))(*args)
+    return result, seen, notes
+
+
+@pytest.mark.parametrize("name", [op.name for op in OPS.values() if op.mutates])
+def test_an_op_that_mutates_becomes_what_it_means(name):
+    op = OPS[name]
+    for args in list(op.samples(torch.device("cpu"), torch.float32))[:2]:
+        # of its arguments the op changes the first
+        ours, theirs = args[0].clone(), args[0].clone()
+
+        def step(cache, args=args):
+            return op(cache, *args[1:]), cache.flatten(1)
+
+        (returned, written), seen, notes = lowered_as_compiled(step, ours)
+        expected = op(theirs, *args[1:])
+        for got, want in zip(pytree.tree_leaves(returned), pytree.tree_leaves(expected), strict=True):
+            assert got is want is None or torch.equal(got, want)
+        assert torch.equal(ours, theirs) and torch.equal(written, theirs.flatten(1))
+        assert "aten.index_put.default" in seen and not any("auto_functionalized" in t for t in seen)
+        assert notes == [f"1 x {name} -> torch"]
+
+
+def test_a_write_into_a_view_stays_as_it_is():
+    _, latent, k_rope, slots = next(iter(append_latent.samples(torch.device("cpu"), torch.float32)))
+    layers = torch.zeros(4, 2, 64, 24)
+    expected = layers.clone()
+    append_latent(expected[:, 1], latent, k_rope, slots)
+
+    def step(layers):
+        append_latent(layers[:, 1], latent, k_rope, slots)
+        return layers.sum()
+
+    total, seen, notes = lowered_as_compiled(step, layers)
+    assert torch.equal(layers, expected) and torch.equal(total, expected.sum())
+    assert "auto_functionalized_v2" in seen
+    assert notes == ["1 x append_latent: stays: it changes a view of another tensor"]

@@ -18,9 +18,10 @@ def key_of(**changes):
         "dtype": torch.float32,
         "device": torch.device("cpu"),
         "max_batch_size": 1,
+        "cache": torch.float32,
         **changes,
     }
-    room = {"max_batch_size": settings["max_batch_size"], "max_seq_len": 64}
+    room = {"max_batch_size": settings["max_batch_size"], "max_seq_len": 64, "cache": settings["cache"]}
     pass_settings = {"providers": settings["providers"], "device": "row", "max_seq_len": 64}
     return build_module._key(
         settings["pipeline"], pass_settings, settings["config"], settings["dtype"], settings["device"], room
@@ -36,6 +37,7 @@ def key_of(**changes):
         {"dtype": torch.bfloat16},
         {"device": torch.device("cuda")},
         {"max_batch_size": 2},
+        {"cache": torch.float8_e4m3fn},
     ],
     ids=lambda changes: next(iter(changes)),
 )

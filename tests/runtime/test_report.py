@@ -14,6 +14,8 @@ FIELDS = {
     "parameters",
     "active_parameters",
     "weight_bytes",
+    "quantized",
+    "cache_dtype",
     "cache_bytes_per_token",
     "mha_bytes_per_token",
     "compiled",
@@ -71,8 +73,8 @@ def test_each_site_of_a_pass_is_explained():
     text = tiny_model().explain("absorb_mla")
     assert "prefill: 0 rewrites" in text and "decode_4: 2 rewrites" in text
     assert "layers.1.self_attn: absorbed; predicted" in text
-    with pytest.raises(ValueError, match=r"explain: want a pass out of .*absorb_mla.*, got 'fuse'"):
-        tiny_model().explain("fuse")
+    with pytest.raises(ValueError, match=r"explain: want a pass out of .*absorb_mla.*, got 'absorb'"):
+        tiny_model().explain("absorb")
 
 
 def test_graphs_are_python(one_layer):

@@ -46,19 +46,27 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
-class Experts(nn.Module):
-    def __init__(self) -> None:
+class GroupedLinear(nn.Module):
+    def __init__(self, experts: int, inputs: int, outputs: int):
         super().__init__()
-        self.gate_up = nn.Parameter(torch.randn(E, 2 * I, D) * D**-0.5)
-        self.down = nn.Parameter(torch.randn(E, D, I) * I**-0.5)
+        weight, scale = quantize(torch.randn(experts, outputs, inputs) * inputs**-0.5, E4M3, 128, 128, False)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale_inv = nn.Parameter(scale, requires_grad=False)
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        gate, up = self._matmul(rows, self.gate_up, offsets).chunk(2, -1)
-        return self._matmul(swiglu(gate, up), self.down, offsets)
-
-    def _matmul(self, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         values, scale = quantize(rows, E4M3, 1, 128, False)
+        weight = dequantize(self.weight, self.weight_scale_inv, 128, 128, torch.float32)
         return grouped_matmul(dequantize(values, scale, 1, 128, torch.float32), weight, offsets).to(rows.dtype)
+
+
+class Experts(nn.Module):
+    def __init__(self, experts: int = E, hidden: int = D, inner: int = I):
+        super().__init__()
+        self.gate_up, self.down = GroupedLinear(experts, hidden, 2 * inner), GroupedLinear(experts, inner, hidden)
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        gate, up = self.gate_up(rows, offsets).chunk(2, -1)
+        return self.down(swiglu(gate, up), offsets)
 
 
 class Layer(nn.Module):

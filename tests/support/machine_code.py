@@ -26,6 +26,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import deepfuse.ops
@@ -54,6 +55,9 @@ class MachineCode:
         shared_bytes: of a program.
         wgmma: whether Hopper's tensor core instructions are in it.
         qgmma: whether those for FP8 are.
+        tma: whether tiles are fetched by the tensor memory accelerator.
+        stages: blocks of operands that are in shared memory or on their way at a time, where a loop multiplies them; None
+            where none does.
     """
 
     op: str
@@ -65,6 +69,8 @@ class MachineCode:
     shared_bytes: int
     wgmma: bool
     qgmma: bool
+    tma: bool
+    stages: int | None
 
 
 def import_ops() -> None:
@@ -76,7 +82,7 @@ def import_ops() -> None:
 def triton_providers() -> Iterator[tuple[Op, Provider]]:
     for op in OPS.values():
         for provider in op.providers:
-            if provider.name.startswith("triton"):
+            if provider.name.startswith(("triton", "gluon")):
                 yield op, provider
 
 
@@ -156,6 +162,7 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             for n, k in ((2 * F, D), (D, F))
         ],
         "gather_latent": [(cache, table)],
+        "gather_latent_fp8": [(cache_fp8, table, C, torch.bfloat16)],
         "dequantize": [
             (t(T, D, dtype=fp8), f(T, D // 128), 1, 128, torch.bfloat16),
             (t(T, D, dtype=fp8), f((T + 127) // 128, D), 128, 1, torch.bfloat16),
@@ -233,6 +240,11 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
         ],
         "mla_decode": [(t(T, H, C), t(T, H, R), cache, table, i(T, dtype=torch.int32), scale)],
         "mla_decode_fp8": [(t(T, H, C), t(T, H, R), cache_fp8, table, i(T, dtype=torch.int32), scale)],
+        "norm_rope_append": [
+            (to, t(T, C + R)[:, :C], t(T, C + R)[:, C:], t(C), f(T, R // 2), f(T, R // 2), i(T), eps, True, keep)
+            for to in (cache, cache_fp8)
+            for keep in (False, True)
+        ],
         "permute_quantize": [(t(T, D), i(T, K), E, fp8, False)],
         "quantize": [
             *((t(T, width), fp8, 1, 128, pow2) for width in (D, Q) for pow2 in (False, True)),
@@ -271,7 +283,8 @@ def _launches_noted(op: str) -> Iterator[None]:
         bind = create_function_from_signature(kernel.signature, kernel.params, _BACKEND)
         bound, specialization, options = bind(*args, **kwargs)
         options, *source = kernel._pack_args(_BACKEND, kwargs, bound, specialization, options)
-        _PENDING.setdefault(f"{kernel} {source} {options}", (op, ASTSource(kernel, *source), options))
+        kind = GluonASTSource if kernel.is_gluon() else ASTSource
+        _PENDING.setdefault(f"{kernel} {source} {options}", (op, kind(kernel, *source), options))
 
     original, JITFunction.run = JITFunction.run, run
     try:
@@ -287,6 +300,7 @@ def _compile(key: str) -> MachineCode:
     values = {names[path[0]]: str(value) for path, value in source.constants.items()}
     usage = _resource_usage(kernel.asm["cubin"])
     wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
+    sass = _run_on_file("nvdisasm", "--print-code", kernel.asm["cubin"]) if wgmma else ""
     return MachineCode(
         op=op,
         kernel=source.name,
@@ -296,8 +310,39 @@ def _compile(key: str) -> MachineCode:
         spill_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=kernel.metadata.shared,
         wgmma=wgmma,
-        qgmma=wgmma and "QGMMA" in _run_on_file("nvdisasm", "--print-code", kernel.asm["cubin"]),
+        qgmma="QGMMA" in sass,
+        tma="UTMALDG" in sass,
+        stages=_stages(sass),
     )
+
+
+def _stages(sass: str) -> int | None:
+    """One block that is multiplied, and those whose copies the wait before it lets run on.
+
+    A loop that multiplies commits its copies in groups (LDGDEPBAR), as many a turn as a block has, and waits until no
+    more than a number of groups are left (DEPBAR.LE SB0). Where another warp fetches (UTMALDG), each block has two
+    barriers in shared memory (initialized by SYNCS.EXCH): for full, and for empty.
+    """
+    if "UTMALDG" in sass:
+        return sass.count("SYNCS.EXCH.64") // 2
+    lines = sass.splitlines()
+    labels = {line.strip(): number for number, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line.strip())}
+    loops = []
+    for end, line in enumerate(lines):
+        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        begin = labels.get(f"{target[1]}:", end) if target else end
+        body = "\n".join(lines[begin:end])
+        if "GMMA" in body:
+            loops.append(body)
+    if not loops:
+        return None
+    # the innermost
+    body = min(loops, key=len)
+    groups = body.count("LDGDEPBAR")
+    if groups == 0:
+        return 1
+    left = min(int(count, 16) for count in re.findall(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)", body))
+    return 1 + left // groups
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
