@@ -19,7 +19,9 @@ from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
 from deepfuse.ir.private import materialize
+from deepfuse.ir.provider import at_most
 from deepfuse.ops.dequantize import check_scale, dequantize_ref, in_memory, widen_scale
+from deepfuse.ops.fp8_matmul import gluon_refuses
 from deepfuse.ops.grouped_matmul import few_rows, group_of_rows
 from deepfuse.ops.grouped_matmul_wgrad import groups
 from deepfuse.ops.k_major import k_major
@@ -227,6 +229,24 @@ def _tile(rows: int) -> tuple[int, int, int, int]:
     return 128, 128, 8, 4
 
 
+def _gluon(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, dtype: torch.dtype
+) -> Tensor:
+    # here, since Gluon takes as long to import as all ops together
+    from deepfuse.ops.fp8_grouped_matmul_gluon import launch
+
+    return launch(x, x_scale, weight, weight_scale, offsets, dtype)
+
+
+def _gluon_supports(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, dtype: torch.dtype
+) -> str | None:
+    E, N, _ = weight.shape
+    if not isinstance(E, int) or at_most(x.shape[0], 32 * E):
+        return "made for more than 32 rows a group"
+    return gluon_refuses(x, x_scale, weight, N, dtype)
+
+
 def _check(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> None:
@@ -332,5 +352,7 @@ Raises:
     TypeError: a dtype is another, or the two scales' differ.
 """
 
+# not before "triton" until it has been measured against it
+fp8_grouped_matmul.provide("gluon", _gluon, priority={"cuda": 5}, supports=_gluon_supports)
 fp8_grouped_matmul.provide("triton", _launch, priority={"cuda": 10}, supports=computes_in_float32)
 fp8_grouped_matmul.provide("gather", _gather, priority={"cpu": 10}, supports=few_rows, inline=True)

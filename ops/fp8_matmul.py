@@ -418,17 +418,21 @@ def _gluon_supports(
 ) -> str | None:
     if at_most(a.shape[0], FEW_ROWS):
         return f"the kernel is made for up to {FEW_ROWS} rows"
+    if b_rows != 128:
+        return "takes one scale of b for 128 rows"
+    if bias is not None or residual is not None:
+        return "adds nothing"
+    return gluon_refuses(a, a_scale, b, b.shape[0], dtype)
+
+
+def gluon_refuses(a: Tensor, a_scale: Tensor, b: Tensor, N: Any, dtype: torch.dtype) -> str | None:
+    """What the tiles of `ops/fp8_matmul_gluon.py` are not made for."""
     if dtype not in (torch.bfloat16, torch.float32):
         return "computes in float32"
     if a_scale.dtype != torch.float32:
         return "takes float32 scales"
     if a.dtype != torch.float8_e4m3fn or b.dtype != torch.float8_e4m3fn:
         return "takes E4M3"
-    if b_rows != 128:
-        return "takes one scale of b for 128 rows"
-    if bias is not None or residual is not None:
-        return "adds nothing"
-    N = b.shape[0]
     if not isinstance(N, int) or N * dtype.itemsize % 16:
         return f"TMA writes rows of a multiple of 16 bytes, got {N} of {dtype}"
     if a.device.type == "cuda" and torch.cuda.get_device_capability(a.device)[0] != 9:

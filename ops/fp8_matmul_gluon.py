@@ -5,6 +5,8 @@ float32 registers. Neither waits for the other: while one adds, the tensor cores
 short sums of this recipe cost elsewhere. Tiles are 128 columns wide and 128 or 256 rows high; of the higher, a group
 takes the two halves of its rows in turn, so that what tensor cores have just summed needs 64 registers, not 128.
 
+Of grouped rows (`ops/fp8_grouped_matmul_gluon.py`) a table says which expert's a row of tiles is, and where it ends.
+
     fetch:     wait empty[stage]; expect bytes on ready[stage]; copy a and b
     multiply:  wait ready[stage]; multiply; arrive at empty[stage] (two arrivals free it); add
 
@@ -44,22 +46,37 @@ def _tile(index, tiles_m, tiles_n, RASTER: gl.constexpr):
 
 
 @gluon.jit
+def _rows(table_ptr, tile_m, M, HEIGHT: gl.constexpr, GROUPED: gl.constexpr):
+    """Expert, first row, and end of the rows that a row of tiles has."""
+    if GROUPED:
+        entry = table_ptr + 1 + tile_m * 3
+        return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2)
+    else:  # noqa: RET505 - behind an if with a return Triton would compile both
+        return tile_m * 0, tile_m * HEIGHT, M
+
+
+@gluon.jit
 def _fetch_tiles(
-    a_desc, b_desc, a_tiles, b_tiles, ready, empty, tiles_m, tiles_n, blocks, TURNS: gl.constexpr,
-    STAGES: gl.constexpr, RASTER: gl.constexpr,
+    a_desc, b_desc, table_ptr, a_tiles, b_tiles, ready, empty, M, N, tiles_m, tiles_n, blocks, GROUPED: gl.constexpr,
+    TURNS: gl.constexpr, STAGES: gl.constexpr, RASTER: gl.constexpr,
 ):  # fmt: skip
     step = 0
     for index in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = _tile(index, tiles_m, tiles_n, RASTER)
+        expert, first, _ = _rows(table_ptr, tile_m, M, 128 * TURNS, GROUPED)
         for block in range(blocks):
             stage = step % STAGES
             # the phase before the first counts as complete: nobody uses the buffers yet
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(ready.index(stage), (2 * TURNS * 64 + 128) * 128)
             for part in gl.static_range(2 * TURNS):
-                row = (tile_m * 2 * TURNS + part) * 64
-                fetch(a_desc, [row, block * 128], ready.index(stage), a_tiles.index(stage * 2 * TURNS + part))
-            fetch(b_desc, [tile_n * 128, block * 128], ready.index(stage), b_tiles.index(stage))
+                fetch(
+                    a_desc,
+                    [first + part * 64, block * 128],
+                    ready.index(stage),
+                    a_tiles.index(stage * 2 * TURNS + part),
+                )
+            fetch(b_desc, [expert * N + tile_n * 128, block * 128], ready.index(stage), b_tiles.index(stage))
             step += 1
 
 
@@ -71,9 +88,9 @@ def _here(x):
 
 @gluon.jit
 def _multiply_tiles(
-    y_desc, a_scale_ptr, b_scale_ptr, a_tiles, b_tiles, y_tiles, ready, empty, a_scale_stride, b_scale_stride_n,
-    b_scale_stride_k, M, tiles_m, tiles_n, blocks, GROUP: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr,
-    RASTER: gl.constexpr,
+    y_desc, y_ptr, a_scale_ptr, b_scale_ptr, table_ptr, a_tiles, b_tiles, y_tiles, ready, empty, a_scale_stride,
+    b_scale_stride_e, b_scale_stride_n, b_scale_stride_k, M, N, tiles_m, tiles_n, blocks, GROUP: gl.constexpr,
+    GROUPED: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr, RASTER: gl.constexpr,
 ):  # fmt: skip
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     ROWS: gl.constexpr = gl.SliceLayout(1, SUMS)
@@ -82,12 +99,13 @@ def _multiply_tiles(
     step = 0
     for index in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = _tile(index, tiles_m, tiles_n, RASTER)
-        first_part = tile_m * 2 * TURNS + GROUP * TURNS
+        expert, first, end = _rows(table_ptr, tile_m, M, 128 * TURNS, GROUPED)
+        first += GROUP * TURNS * 64
         # rows beyond the last have the last one's scale; they are not written
-        m = gl.minimum(first_part * 64 + gl.arange(0, 64, layout=ROWS), M - 1)
-        m_next = gl.minimum(first_part * 64 + 64 + gl.arange(0, 64, layout=ROWS), M - 1)
+        m = gl.minimum(first + gl.arange(0, 64, layout=ROWS), M - 1)
+        m_next = gl.minimum(first + 64 + gl.arange(0, 64, layout=ROWS), M - 1)
         a_scales = a_scale_ptr
-        b_scales = b_scale_ptr + tile_n.to(gl.int64) * b_scale_stride_n
+        b_scales = b_scale_ptr + expert.to(gl.int64) * b_scale_stride_e + tile_n.to(gl.int64) * b_scale_stride_n
         scale = gl.load(a_scales + m) * gl.load(b_scales)
         scale_next = scale
         if TURNS == 2:
@@ -120,18 +138,31 @@ def _multiply_tiles(
                 scale_next = a_scale_next * b_scale
             step += 1
         for turn in gl.static_range(TURNS):
-            # until the write before has read its tile
-            tma.store_wait(0)
-            y_tile.store((sums if turn == 0 else sums_next).to(y_desc.dtype))
-            fence_async_shared()
-            write(y_desc, [(first_part + turn) * 64, tile_n * 128], y_tile)
+            row = first + turn * 64
+            y = (sums if turn == 0 else sums_next).to(y_desc.dtype)
+            # rows past M are cut off, but not those of the next group
+            whole = True
+            if GROUPED:
+                whole = row + 64 <= end
+            if whole:
+                # until the write before has read its tile
+                tma.store_wait(0)
+                y_tile.store(y)
+                fence_async_shared()
+                write(y_desc, [row, tile_n * 128], y_tile)
+            elif row < end:
+                m = row + gl.arange(0, 64, layout=ROWS)
+                n = tile_n * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, SUMS))
+                rows = y_ptr + m.to(gl.int64) * N
+                gl.store(rows[:, None] + n[None, :], y, mask=(m < end)[:, None] & (n < N)[None, :])
     tma.store_wait(0)
 
 
 @gluon.jit
 def _fp8_matmul_gluon_kernel(
-    a_desc, b_desc, y_desc, a_scale_ptr, b_scale_ptr, a_scale_stride, b_scale_stride_n, b_scale_stride_k, M, N, K,
-    TURNS: gl.constexpr, STAGES: gl.constexpr, RASTER: gl.constexpr,
+    a_desc, b_desc, y_desc, y_ptr, a_scale_ptr, b_scale_ptr, table_ptr, a_scale_stride, b_scale_stride_e,
+    b_scale_stride_n, b_scale_stride_k, M, N, K, GROUPED: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr,
+    RASTER: gl.constexpr,
 ):  # fmt: skip
     a_tiles = gl.allocate_shared_memory(a_desc.dtype, [STAGES * 2 * TURNS, 64, 128], a_desc.layout)
     b_tiles = gl.allocate_shared_memory(b_desc.dtype, [STAGES, 128, 128], b_desc.layout)
@@ -141,26 +172,33 @@ def _fp8_matmul_gluon_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
-    tiles_m, tiles_n, blocks = gl.cdiv(M, 128 * TURNS), gl.cdiv(N, 128), gl.cdiv(K, 128)
+    tiles_n, blocks = gl.cdiv(N, 128), gl.cdiv(K, 128)
+    # there it is known only on the device
+    tiles_m = gl.load(table_ptr) if GROUPED else gl.cdiv(M, 128 * TURNS)
     gl.warp_specialize(
         [
             (
                 _multiply_tiles,
                 (
-                    y_desc, a_scale_ptr, b_scale_ptr, a_tiles, b_tiles, y_tiles, ready, empty, a_scale_stride,
-                    b_scale_stride_n, b_scale_stride_k, M, tiles_m, tiles_n, blocks, 0, TURNS, STAGES, RASTER,
+                    y_desc, y_ptr, a_scale_ptr, b_scale_ptr, table_ptr, a_tiles, b_tiles, y_tiles, ready, empty,
+                    a_scale_stride, b_scale_stride_e, b_scale_stride_n, b_scale_stride_k, M, N, tiles_m, tiles_n, blocks,
+                    0, GROUPED, TURNS, STAGES, RASTER,
                 ),
             ),
             (
                 _multiply_tiles,
                 (
-                    y_desc, a_scale_ptr, b_scale_ptr, a_tiles, b_tiles, y_tiles, ready, empty, a_scale_stride,
-                    b_scale_stride_n, b_scale_stride_k, M, tiles_m, tiles_n, blocks, 1, TURNS, STAGES, RASTER,
+                    y_desc, y_ptr, a_scale_ptr, b_scale_ptr, table_ptr, a_tiles, b_tiles, y_tiles, ready, empty,
+                    a_scale_stride, b_scale_stride_e, b_scale_stride_n, b_scale_stride_k, M, N, tiles_m, tiles_n, blocks,
+                    1, GROUPED, TURNS, STAGES, RASTER,
                 ),
             ),
             (
                 _fetch_tiles,
-                (a_desc, b_desc, a_tiles, b_tiles, ready, empty, tiles_m, tiles_n, blocks, TURNS, STAGES, RASTER),
+                (
+                    a_desc, b_desc, table_ptr, a_tiles, b_tiles, ready, empty, M, N, tiles_m, tiles_n, blocks, GROUPED,
+                    TURNS, STAGES, RASTER,
+                ),
             ),
         ],
         # warps and registers of the second and third; the first gets what the others leave of MAX_REGISTERS each: 240
@@ -183,34 +221,53 @@ def launch(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.
     K = a.shape[1]
     if K == 0:
         return y.zero_()
-    if a_scale.stride(0) != 1:
-        # rows side by side, as quantize writes them: 32 bits then do for their offsets
-        a_scale = a_scale.t().contiguous().t()
     processors = processors_of(a.device)
     turns = turns_of(M, N, processors)
     tiles = triton.cdiv(M, 128 * turns) * triton.cdiv(N, 128)
+    launch_tiles(a, a_scale, b[None], b_scale[None], y, None, turns=turns, programs=min(tiles, processors))
+    return y
+
+
+def launch_tiles(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    y: Tensor,
+    table: Tensor | None,
+    *,
+    turns: int,
+    programs: int,
+) -> None:
+    """Fill ``y [M, N]`` from ``a [M, K]`` and ``b [E, N, K]``, contiguous, by the tiles of the table, or all of them."""
+    (M, K), N = a.shape, b.shape[1]
+    if a_scale.stride(0) != 1:
+        # rows side by side, as quantize writes them: 32 bits then do for their offsets
+        a_scale = a_scale.t().contiguous().t()
     # as many as 227 KiB hold, beside the two tiles of 64 x 128 that are written
     stages = 6 if turns == 1 else 4
-    if dtype == torch.float32:
+    if y.dtype == torch.float32:
         stages = stages * 3 // 4
-    _fp8_matmul_gluon_kernel[(min(tiles, processors),)](
+    _fp8_matmul_gluon_kernel[(programs,)](
         _descriptor(a, 64),
-        _descriptor(b, 128),
+        _descriptor(b.flatten(0, 1), 128),
         _descriptor(y, 64),
+        y,
         a_scale,
         b_scale,
+        y if table is None else table,
         a_scale.stride(1),
         *b_scale.stride(),
         M,
         N,
         K,
+        GROUPED=table is not None,
         TURNS=turns,
         STAGES=stages,
         RASTER=8,
         num_warps=4,
         maxnreg=MAX_REGISTERS,
     )
-    return y
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:

@@ -104,8 +104,7 @@ def _absorb(
     H, C, N, R, V = _dims(attention)
     decode, (cache, block_table) = ABSORBED[gather.target][1], gather.args[:2]
     with graph.inserting_before(attention):
-        q_nope = call(graph, attention, aten.slice.Tensor, q, 2, 0, N)
-        q_rope = call(graph, attention, aten.slice.Tensor, q, 2, N, N + R)
+        q_nope, q_rope = _parts_of(graph, attention, q, N, R)
         dtype = q.meta["val"].dtype
         if weight.target is dequantize.overload:
             weight = call(graph, attention, dequantize.overload, *weight.args[:-1], dtype)
@@ -121,6 +120,16 @@ def _absorb(
         user.replace_all_uses_with(new)
         graph.erase_node(user)
     graph.erase_node(attention)
+
+
+def _parts_of(graph: fx.Graph, attention: fx.Node, q: fx.Node, N: int, R: int) -> list[fx.Node]:
+    """Nope and rotary part of the queries; those they were put together from, where they were."""
+    args: Any = q.args
+    together = q.target is aten.cat.default and len(args) > 1 and args[1] % q.meta["val"].ndim == 2
+    if together and [part.meta["val"].shape[2] for part in args[0]] == [N, R]:
+        return list(args[0])
+    bounds = ((0, N), (N, N + R))
+    return [call(graph, attention, aten.slice.Tensor, q, 2, begin, end) for begin, end in bounds]
 
 
 def _predict(attention: fx.Node, site: dict[str, Any], device: Device, tokens: int) -> tuple[float, float]:

@@ -30,6 +30,7 @@ NO_OPS = {"eliminate_no_ops": Sites(graph=2)}
 """cos and sin times 1, which the released models' mscale is."""
 MERGED = {"merge_projections": Sites(layer=2)}
 """q_a and kv_a; gate and up, of the dense block or of the shared experts."""
+APPENDED = {"fuse_rope_append": Sites(layer=1)}
 ABSORBED = {"absorb_mla": Sites(layer=1)}
 FUSED = {
     # of routed and shared experts; or of the one block of a dense layer
@@ -45,7 +46,8 @@ DECODE = {
     "fuse_quantized_matmul": Sites(layer=5),
 }
 PREFILL = {
-    # and kv_b, which reads the latents of the prompt as they come; in decode it is absorbed
+    # and kv_b, which reads the latents of the prompt as they come; in decode it is absorbed. The norm before it goes with
+    # its quantize, and not into the cache write
     "fuse_norm_quantize": Sites(layer=4),
     "fuse_quantized_matmul": Sites(layer=6),
 }
@@ -55,18 +57,16 @@ WHOLE_BLOCKS = NO_OPS | MERGED | {"eliminate_no_ops": Sites(graph=2, sparse=1)}
 APART = NO_OPS | {"merge_projections": Sites(dense=1), "share_quantize": Sites(layer=1, sparse=1)}
 
 MATCHES: Mapping[tuple[str, str, str], Mapping[str, Sites]] = {
-    ("v3-671b", "bfloat16", "prefill"): NO_OPS | MERGED,
-    ("v3-671b", "bfloat16", "decode"): NO_OPS | MERGED | ABSORBED,
+    ("v3-671b", "bfloat16", "prefill"): NO_OPS | MERGED | APPENDED,
+    ("v3-671b", "bfloat16", "decode"): NO_OPS | MERGED | APPENDED | ABSORBED,
     ("v3-671b", "fp8", "prefill"): WHOLE_BLOCKS | FUSED | PREFILL,
-    ("v3-671b", "fp8", "decode"): WHOLE_BLOCKS | FUSED | DECODE | ABSORBED,
-    ("v3-tiny", "bfloat16", "prefill"): NO_OPS | MERGED,
-    ("v3-tiny", "bfloat16", "decode"): NO_OPS | MERGED | ABSORBED,
+    ("v3-671b", "fp8", "decode"): WHOLE_BLOCKS | FUSED | DECODE | APPENDED | ABSORBED,
+    ("v3-tiny", "bfloat16", "prefill"): NO_OPS | MERGED | APPENDED,
+    ("v3-tiny", "bfloat16", "decode"): NO_OPS | MERGED | APPENDED | ABSORBED,
     ("v3-tiny", "fp8", "prefill"): APART | FUSED | PREFILL | {"fuse_quantized_matmul": Sites(layer=7, sparse=1)},
-    ("v3-tiny", "fp8", "decode"): APART
-    | FUSED
-    | DECODE
-    | ABSORBED
-    | {"fuse_quantized_matmul": Sites(layer=6, sparse=1)},
+    ("v3-tiny", "fp8", "decode"): (
+        APART | FUSED | DECODE | APPENDED | ABSORBED | {"fuse_quantized_matmul": Sites(layer=6, sparse=1)}
+    ),
 }
 """Preset, precision of the linear layers, graph -> pass -> its sites. All passes together, on an H200's row of the cost
 model."""

@@ -8,10 +8,16 @@ import torch
 from torch import nn
 
 from deepfuse.ir.device import device_row
+from deepfuse.ir.private import with_own_code
 from deepfuse.passes.journal import Journal
 from deepfuse.passes.pipeline import Pipeline
 from deepfuse.passes.runner import Runner
 from deepfuse.runtime.compile_cache import inductor_cache
+
+
+def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # by this name Dynamo leaves the module itself out of the paths of its parts
+    return self(*args, **kwargs)
 
 
 class CompiledModule(nn.Module):
@@ -35,11 +41,11 @@ class CompiledModule(nn.Module):
         self.runner = Runner(pipeline, settings, **how)
         options: dict[str, Any] = {"options": self.runner.options()} if compile else {"backend": self.runner.backend()}
         self._caching: Callable[[], AbstractContextManager[None]] = inductor_cache if compile else nullcontext
-        self._compiled = torch.compile(module, fullgraph=True, **options)
+        self._compiled = torch.compile(with_own_code(_call), fullgraph=True, **options)
         self._trial: Any = None
         if compile and self.runner.verify:
             trial = Runner(pipeline, settings, **how)
-            self._trial = torch.compile(module, fullgraph=True, backend=trial.backend())
+            self._trial = torch.compile(with_own_code(_call), fullgraph=True, backend=trial.backend())
 
     @property
     def journal(self) -> Journal:
@@ -58,6 +64,6 @@ class CompiledModule(nn.Module):
         with self._caching():
             if self._trial is not None:
                 with torch.no_grad():
-                    self._trial(*args, **kwargs)
+                    self._trial(self.module, *args, **kwargs)
                 self._trial = None
-            return self._compiled(*args, **kwargs)
+            return self._compiled(self.module, *args, **kwargs)

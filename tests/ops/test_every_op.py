@@ -35,7 +35,8 @@ WITHOUT_KERNEL = {
 WITHOUT_OP = {
     "attention_arguments": "what mla_attention and its gradient are given",
     "dot": "a step of the kernels of matrix products",
-    "fp8_matmul_gluon": "a kernel of fp8_matmul",
+    "fp8_grouped_matmul_gluon": "a provider of fp8_grouped_matmul",
+    "fp8_matmul_gluon": "a provider of fp8_matmul",
     "k_major": "how products of FP8 want their operands to lie",
 }
 """Modules of several ops' common ground, and what it is."""

@@ -80,7 +80,8 @@ def test_products_of_fp8_load_the_next_blocks_while_they_multiply_one(machine_co
 
 def test_the_product_that_has_a_warp_for_each_task_fetches_with_tma(machine_code):
     kernels = [code for code in machine_code if code.kernel == "_fp8_matmul_gluon_kernel"]
-    assert {code.arguments["TURNS"] for code in kernels} == {"1", "2"}
+    shapes = {(code.op, code.arguments["TURNS"]) for code in kernels}
+    assert shapes == {(op, turns) for op in ("fp8_matmul", "fp8_grouped_matmul") for turns in ("1", "2")}
     for code in kernels:
         assert code.tma and code.qgmma
         # twelve warps, of which one group of four fetches with 24 registers

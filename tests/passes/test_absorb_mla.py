@@ -190,3 +190,18 @@ def test_prediction_grows_with_the_context(tokens):
     expand, absorb = _predict(attention, site, CPU, tokens)
     twice = _predict(attention, site, CPU, 2 * tokens)
     assert twice[0] > expand and twice[1] > absorb
+
+
+@pytest.mark.parametrize("width", [N, N - 1])
+def test_queries_are_taken_from_before_they_were_put_together(width):
+    q, *rest = arguments()
+
+    def before(q_nope, q_rope, *args):
+        return expanded(torch.cat((q_nope, q_rope), -1), *args)
+
+    given = (q[..., :width].clone(), q[..., width:].clone(), *rest)
+    gm, count, _ = rewritten(before, *given)
+    assert count == 1
+    # of other widths they have to be put together
+    assert bool(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)) == (width != N)
+    torch.testing.assert_close(gm(*given), before(*given))

@@ -70,6 +70,20 @@ def test_without_an_unknown_name_gives_the_near_ones():
         default().without("absorb_mal")
 
 
+def test_a_graph_is_verified_after_the_passes_that_changed_it(monkeypatch):
+    verified = []
+    monkeypatch.setattr("deepfuse.passes.runner.verify", verified.append)
+
+    @graph_pass(stage="semantic", kind="exact")
+    def nothing(graph):
+        return 0
+
+    gm = trace(lambda x, w: rms_norm(x, w, 1e-6), torch.randn(2, 4), torch.randn(4))
+    runner = Runner(Pipeline((nothing, double_eps)), SETTINGS)
+    runner.run(gm.graph, "joint")
+    assert verified == [gm.graph]
+
+
 def test_plus_puts_a_pass_last_in_its_stage():
     names = default().plus(double_eps).names
     assert names[names.index("merge_projections") :][:3] == ("merge_projections", "double_eps", "share_quantize")

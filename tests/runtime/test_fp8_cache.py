@@ -131,8 +131,9 @@ def test_a_call_without_places_leaves_the_cache_alone(fp8_model):
     assert all(torch.equal(layer[1:], rows) for layer, rows in zip(fp8_model.engine.cache.layers, before, strict=True))
 
 
-def test_text_is_generated_with_every_pass_checked():
-    model = build(checkpoint(), cache_dtype="fp8", verify=True, strict=True)
+@pytest.mark.parametrize("quantize", [None, "fp8"], ids=["float32", "fp8"])
+def test_text_is_generated_with_every_pass_checked(quantize):
+    model = build(checkpoint(), quantize=quantize, cache_dtype="fp8", verify=True, strict=True)
     assert len(model.generate("the quick", max_new_tokens=5, stop_token_ids=())) > 0
 
 

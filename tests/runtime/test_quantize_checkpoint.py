@@ -15,7 +15,7 @@ import transformers
 import transformers.quantizers.quantizer_finegrained_fp8
 from safetensors.torch import load_file, save_file
 
-import deepfuse
+import deepfuse as df
 from deepfuse.blocks.model import CausalLM
 from deepfuse.ops.dequantize import dequantize
 from deepfuse.ops.quantize import quantize
@@ -25,6 +25,7 @@ from deepfuse.runtime.checkpoint import CheckpointError, save_checkpoint
 from deepfuse.runtime.config_json import weight_block_size
 from deepfuse.runtime.quantize_checkpoint import Quantized, quantize_checkpoint
 from deepfuse.runtime.shards import INDEX, SINGLE
+from deepfuse.runtime.tokenizer import Tokenizer
 from oracle import TOLERANCE, difference
 from tiny_checkpoint import CONFIGS, TINY, assert_same_state, change, load, logits, model_of
 
@@ -157,6 +158,11 @@ def test_shards_fused_experts_and_other_dtypes_give_the_same_weights(source: Pat
 
 # transformers
 
+TEXT = """The Constitution gives the President of the United States the power to give to the Congress information of the \
+state of the Union, and to recommend to their consideration such measures as he shall judge necessary. She was not sorry \
+to be at home again, though she had enjoyed her visit, and her father was so glad to see her that he could speak of \
+nothing else all the evening. The revenue of the last fiscal year was larger than that of any year before it."""
+
 
 @pytest.fixture
 def transformers_reads_fp8(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -198,6 +204,26 @@ def test_transformers_reads_it_and_says_the_same(model: str, tmp_path: Path) -> 
     # and FP8 is not what was there before
     change_of_logits = difference(logits(ours), logits(load(folder)))
     assert change_of_logits > 100 * TOLERANCE
+
+
+@pytest.mark.usefixtures("transformers_reads_fp8")
+def test_fp8_as_we_run_it_is_near_what_transformers_says(tmp_path: Path) -> None:
+    """Relative error (norm) of the logits, of the shipped model in bfloat16; each bound is at most twice what is measured."""
+    quantize_checkpoint(SHIPPED / "v3-tiny", tmp_path / "fp8")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fp8", dtype=torch.float32, quantization_config=transformers.FineGrainedFP8Config(dequantize=True)
+    )
+    ids = Tokenizer.from_folder(SHIPPED / "v3-tiny").encode(TEXT)
+    with torch.no_grad():
+        want = theirs.float().eval()(torch.tensor([ids])).logits[0]
+    # weights alone: what bfloat16 rounds; activations too: a 16th of each at most, 2.6% in the root mean square
+    for kind, bound in (("fp8_weights", 1.5e-2), ("fp8", 3e-2)):
+        model = df.build(
+            tmp_path / "fp8", quantize=kind, device="cpu", dtype="bfloat16", max_batch_size=1, compile=False
+        )
+        with torch.no_grad():
+            error = float((model(torch.tensor([ids]))[0] - want).norm() / want.norm())
+        assert bound / 2 <= error <= bound, kind
 
 
 # whole or not at all
@@ -259,7 +285,7 @@ def slow(*arguments):
 module.write_shard = slow
 module.quantize_checkpoint(sys.argv[1], sys.argv[2], max_shard_bytes=60_000)
 """
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(deepfuse.__file__).parents[1])}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(df.__file__).parents[1])}
 
 
 def test_a_killed_run_leaves_no_checkpoint_and_the_next_says_so(source: Path, tmp_path: Path) -> None:

@@ -51,10 +51,19 @@ class Pointer:
     def __add__(self, offset: Any) -> "Pointer":
         return Pointer(self.tensor, self.offset + np.asarray(offset))
 
+    def __getitem__(self, index: Any) -> "Pointer":
+        return Pointer(self.tensor, np.asarray(self.offset)[index])
+
     def load(self) -> Value:
         size = self.tensor.untyped_storage().nbytes() // self.tensor.element_size()
         flat = self.tensor.as_strided((size,), (1,), 0).numpy()
         return _value(flat[np.asarray(self.offset) + self.tensor.storage_offset()])
+
+    def store(self, value: Any, mask: Any) -> None:
+        flat = self.tensor.flatten()
+        offset, value, mask = np.broadcast_arrays(self.offset, value, mask)
+        where = torch.from_numpy(offset[mask] + self.tensor.storage_offset())
+        flat[where] = torch.from_numpy(value[mask]).to(flat.dtype)
 
 
 class Shared:
@@ -229,6 +238,7 @@ class Emulator:
             arange=lambda first, last, layout: _value(np.arange(first, last)),
             zeros=lambda shape, dtype, layout: _value(np.zeros(shape, np.float32)),
             load=lambda pointer: pointer.load(),
+            store=lambda pointer, value, mask: pointer.store(value, mask),
             inline_asm_elementwise=lambda asm, constraints, args, **_: args[0],
             allocate_shared_memory=allocate,
             warp_specialize=self.warp_specialize,
