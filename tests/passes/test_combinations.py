@@ -26,6 +26,8 @@ from deepfuse.runtime.trainer import Trainer, Training
 from tiny_checkpoint import model_of
 from tiny_model import CONFIG, random_weights
 
+# of functions with a gradient of their own, by torch 2.11's Dynamo
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 SETTINGS: dict[str, Any] = {"providers": {}, "device": device_row(torch.device("cpu")), "max_seq_len": 64}
 GRAPHS = ["prefill", "decode", "forward", "backward"]
 
