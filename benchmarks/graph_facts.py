@@ -40,6 +40,7 @@ from deepfuse.passes.record import Pass
 from deepfuse.passes.runner import HOOKS, Runner
 from deepfuse.profiling.regions import Launch, launches
 from deepfuse.runtime.engine import decode, prefill
+from deepfuse.runtime.weight_layout import lay_side_by_side, layout_key
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "graph_facts.json"
@@ -91,16 +92,17 @@ class Captured:
     """A graph before any pass, and which of its inputs are weights."""
 
     module: fx.GraphModule
-    mode: FakeTensorMode
     is_weight: tuple[bool, ...]
-    max_seq_len: int
+    layout: str
+    """Of the weights, as :func:`layout_key` has it."""
 
     def run(self, pipeline: Pipeline, providers: Mapping[str, str]) -> tuple[list[Launch], dict[str, int]]:
         """Launches of the graph rewritten and lowered, and how often each pass rewrote it."""
-        settings = {"providers": dict(providers), "device": DEVICE, "max_seq_len": self.max_seq_len}
+        known = {"device": DEVICE, "max_seq_len": 2 * CACHED, "layout": self.layout}
+        settings = {"providers": dict(providers), **known}
         runner = Runner(pipeline, settings, strict=True)
         graph = copied(self.module.graph).graph
-        with self.mode, torch.no_grad(), _hopper():
+        with torch.no_grad(), _hopper():
             for hook in HOOKS:
                 runner.run(graph, hook)
             graph.eliminate_dead_code()
@@ -123,6 +125,7 @@ def capture(config: Config, workload: Workload, form: str = "bfloat16") -> Captu
     with mode, torch.no_grad():
         model = _model(config, dtype, device)
         FORMS[form](model)
+        lay_side_by_side(model)
         shape = (workload.pages + 1, PAGE_SIZE, config.cache_width)
         caches = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         step, given = workload.inputs(device)
@@ -135,7 +138,7 @@ def capture(config: Config, workload: Workload, form: str = "bfloat16") -> Captu
     is_weight = tuple((tuple(v.shape), v.dtype) not in others for v in values)
     # each cache is an input of its own; what the model computes once (rotary frequencies) counts as a weight
     assert is_weight.count(False) == len(caches) + len(given)
-    return Captured(module, mode, is_weight, 2 * CACHED)
+    return Captured(module, is_weight, layout_key(model))
 
 
 def _model(config: Config, dtype: torch.dtype, device: torch.device) -> CausalLM:

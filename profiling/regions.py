@@ -13,10 +13,12 @@
 - A region reads each tensor from outside once, as far as it looks at it (an index or a slice: what it takes out), and
   writes what is read outside. What is known of weights alone is no activation.
 
-Inductor fuses no more than this, and often less: it stores results with many readers, gives up on large kernels, and
-copies what it cannot write in place. So a figure by this rule is a lower bound of what a graph costs without passes.
-Source: ``can_fuse`` and ``score_fusion`` of torch/_inductor/scheduler.py, ``can_fuse_vertical`` and ``_horizontal`` of
-codegen/simd.py, and ``StorageBox.mark_reuse`` of ir.py, torch 2.11 to 2.15.
+The rule is meant to be generous. Inductor often fuses less: it stores results with many readers, gives up on large
+kernels, and copies what it cannot write in place. What it does beyond the rule is left out: a row's and a column's
+reduction of one tensor in one kernel (its ``mix_order_reduction``), and epilogues of products that it tunes. It has not
+been held against kernels that Inductor generates on a GPU.
+Source: ``can_fuse`` and ``score_fusion`` of torch/_inductor/scheduler.py, ``can_fuse`` of codegen/simd.py, and
+``StorageBox.mark_reuse`` of ir.py, torch 2.15.
 """
 
 import math
