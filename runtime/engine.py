@@ -30,7 +30,10 @@ Graph = Callable[..., Tensor]
 
 def prefill(model: CausalLM, caches: list[Tensor], tokens: Tensor, q_start: Tensor, rows: Tensor) -> Tensor:
     """``tokens [3, T]``: ids, positions, slots; ``q_start [B + 1]``; ``rows [R]`` -> logits ``[R, vocab]``."""
-    return model(tokens[0], tokens[1], q_start, slots=tokens[2], caches=caches, rows=rows)
+    # every argument is given: torch 2.11 cannot read back a graph that depends on a default value
+    return model(
+        tokens[0], tokens[1], q_start, slots=tokens[2], block_table=None, seqlens=None, caches=caches, rows=rows
+    )
 
 
 def decode(model: CausalLM, caches: list[Tensor], step: Tensor, block_table: Tensor) -> Tensor:
@@ -44,6 +47,7 @@ def decode(model: CausalLM, caches: list[Tensor], step: Tensor, block_table: Ten
         block_table=block_table,
         seqlens=step[3].to(torch.int32),
         caches=caches,
+        rows=None,
     )
 
 
