@@ -17,7 +17,7 @@ from torch import nn
 import deepfuse
 from deepfuse.blocks import attention, batch, cached_latent, config, decoder, linear, mlp, model, moe, mtp, norm, rotary
 from deepfuse.blocks.config import Config
-from deepfuse.blocks.fp8 import FP8Experts, FP8Linear, in_decoder_layers, to_fp8
+from deepfuse.blocks.fp8 import E4M3, FP8Experts, FP8Linear, in_decoder_layers, to_fp8
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.parameters import count_parameters
 from deepfuse.blocks.presets import PRESETS
@@ -92,8 +92,8 @@ def build(
             there is none.
         quantize: ``fp8``: weights of the decoder layers in FP8, quantized as they are loaded, and activations quantized
             at every product (with ``training``: both, from float32 masters, and the gradients as well);
-            ``fp8_weights``: weights alone; ``auto``: ``fp8`` for what the checkpoint has in FP8, else nothing; ``None``:
-            nothing, FP8 checkpoints are dequantized.
+            ``fp8_weights``: weights alone; ``auto``: ``fp8`` for what the checkpoint has in FP8, else nothing (and nothing
+            with ``training``); ``None``: nothing, FP8 checkpoints are dequantized.
         max_batch_size: sequences that generate at once; the cache is made for them.
         max_seq_len: tokens a sequence may have; the model's limit, at most 4096, where ``None``.
         cache_dtype: of the latent cache: ``auto``, the dtype of the activations; or ``fp8``, E4M3 with a scale for each 128
@@ -104,7 +104,7 @@ def build(
         training: build a :class:`Trainer` instead of a :class:`Model`.
         verify: check each pass: the rules of the dialect, shapes and dtypes under fake tensors, and values against the
             graph before on real inputs (bitwise for exact passes, within ``ir``'s tolerance for the others). The graphs
-            run uncompiled for that, before they are compiled.
+            run uncompiled for that, before they are compiled. Values that differ raise, whatever ``strict`` says.
         strict: whether a pass that fails raises; otherwise what it did is undone, with a warning that names a file with
             the graph that broke it. ``None``: as the environment variable ``DEEPFUSE_STRICT`` has it.
         seed: of random weights.
@@ -130,7 +130,16 @@ def build(
     if notes:
         compile = False
         warnings.warn(f"build: {notes[0]}", stacklevel=3)  # beyond the decorator
+    if quantize not in QUANTIZE:
+        raise ValueError(f"build: want quantize out of {', '.join(map(repr, QUANTIZE))}, got {quantize!r}")
     if isinstance(source, nn.Module) and not isinstance(source, CausalLM):
+        if quantize not in ("auto", None):
+            raise ValueError(
+                f"build: want quantize 'auto' with a module, which is used as it is, got {quantize!r}; "
+                "deepfuse.blocks.fp8.to_fp8(module, wanted=...) quantizes its linear layers"
+            )
+        if training is not None:
+            raise ValueError("build: want a checkpoint, a preset, a Config or a CausalLM to train, got another module")
         if cache_dtype != "auto":
             raise ValueError(f"build: want no cache_dtype for a module that has no latent cache, got {cache_dtype!r}")
         return CompiledModule(source, pipeline, forced, compile=compile, how=how)
@@ -138,7 +147,8 @@ def build(
     if isinstance(source, CausalLM):
         wanted, dtype = _place(source, device, dtype)
     else:
-        dtype = _dtype(dtype, folder)
+        # masters are float32: FP8 weights dequantized to bfloat16 would be rounded twice
+        dtype = torch.float32 if training is not None and dtype == "auto" else _dtype(dtype, folder)
     if not isinstance(max_batch_size, int) or max_batch_size < 1:
         raise ValueError(f"build: want max_batch_size as an integer >= 1, got {max_batch_size!r}")
     length = min(cfg.max_position_embeddings, MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
@@ -155,8 +165,6 @@ def build(
     if training is not None and cache_dtype != "auto":
         raise ValueError(f"build: want no cache_dtype in training, where there is no cache, got {cache_dtype!r}")
     cached = cached_dtype(cache_dtype, cfg, dtype, wanted)
-    if quantize not in QUANTIZE:
-        raise ValueError(f"build: want quantize out of {', '.join(map(repr, QUANTIZE))}, got {quantize!r}")
     built = isinstance(source, CausalLM)
     if built and training is None and quantize not in ("auto", None):
         raise ValueError(
@@ -165,6 +173,11 @@ def build(
         )
     if training is not None and quantize == "fp8_weights":
         raise ValueError("build: want quantize 'fp8' to train in FP8, got 'fp8_weights', which have no gradient")
+    if training is not None and isinstance(source, CausalLM) and _quantized(source):
+        raise ValueError(
+            f"build: want a CausalLM in full precision to train, got one with FP8 weights ({_quantized(source)}), which "
+            "have no gradient; load it with quantize=None, or train in FP8 with quantize='fp8'"
+        )
     online = training is not None and quantize == "fp8"
     in_fp8 = [] if built or training is not None else _in_fp8(cfg, folder, quantize, notes)
     counts = count_parameters(cfg)
@@ -178,7 +191,7 @@ def build(
         activations = quantize != "fp8_weights"
         causal_lm = _weights(cfg, folder, wanted, dtype, seed, in_fp8=in_fp8, activations=activations)
     if training is not None:
-        return Trainer(causal_lm, training, compile=compile, pipeline=pipeline, how=how, fp8=online)
+        return Trainer(causal_lm, training, compile=compile, pipeline=pipeline, how=how, fp8=online, providers=forced)
     if not built:
         lay_side_by_side(causal_lm)
 
@@ -300,14 +313,19 @@ def _in_fp8(cfg: Config, folder: Path | None, quantize: str | None, notes: list[
     """Names of the modules that are to be FP8."""
     if quantize is None:
         return set()
-    names = set() if folder is None else stored_in_fp8(folder, cfg)
+    names, partly = (set(), set()) if folder is None else stored_in_fp8(folder, cfg)
     if quantize != "auto":
         with torch.device("meta"):
             return names | in_decoder_layers(CausalLM(cfg))
-    if not names and folder is not None and weight_block_size(cfg) is not None:
-        notes.append(
-            f"the checkpoint's FP8 weights are dequantized: their blocks are {weight_block_size(cfg)}, not (128, 128)"
+    if partly:
+        block = weight_block_size(cfg)
+        why = (
+            "some of their weights are not in FP8"
+            if block == (128, 128)
+            else f"their blocks are {block}, not (128, 128)"
         )
+        first = ", ".join(sorted(partly)[:3]) + (", ..." if len(partly) > 3 else "")
+        notes.append(f"FP8 weights of {len(partly)} modules are dequantized: {why} ({first})")
     return names
 
 
@@ -352,7 +370,14 @@ def _place(
     causal_lm: CausalLM, device: str | torch.device, dtype: str | torch.dtype
 ) -> tuple[torch.device, torch.dtype]:
     """Where a module lies and in which dtype: it is used as it is, and what else is asked for is refused."""
-    fp8 = {f"{n}.{p}" for n, m in causal_lm.named_modules() if isinstance(m, FP8Linear | FP8Experts) for p in m.stored}
+    modules = [(n, m) for n, m in causal_lm.named_modules() if isinstance(m, FP8Linear | FP8Experts)]
+    fp8 = {f"{n}.{p}": m.get_parameter(p) for n, m in modules for p in m.stored}
+    converted = [n for n, p in fp8.items() if p.dtype != (torch.float32 if n.endswith("_scale_inv") else E4M3)]
+    if converted:
+        raise ValueError(
+            f"build: want FP8 weights in float8_e4m3fn with float32 scales, got {converted[0]} in {fp8[converted[0]].dtype}; "
+            "convert the model first, and then call to_fp8"
+        )
     places = {(p.device, p.dtype) for n, p in causal_lm.named_parameters() if n not in fp8}
     own_device, own_dtype = next(iter(places))
     if len(places) > 1 or own_device.type == "meta":

@@ -89,14 +89,18 @@ def load_weights(
     with Reader(stored) as reader, LoadingBar(f"loading {path.name}", total) as bar:
         for piece in plan.pieces:
             target = state[piece.key][piece.part]
-            if target.dtype == E4M3:
-                if stored[piece.name].dtype == "F8_E4M3":
-                    target.copy_(reader.get(piece.name))
-                else:
-                    # its last rows may be those that fill a block
-                    place = plan.scales[piece.name]
-                    put(target, state[place.key][place.part], reader.get(piece.name).to(device))
-                    target = state[place.key][place.part]
+            if target.dtype == E4M3 and piece.name not in plan.scales:
+                target.copy_(reader.get(piece.name))
+            elif target.dtype == E4M3:
+                weight = reader.get(piece.name).to(device)
+                if piece.name + SCALE in stored:  # in other blocks
+                    assert block is not None
+                    weight, values = torch.empty(weight.shape, device=device), weight
+                    _dequantize(weight, values, reader.get(piece.name + SCALE).to(device, torch.float32), block)
+                # what is behind a weight's last rows are those that fill a block, and not its own
+                place = plan.scales[piece.name]
+                put(target, state[place.key][place.part], weight)
+                target = state[place.key][place.part]
             elif piece.name + SCALE in stored:
                 assert block is not None
                 scale = reader.get(piece.name + SCALE).to(device, torch.float32, copy=True)
@@ -147,24 +151,22 @@ def stored_dtype(folder: str | os.PathLike[str]) -> torch.dtype:
     return torch.float32 if dtype == torch.float64 else dtype
 
 
-def stored_in_fp8(folder: str | os.PathLike[str], config: Config) -> set[str]:
-    """Names of the modules whose weights a checkpoint has in FP8, all of them, in blocks that FP8 modules can take."""
+def stored_in_fp8(folder: str | os.PathLike[str], config: Config) -> tuple[set[str], set[str]]:
+    """Names of the modules whose weights a checkpoint has in FP8: all of them, in blocks that FP8 modules can take; the
+    others that have some."""
     stored = stored_tensors(existing_folder(folder))
-    if weight_block_size(config) != (BLOCK, BLOCK):
-        return set()
     with torch.device("meta"):
         model = CausalLM(config, mtp_layers=present_mtp_layers(folder, config))
-    names = set(to_fp8(model, wanted=lambda name: name != "lm_head"))
+    names = to_fp8(model, wanted=lambda name: name != "lm_head")
+    kinds: dict[str, set[str]] = {name: set() for name in names}
     for key, tensor in model.state_dict().items():
         if tensor.dtype == E4M3:
-            kinds = {
-                stored[p.name].dtype
-                for p in pieces(key, tensor.shape, config.moe_intermediate_size)
-                if p.name in stored
-            }
-            if kinds != {"F8_E4M3"}:
-                names -= {key.removesuffix(".weight"), key.rpartition(".")[0]}
-    return names
+            parts = pieces(key, tensor.shape, config.moe_intermediate_size)
+            found = {stored[name].dtype for name in (key, *(p.name for p in parts)) if name in stored}
+            kinds[key.rpartition(".")[0]] |= found
+    some = {name for name in names if "F8_E4M3" in kinds[name]}
+    whole = {name for name in some if kinds[name] == {"F8_E4M3"} and weight_block_size(config) == (BLOCK, BLOCK)}
+    return whole, some - whole
 
 
 def weights_bytes(config: Config, dtype: torch.dtype, *, in_fp8: Collection[str] = ()) -> int:
@@ -198,8 +200,10 @@ def _plan(model: CausalLM, stored: Mapping[str, Stored], block: tuple[int, int] 
         placed |= {part.name: part for part in parts}
     in_fp8 = {name for name in placed if name in stored and stored[name].dtype == "F8_E4M3"}
     scales = {name + SCALE for name in in_fp8}
-    made = {n.removesuffix(SCALE): p for n, p in placed.items() if n.endswith(SCALE) and n not in scales}
-    placed = {name: piece for name, piece in placed.items() if not name.endswith(SCALE) or name in scales}
+    # scales of other blocks are read with their weight, which is quantized anew
+    kept = scales if block == (BLOCK, BLOCK) else set()
+    made = {n.removesuffix(SCALE): p for n, p in placed.items() if n.endswith(SCALE) and n not in kept}
+    placed = {name: piece for name, piece in placed.items() if not name.endswith(SCALE) or name in kept}
     L, tied = model.config.num_hidden_layers, model.lm_head is None
     mtp = len(model.model.layers) - L
     unexpected = [

@@ -88,11 +88,12 @@ class Trainer:
         pipeline: Pipeline | None = None,
         how: Mapping[str, Any] | None = None,
         fp8: bool = False,
+        providers: Mapping[str, str] | None = None,
     ):
         """``model`` is trained in place, in float32; without ``compile`` the step's graphs run as the passes left them.
 
         ``pipeline``: the passes, ``default()`` where ``None``; ``how``: what else the runner of the passes is told;
-        ``fp8``: whether the decoder layers' products are in FP8.
+        ``fp8``: whether the decoder layers' products are in FP8; ``providers``: op name -> provider to take first.
         """
         self.model, self.training = model, training
         mtp_layers = len(model.model.layers) - model.config.num_hidden_layers
@@ -118,7 +119,7 @@ class Trainer:
         self.step = 0
         self.optimizer = self._optimizer(model.parameters())
         settings = {
-            "providers": {},
+            "providers": dict(providers or {}),
             "device": device_row(self.device),
             "max_seq_len": training.seq_len,
         }
@@ -211,7 +212,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, tokens: np.ndarray) -> float:
-        """Mean cross-entropy in nats of all tokens but each window's first, over windows of ``seq_len``, no overlap."""
+        """Mean cross-entropy in nats of all tokens but each window's first, over windows of ``seq_len``, no overlap.
+
+        Of the float32 weights, computed in float32, also where training is in FP8.
+        """
         total, count, L = 0.0, 0, self.training.seq_len
         was_training = self.model.training
         self.model.eval()

@@ -1,7 +1,6 @@
 """Checkpoints with FP8 weights, against an independent computation in float64."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,55 +11,14 @@ from torch import Tensor
 
 from deepfuse.runtime.checkpoint import CheckpointError, save_checkpoint
 from deepfuse.runtime.shards import INDEX, SINGLE
-from tiny_checkpoint import TINY, assert_same_state, change, load, logits, model_of
-
-# FP8
-
-
-def e4m3(bits: np.ndarray) -> np.ndarray:
-    """Values of E4M3 numbers (OCP 8-bit floating point, section 5) in float64."""
-    exponent, mantissa = (bits >> 3) & 15, (bits & 7).astype(np.float64)
-    value = np.where(
-        exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent.astype(np.float64) - 7)
-    )
-    return np.where(bits & 128, -value, value)
-
-
-def quantize(folder: Path, block: tuple[int, int], fused: bool = False) -> dict[str, np.ndarray]:
-    """Give a checkpoint random FP8 weights; returns what they mean, in float64."""
-    rng, meant = np.random.default_rng(0), {}
-
-    def edit(tensors: dict[str, Tensor]) -> None:
-        if fused:
-            tensors |= {n: t for n, t in load(folder).state_dict().items() if n.endswith(("gate_up_proj", "down_proj"))}
-            for name in [n for n in tensors if ".experts." in n and n.endswith(".weight")]:
-                del tensors[name]
-        names = [n for n in tensors if "proj" in n and "eh_proj" not in n]
-        for name in names:
-            *batch, N, K = tensors[name].shape
-            bits = rng.integers(0, 256, (*batch, N, K), dtype=np.uint8)
-            bits[(bits & 127) == 127] = 0  # NaN
-            scale = rng.uniform(1e-4, 1e-2, (*batch, -(-N // block[0]), -(-K // block[1]))).astype(np.float32)
-            n, k = np.indices((N, K))
-            meant[name] = e4m3(bits) * scale.astype(np.float64)[..., n // block[0], k // block[1]]
-            tensors[name] = torch.from_numpy(bits).view(torch.float8_e4m3fn)
-            tensors[name + "_scale_inv"] = torch.from_numpy(scale)
-
-    change(folder, edit)
-    path = folder / "config.json"
-    settings = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block)}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
-    return meant
-
-
-WIDE = replace(TINY, hidden_size=192, kv_lora_rank=512, qk_rope_head_dim=64, q_lora_rank=130, moe_intermediate_size=72)
-"""``kv_a_proj_with_mqa`` is [576, 192]: four blocks of 128 rows and a half by one and a half."""
+from fp8_checkpoint import WIDE, write_fp8
+from tiny_checkpoint import assert_same_state, change, load, logits, model_of
 
 
 @pytest.mark.parametrize(("block", "fused"), [((128, 128), False), ((128, 128), True), ((16, 40), False)])
 def test_fp8_weights_are_dequantized(block: tuple[int, int], fused: bool, tmp_path: Path) -> None:
     save_checkpoint(model_of(WIDE), tmp_path)
-    meant = quantize(tmp_path, block, fused)
+    meant = write_fp8(tmp_path, block, fused)
     assert meant["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape == (576, 192)
     model = load(tmp_path)
     state = model.state_dict()
@@ -87,7 +45,7 @@ def test_fp8_weights_are_dequantized(block: tuple[int, int], fused: bool, tmp_pa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_on_a_gpu_are_those_on_the_cpu(dtype: torch.dtype, tmp_path: Path) -> None:
     save_checkpoint(model_of(WIDE), tmp_path)
-    quantize(tmp_path, (128, 128))
+    write_fp8(tmp_path, (128, 128))
     model = load(tmp_path, dtype, device="cuda")
     assert all(t.is_cuda for t in (*model.parameters(), *model.buffers()))
     assert_same_state({k: v.cpu() for k, v in model.state_dict().items()}, load(tmp_path, dtype).state_dict())
@@ -97,7 +55,7 @@ def test_weights_on_a_gpu_are_those_on_the_cpu(dtype: torch.dtype, tmp_path: Pat
 
 def test_fp8_weights_in_files_apart_from_their_scales(tmp_path: Path) -> None:
     save_checkpoint(model_of(WIDE), tmp_path)
-    quantize(tmp_path, (128, 128))
+    write_fp8(tmp_path, (128, 128))
     want = load(tmp_path).state_dict()
     tensors = load_file(tmp_path / SINGLE)
     (tmp_path / SINGLE).unlink()
@@ -112,7 +70,7 @@ def test_fp8_weights_in_files_apart_from_their_scales(tmp_path: Path) -> None:
 
 def test_fp8_scales_that_do_not_fit_are_named(tmp_path: Path) -> None:
     save_checkpoint(model_of(WIDE), tmp_path)
-    quantize(tmp_path, (128, 128))
+    write_fp8(tmp_path, (128, 128))
     kv, q = (f"model.layers.0.self_attn.{n}.weight_scale_inv" for n in ("kv_a_proj_with_mqa", "q_a_proj"))
 
     def edit(tensors: dict[str, Tensor]) -> None:
