@@ -1,11 +1,13 @@
 """What a build says of itself: report, explanations, graphs."""
 
+import functools
 import json
+from typing import Any
 
 import pytest
 
 from deepfuse.ir.printer import run_text
-from tiny_model import tiny_model
+from tiny_model import MAX_BATCH_SIZE, MAX_SEQ_LEN, build, checkpoint
 
 FIELDS = {
     "model",
@@ -32,10 +34,16 @@ FIELDS = {
 }
 
 
+@functools.cache
+def reported() -> Any:
+    """A model that no other file's tests have called, whose report is that of its build."""
+    return build(checkpoint(), max_batch_size=MAX_BATCH_SIZE, max_seq_len=MAX_SEQ_LEN)
+
+
 def test_the_report_as_json():
-    data = json.loads(json.dumps(tiny_model().report.to_json()))
+    data = json.loads(json.dumps(reported().report.to_json()))
     assert set(data) == FIELDS
-    weights = sum(tensor.numel() for tensor in tiny_model().engine.model.state_dict().values())
+    weights = sum(tensor.numel() for tensor in reported().engine.model.state_dict().values())
     assert data["parameters"] == weights > data["active_parameters"] > weights // 2
     assert data["weight_bytes"] == 4 * weights
     # per layer a latent of 24 and a rotary key of 8, beside 4 heads of 20 + 10
@@ -56,7 +64,7 @@ def test_the_report_as_json():
 
 
 def test_the_report_as_text():
-    text = str(tiny_model().report)
+    text = str(reported().report)
     for words in (
         "absorb_mla",
         "lower",
@@ -70,11 +78,11 @@ def test_the_report_as_text():
 
 
 def test_each_site_of_a_pass_is_explained():
-    text = tiny_model().explain("absorb_mla")
+    text = reported().explain("absorb_mla")
     assert "prefill: 0 rewrites" in text and "decode_4: 2 rewrites" in text
     assert "layers.1.self_attn: absorbed; predicted" in text
     with pytest.raises(ValueError, match=r"explain: want a pass out of .*absorb_mla.*, got 'absorb'"):
-        tiny_model().explain("absorb")
+        reported().explain("absorb")
 
 
 def test_graphs_are_python(one_layer):
@@ -95,12 +103,12 @@ def test_graphs_are_python(one_layer):
 
 def test_no_op_is_left_to_chance():
     """After lower, each op of the dialect is inlined or names its provider."""
-    for graph in tiny_model().report.journal.graphs:
+    for graph in reported().report.journal.graphs:
         assert "torch.ops.deepfuse." in graph.snapshots["before:lower"]
         for line in graph.snapshots["after:lower"].splitlines():
             assert "torch.ops.deepfuse." not in line or ".default(" not in line, line
 
 
 def test_graphs_name_their_blocks():
-    text = tiny_model().graph("before:lower", "decode_1")
+    text = reported().graph("before:lower", "decode_1")
     assert "model.layers.1.mlp" in text and "model.layers.0.self_attn" in text
