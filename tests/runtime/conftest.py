@@ -6,6 +6,12 @@ import pytest
 from tiny_model import ONE_LAYER, build, random_weights, tiny_model
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _model_of_this_file() -> None:
+    """Graphs depend on settings of the process: what tests of another file left there would have them captured anew."""
+    tiny_model.cache_clear()
+
+
 @pytest.fixture
 def model() -> Iterator[Any]:
     """The shared model, which gets its pages back."""
