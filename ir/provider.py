@@ -93,6 +93,11 @@ def float32_at_most(*args: Any) -> str | None:
     return "computes in float32 at most" if args[0].dtype == torch.float64 else None
 
 
+def float32_result_at_most(*args: Any) -> str | None:
+    """The same, of ops whose last argument is the dtype of the result."""
+    return "computes in float32 at most" if args[-1] == torch.float64 else None
+
+
 def at_most(size: Any, limit: int) -> bool:
     """Whether ``size`` is known at compile time and no larger than ``limit`` (a symbolic size is not known)."""
     return isinstance(size, int) and size <= limit

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_at_most
 from deepfuse.ir.tolerance import ONE_FLOAT8_STEP
 from deepfuse.ops.add_rms_norm import add_rms_norm_ref
 from deepfuse.ops.dequantize import in_memory
@@ -74,12 +75,6 @@ def _launch(
         BLOCK_B=max(block_d // 128, 1), VECTOR=16 // x.element_size(), num_warps=num_warps,
     )  # fmt: skip
     return outputs
-
-
-def _supports(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, power_of_two: bool, keep: bool
-) -> str | None:
-    return "computes in float32" if x.dtype == torch.float64 else None
 
 
 def _check(
@@ -158,4 +153,4 @@ Raises:
     TypeError: ``x`` is not floating point of 16 bits or more, or ``dtype`` is no FP8 format.
 """
 
-add_rms_norm_quantize.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
+add_rms_norm_quantize.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)

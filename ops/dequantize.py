@@ -16,6 +16,8 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_result_at_most
+from deepfuse.ir.sizes import check_value
 from deepfuse.ops.quantize import (
     BITWISE,
     BLOCKS,
@@ -150,10 +152,6 @@ def in_memory(scale: Tensor) -> Tensor:
     return scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
 
 
-def _supports(values: Tensor, scale: Tensor, rows: int, cols: int, dtype: torch.dtype) -> str | None:
-    return "computes in float32" if dtype == torch.float64 else None
-
-
 def _check(values: Tensor, scale: Tensor, rows: int, cols: int, dtype: torch.dtype) -> None:
     if values.ndim < 2:
         raise ValueError(f"dequantize: want values [..., M, K], got {list(values.shape)}")
@@ -171,7 +169,7 @@ def check_scale(op: str, name: str, scale: Tensor, shape: Sequence[Any]) -> None
         raise ValueError(f"{op}: want {name} {list(shape)}, got {list(scale.shape)}")
     for size, wanted in zip(scale.shape, shape, strict=True):
         # symbolic sizes are compared when they are known
-        torch._check_value(size == wanted, lambda: f"{op}: want {name} {list(shape)}, got {list(scale.shape)}")
+        check_value(size == wanted, lambda: f"{op}: want {name} {list(shape)}, got {list(scale.shape)}")
 
 
 def _fake(values: Tensor, scale: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
@@ -224,4 +222,4 @@ Raises:
     TypeError: dtypes other than these.
 """
 
-dequantize.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
+dequantize.provide("triton", _launch, priority={"cuda": 10}, supports=float32_result_at_most)

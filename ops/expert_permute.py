@@ -18,6 +18,7 @@ from torch import Tensor
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
 from deepfuse.ir.provider import at_most
+from deepfuse.ir.sizes import check_value
 
 COMPARE_ROWS = 64
 """Up to so many rows, counting smaller keys (M^2 comparisons) beats a sort's call on a CPU."""
@@ -180,7 +181,7 @@ def _check(x: Tensor, experts: Tensor, num_experts: int) -> None:
         raise ValueError(
             f"expert_permute: want x [T, D] and experts [T, K], got {list(x.shape)} and {list(experts.shape)}"
         )
-    torch._check_value(
+    check_value(
         experts.shape[0] == x.shape[0],
         lambda: f"expert_permute: want experts of {x.shape[0]} tokens, got {experts.shape[0]}",
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
 from deepfuse.ir.provider import float32_at_most
+from deepfuse.ir.sizes import check_value
 
 
 def expert_unpermute_ref(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def _check(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor) -> None:
             "expert_unpermute: want y [M, D], order [M], inverse [M] and weights [T, K], got "
             f"{[list(t.shape) for t in (y, order, inverse, weights)]}"
         )
-    torch._check_value(
+    check_value(
         weights.numel() == inverse.shape[0],
         lambda: f"expert_unpermute: want T * K = {inverse.shape[0]} weights, got {list(weights.shape)}",
     )

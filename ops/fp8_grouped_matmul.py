@@ -19,7 +19,7 @@ from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
 from deepfuse.ir.private import materialize
-from deepfuse.ir.provider import at_most
+from deepfuse.ir.provider import at_most, float32_result_at_most
 from deepfuse.ops.dequantize import check_scale, dequantize_ref, in_memory, widen_scale
 from deepfuse.ops.fp8_matmul import gluon_refuses
 from deepfuse.ops.grouped_matmul import few_rows, group_of_rows
@@ -258,11 +258,6 @@ def _check(
     check_groups("fp8_grouped_matmul", x, x_scale, weight, weight_scale, offsets, dtype)
 
 
-def computes_in_float32(*args: object) -> str | None:
-    """Why a kernel refuses, by the dtype of the result, the last argument."""
-    return "computes in float32" if args[-1] == torch.float64 else None
-
-
 def check_groups(
     op: str, x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, ends: Tensor, dtype: torch.dtype
 ) -> None:
@@ -354,5 +349,5 @@ Raises:
 
 # not before "triton" until it has been measured against it
 fp8_grouped_matmul.provide("gluon", _gluon, priority={"cuda": 5}, supports=_gluon_supports)
-fp8_grouped_matmul.provide("triton", _launch, priority={"cuda": 10}, supports=computes_in_float32)
+fp8_grouped_matmul.provide("triton", _launch, priority={"cuda": 10}, supports=float32_result_at_most)
 fp8_grouped_matmul.provide("gather", _gather, priority={"cpu": 10}, supports=few_rows, inline=True)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_result_at_most
 from deepfuse.ops.dequantize import dequantize_ref
 from deepfuse.ops.fp8_grouped_matmul import (
     check_groups,
-    computes_in_float32,
     launch_groups,
 )
 from deepfuse.ops.quantize import quantize_ref
@@ -122,4 +122,4 @@ Raises:
     TypeError: a dtype is another, or the two scales' differ.
 """
 
-fp8_grouped_matmul_masked.provide("triton", _launch, priority={"cuda": 10}, supports=computes_in_float32)
+fp8_grouped_matmul_masked.provide("triton", _launch, priority={"cuda": 10}, supports=float32_result_at_most)

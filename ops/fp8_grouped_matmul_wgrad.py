@@ -21,8 +21,10 @@ from torch import Tensor
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_result_at_most
+from deepfuse.ir.sizes import check_value
 from deepfuse.ops.dequantize import check_scale, dequantize_ref, in_memory, load_column_scales, widen_scale
-from deepfuse.ops.fp8_grouped_matmul import check_ends, computes_in_float32
+from deepfuse.ops.fp8_grouped_matmul import check_ends
 from deepfuse.ops.grouped_matmul_wgrad import grouped_matmul_wgrad_ref
 from deepfuse.ops.quantize import FP8_DTYPES, quantize_ref, scale_shape
 
@@ -195,7 +197,7 @@ def _check(dy: Tensor, dy_scale: Tensor, x: Tensor, x_scale: Tensor, offsets: Te
             f"{op}: want dy [M, N], x [M, K] and offsets [E], got "
             f"{list(dy.shape)}, {list(x.shape)} and {list(offsets.shape)}"
         )
-    torch._check_value(x.shape[0] == dy.shape[0], lambda: f"{op}: want x of {dy.shape[0]} rows, got {x.shape[0]}")
+    check_value(x.shape[0] == dy.shape[0], lambda: f"{op}: want x of {dy.shape[0]} rows, got {x.shape[0]}")
     if dy.dtype not in FP8_DTYPES or x.dtype not in FP8_DTYPES or offsets.dtype != torch.int32:
         raise TypeError(f"{op}: want float8 dy and x and int32 offsets, got {dy.dtype}, {x.dtype} and {offsets.dtype}")
     check_scale(op, "dy_scale", dy_scale, scale_shape(dy.shape, 128, 1))
@@ -272,4 +274,4 @@ Raises:
     TypeError: a dtype is another, or the two scales' differ.
 """
 
-fp8_grouped_matmul_wgrad.provide("triton", _launch, priority={"cuda": 10}, supports=computes_in_float32)
+fp8_grouped_matmul_wgrad.provide("triton", _launch, priority={"cuda": 10}, supports=float32_result_at_most)

@@ -19,6 +19,7 @@ from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
 from deepfuse.ir.provider import at_most, float32_at_most
+from deepfuse.ir.sizes import check_value
 from deepfuse.ops.dot import dot
 
 TORCH_GROUPS = 1023
@@ -163,7 +164,7 @@ def _check(dy: Tensor, x: Tensor, offsets: Tensor) -> None:
             "grouped_matmul_wgrad: want dy [M, N], x [M, K] and offsets [E], got "
             f"{list(dy.shape)}, {list(x.shape)} and {list(offsets.shape)}"
         )
-    torch._check_value(
+    check_value(
         x.shape[0] == dy.shape[0], lambda: f"grouped_matmul_wgrad: want x of {dy.shape[0]} rows, got {x.shape[0]}"
     )
     if dy.dtype != x.dtype or offsets.dtype != torch.int32:

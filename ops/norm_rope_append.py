@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.sizes import check_value
 from deepfuse.ir.tolerance import ONE_FLOAT8_STEP
 from deepfuse.ops.append_latent import PAGE_SIZE, append_latent, appended_latent
 from deepfuse.ops.append_latent_fp8 import (
@@ -182,7 +183,7 @@ def _check(
         )
     T = latent.shape[0]
     for rows in (t.shape[0] for t in (k_rope, cos, sin, slots)):
-        torch._check_value(rows == T, partial("norm_rope_append: want {} rows of everything, got {}".format, T, rows))
+        check_value(rows == T, partial("norm_rope_append: want {} rows of everything, got {}".format, T, rows))
     if latent.dtype != k_rope.dtype or not latent.is_floating_point():
         raise TypeError(f"norm_rope_append: want latent and k_rope of one dtype, got {latent.dtype} and {k_rope.dtype}")
     if slots.dtype != torch.int64:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_at_most
+from deepfuse.ir.sizes import check_value
 from deepfuse.ir.tolerance import EXACT
 from deepfuse.ops.dequantize import in_memory
 from deepfuse.ops.expert_permute import compare_few, expert_permute_ref, few_rows, sort_by_expert
@@ -90,16 +92,12 @@ def _launch(
     return values, scale, order, inverse, offsets
 
 
-def _supports(x: Tensor, experts: Tensor, num_experts: int, dtype: torch.dtype, power_of_two: bool) -> str | None:
-    return "computes in float32" if x.dtype == torch.float64 else None
-
-
 def _check(x: Tensor, experts: Tensor, num_experts: int, dtype: torch.dtype, power_of_two: bool) -> None:
     if x.ndim != 2 or experts.ndim != 2:
         raise ValueError(
             f"permute_quantize: want x [T, D] and experts [T, K], got {list(x.shape)} and {list(experts.shape)}"
         )
-    torch._check_value(
+    check_value(
         x.shape[0] == experts.shape[0],
         lambda: f"permute_quantize: want experts of {x.shape[0]} tokens, got {experts.shape[0]}",
     )
@@ -168,5 +166,5 @@ Raises:
     TypeError: ``x`` is not floating point of 16 bits or more, ``experts`` is not int64, or ``dtype`` is no FP8 format.
 """
 
-permute_quantize.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
+permute_quantize.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)
 permute_quantize.provide("compare", _compare, priority={"cpu": 10}, supports=_compare_supports, inline=True)

@@ -23,6 +23,7 @@ from torch.nn import functional
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_at_most
 from deepfuse.ir.tolerance import EXACT
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -341,10 +342,6 @@ def flat_tile_of(M: int) -> tuple[int, int, int]:
     return min(triton.next_power_of_2(max(M, 1)), 16), 128, 4 if M > 4 else 1
 
 
-def _supports(x: Tensor, dtype: torch.dtype, rows: int, cols: int, power_of_two: bool) -> str | None:
-    return "computes in float32" if x.dtype == torch.float64 else None
-
-
 def _check(x: Tensor, dtype: torch.dtype, rows: int, cols: int, power_of_two: bool) -> None:
     check_blocks("quantize", dtype, rows, cols)
     if x.ndim < 2:
@@ -422,4 +419,4 @@ Raises:
     TypeError: ``x`` is not floating point of 16 bits or more, or ``dtype`` is no FP8 format.
 """
 
-quantize.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
+quantize.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_at_most
 from deepfuse.ops.dequantize import check_scale, in_memory, widen_scale
 from deepfuse.ops.quantize import (
     BITWISE,
@@ -117,10 +118,6 @@ def _launch(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: int, cols: int) 
     return values, clipped
 
 
-def _supports(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: int, cols: int) -> str | None:
-    return "computes in float32" if x.dtype == torch.float64 else None
-
-
 def _check(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: int, cols: int) -> None:
     check_blocks("quantize_static", dtype, rows, cols)
     if x.ndim != 2:
@@ -181,4 +178,4 @@ Raises:
     TypeError: dtypes other than these.
 """
 
-quantize_static.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
+quantize_static.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)

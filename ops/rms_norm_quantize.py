@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_at_most
 from deepfuse.ir.tolerance import ONE_FLOAT8_STEP
 from deepfuse.ops.dequantize import in_memory
 from deepfuse.ops.quantize import (
@@ -88,10 +89,6 @@ def _launch(
     return outputs
 
 
-def _supports(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, power_of_two: bool, keep: bool) -> str | None:
-    return "computes in float32" if x.dtype == torch.float64 else None
-
-
 def _check(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, power_of_two: bool, keep: bool) -> None:
     if x.ndim != 2 or weight.shape != x.shape[1:]:
         raise ValueError(
@@ -162,4 +159,4 @@ Raises:
     TypeError: ``x`` is not floating point of 16 bits or more, or ``dtype`` is no FP8 format.
 """
 
-rms_norm_quantize.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
+rms_norm_quantize.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)

@@ -18,6 +18,7 @@ from torch import Tensor
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
 from deepfuse.ir.provider import float32_at_most
+from deepfuse.ir.sizes import check_value
 
 
 def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -116,7 +117,7 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
             "rotary: want x [T, H, R] with even R, cos and sin [T, R/2], got "
             f"{list(x.shape)}, {list(cos.shape)} and {list(sin.shape)}"
         )
-    torch._check_value(cos.shape[0] == x.shape[0], lambda: f"rotary: want {x.shape[0]} rows in cos, got {cos.shape[0]}")
+    check_value(cos.shape[0] == x.shape[0], lambda: f"rotary: want {x.shape[0]} rows in cos, got {cos.shape[0]}")
 
 
 def _fake(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
 from deepfuse.ir.provider import float32_at_most
+from deepfuse.ir.sizes import check_value
 
 WORD = 0xFFFFFFFF
 """Mask of the low 32 bits."""
@@ -266,7 +267,7 @@ def _check(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, se
         )
     B = logits.shape[0]
     for rows in (t.shape[0] for t in per_row):
-        torch._check_value(
+        check_value(
             rows == B, functools.partial("sample: want {} temperatures, seeds and so on, got {}".format, B, rows)
         )
     if not logits.is_floating_point() or any(t.dtype != torch.int64 for t in (top_k, seed, position)):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
+from deepfuse.ir.provider import float32_at_most
 from deepfuse.ir.tolerance import ONE_FLOAT8_STEP
 from deepfuse.ops.dequantize import in_memory
 from deepfuse.ops.quantize import (
@@ -76,10 +77,6 @@ def _launch(
         num_warps=num_warps,
     )  # fmt: skip
     return outputs
-
-
-def _supports(gate: Tensor, up: Tensor, dtype: torch.dtype, power_of_two: bool, keep: bool) -> str | None:
-    return "computes in float32" if gate.dtype == torch.float64 else None
 
 
 def _check(gate: Tensor, up: Tensor, dtype: torch.dtype, power_of_two: bool, keep: bool) -> None:
@@ -148,4 +145,4 @@ Raises:
     TypeError: ``dtype`` is no FP8 format.
 """
 
-swiglu_quantize.provide("triton", _launch, priority={"cuda": 10}, supports=_supports)
+swiglu_quantize.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import deepfuse.ir.op
+import deepfuse.ops
 import deepfuse.passes
 from deepfuse.passes.absorb_mla import absorb_mla
 from deepfuse.passes.eliminate_no_ops import eliminate_no_ops
@@ -103,10 +104,11 @@ class Pipeline:
     def key(self, settings: object) -> str:
         """Of all sources of ``ir``, passes and ops, the passes' order and the settings: for compile caches."""
         parts = [f"{p.name}:{p.stage}:{p.source_hash()}" for p in self.passes]
-        # helpers of passes, costs and the choice of providers among them
-        for package in (deepfuse.ir, deepfuse.passes):
+        # helpers of passes and ops, costs and the choice of providers among them
+        for package in (deepfuse.ir, deepfuse.ops, deepfuse.passes):
             parts += [path.read_text() for path in sorted(Path(package.__path__[0]).glob("*.py"))]
         parts.append(repr(settings))
+        # of ops defined elsewhere, too
         for op in deepfuse.ir.op.OPS.values():
             parts.append(inspect.getsource(inspect.getmodule(op.reference) or op.reference))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()

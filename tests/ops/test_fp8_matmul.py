@@ -6,13 +6,15 @@ import torch
 from hypothesis import given, settings
 
 from accuracy import assert_as_accurate, same_bits
-from deepfuse.ops import fp8_matmul as module
+from deepfuse.ops import fp8_matmul_triton as module
 from deepfuse.ops.dequantize import dequantize
-from deepfuse.ops.fp8_matmul import _launch, _splits, fp8_matmul, fp8_matmul_ref
+from deepfuse.ops.fp8_matmul import fp8_matmul, fp8_matmul_ref
+from deepfuse.ops.fp8_matmul_scaled_mm import scaled_mm_refuses
+from deepfuse.ops.fp8_matmul_triton import _splits, launch
 from deepfuse.ops.quantize import quantize
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-RUNS = [pytest.param(fp8_matmul_ref, id="reference"), pytest.param(_launch, id="triton")]
+RUNS = [pytest.param(fp8_matmul_ref, id="reference"), pytest.param(launch, id="triton")]
 on_kernel_device = pytest.mark.usefixtures("kernel_device")
 
 
@@ -69,12 +71,12 @@ def test_is_the_dequantized_product(run, M, N, K, b_rows, fp8, power_of_two, bia
 def test_kernel_is_as_accurate_as_pytorch_and_quantization_costs_little(M, N, K, b_rows, dtype):
     a, b, operands = _operands(M, N, K, b_rows)
     exact = _exact(*operands)
-    y = _launch(*operands, None, None, dtype)
+    y = launch(*operands, None, None, dtype)
     assert_as_accurate(y, fp8_matmul_ref(*operands, None, None, dtype), exact)
     assert _difference(y, exact) < 1e-5
     assert _difference(y, a.double() @ b.double().t()) < 1e-3
     # and again: nothing depends on who comes first
-    assert same_bits(y, _launch(*operands, None, None, dtype))
+    assert same_bits(y, launch(*operands, None, None, dtype))
 
 
 @on_kernel_device
@@ -84,7 +86,7 @@ def test_more_programs_than_one_band_of_tiles(monkeypatch, M):
     monkeypatch.setattr(module, "_tile", lambda M, N: (64, 16, 4, 2))
     *_, operands = _operands(M, 700, 144)
     torch.testing.assert_close(
-        _launch(*operands, None, None, torch.float32).double(), _exact(*operands), atol=1e-5, rtol=1.3e-6
+        launch(*operands, None, None, torch.float32).double(), _exact(*operands), atol=1e-5, rtol=1.3e-6
     )
 
 
@@ -138,21 +140,21 @@ def test_torch_gets_the_layouts_it_wants(monkeypatch):
     for M, N, K, b_rows in [(70, 128, 576, 128), (128, 144, 512, 128), (65, 144, 272, 1), (0, 16, 16, 128)]:
         *_, operands = _operands(M, N, K, b_rows)
         arguments = (*operands, None, None, torch.bfloat16)
-        y = module._torch(*arguments)
+        y = by_scaled_mm(*arguments)
         assert y.is_contiguous()
         torch.testing.assert_close(y, fp8_matmul_ref(*arguments))
 
 
 def test_torch_is_taken_where_it_can():
     *_, operands = _operands(80, 144, 256)
-    assert module._torch_supports(*operands, None, None, torch.bfloat16) is None
-    assert "gives bfloat16" in module._torch_supports(*operands, None, None, torch.float32)
-    assert "before it adds" in module._torch_supports(*operands, torch.ones(144), None, torch.bfloat16)
-    assert "float32 scales" in module._torch_supports(
+    assert scaled_mm_refuses(*operands, None, None, torch.bfloat16) is None
+    assert "gives bfloat16" in scaled_mm_refuses(*operands, None, None, torch.float32)
+    assert "before it adds" in scaled_mm_refuses(*operands, torch.ones(144), None, torch.bfloat16)
+    assert "float32 scales" in scaled_mm_refuses(
         *_operands(80, 144, 256, 128, E4M3, True)[2], None, None, torch.bfloat16
     )
-    assert "up to 64 rows" in module._torch_supports(*_operands(64, 144, 256)[2], None, None, torch.bfloat16)
-    assert "got [144, 100]" in module._torch_supports(*_operands(80, 144, 100)[2], None, None, torch.bfloat16)
+    assert "up to 64 rows" in scaled_mm_refuses(*_operands(64, 144, 256)[2], None, None, torch.bfloat16)
+    assert "got [144, 100]" in scaled_mm_refuses(*_operands(80, 144, 100)[2], None, None, torch.bfloat16)
 
 
 def test_k_is_split_where_programs_are_few():
