@@ -9,6 +9,7 @@ from accuracy import assert_as_accurate, same_bits
 from deepfuse.ops import fp8_matmul_triton as module
 from deepfuse.ops.dequantize import dequantize
 from deepfuse.ops.fp8_matmul import fp8_matmul, fp8_matmul_ref
+from deepfuse.ops.fp8_matmul_scaled_mm import scaled_mm as by_scaled_mm
 from deepfuse.ops.fp8_matmul_scaled_mm import scaled_mm_refuses
 from deepfuse.ops.fp8_matmul_triton import _splits, launch
 from deepfuse.ops.quantize import quantize
