@@ -10,7 +10,7 @@ from rich.text import Text
 
 from deepfuse.passes.journal import Journal
 
-_SITE = re.compile(r"\w+ at .+?: (.*)")
+_SITE = re.compile(r"\w+ at .+?: ")
 """What a rule says of a site: ``rms_norm at model.norm (norm.py:12): matched``."""
 
 
@@ -116,19 +116,17 @@ class Report:
             table.add_column(column)
         for graph in self.journal.graphs:
             for entry in graph.passes:
-                notes = condensed(entry.notes)
+                notes = condensed(entry.notes, entry.rewrites)
                 if entry.failure:
                     notes.insert(0, f"failed and was undone: {entry.failure.splitlines()[0]}")
                 table.add_row(graph.name, entry.name, entry.kind, str(entry.rewrites), "\n".join(notes))
         return table
 
 
-def condensed(notes: list[str]) -> list[str]:
+def condensed(notes: list[str], rewrites: int) -> list[str]:
     """Lines that differ only in the site they speak of, put together with their number; of a rule's sites, the numbers."""
-    found = [_SITE.match(note) for note in notes]
-    if notes and all(found):
-        rewritten = sum(match is not None and match[1] in ("matched", "gone") for match in found)
-        return [f"{rewritten} of {len(notes)} sites"]
+    if notes and all(map(_SITE.match, notes)):
+        return [f"{rewrites} of {len(notes)} sites"]
     counts: dict[str, int] = {}
     for note in notes:
         site, _, rest = note.partition(": ")

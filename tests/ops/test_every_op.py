@@ -37,6 +37,8 @@ WITHOUT_OP = {
     "dot": "a step of the kernels of matrix products",
     "fp8_grouped_matmul_gluon": "a provider of fp8_grouped_matmul",
     "fp8_matmul_gluon": "a provider of fp8_matmul",
+    "fp8_matmul_scaled_mm": "a provider of fp8_matmul",
+    "fp8_matmul_triton": "a provider of fp8_matmul",
     "k_major": "how products of FP8 want their operands to lie",
 }
 """Modules of several ops' common ground, and what it is."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from deepfuse.ir.printer import run_text
+from deepfuse.runtime.report import condensed
 from tiny_model import MAX_BATCH_SIZE, MAX_SEQ_LEN, build, checkpoint
 
 FIELDS = {
@@ -38,6 +39,20 @@ FIELDS = {
 def reported() -> Any:
     """A model that no other file's tests have called, whose report is that of its build."""
     return build(checkpoint(), max_batch_size=MAX_BATCH_SIZE, max_seq_len=MAX_SEQ_LEN)
+
+
+@pytest.mark.parametrize(
+    ("notes", "rewrites", "lines"),
+    [
+        (["rms_norm at model.norm: matched", "rms_norm at layers.0.norm: 2 users"], 1, ["1 of 2 sites"]),
+        # a pass may call a rewrite what it likes
+        (["linear at a.q and a.kv: merged", "linear at b.q: apart: it has a bias"], 1, ["1 of 2 sites"]),
+        (["layers.0.self_attn: absorbed", "layers.1.self_attn: absorbed"], 2, ["2 sites: absorbed"]),
+        ([], 0, []),
+    ],
+)
+def test_notes_of_one_kind_are_counted(notes: list[str], rewrites: int, lines: list[str]):
+    assert condensed(notes, rewrites) == lines
 
 
 def test_the_report_as_json():
