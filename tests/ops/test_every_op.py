@@ -35,6 +35,7 @@ WITHOUT_KERNEL = {
 WITHOUT_OP = {
     "attention_arguments": "what mla_attention and its gradient are given",
     "dot": "a step of the kernels of matrix products",
+    "expert_order": "a step of the kernels that move rows to their experts",
     "fp8_grouped_matmul_gluon": "a provider of fp8_grouped_matmul",
     "fp8_matmul_gluon": "a provider of fp8_matmul",
     "fp8_matmul_scaled_mm": "a provider of fp8_matmul",

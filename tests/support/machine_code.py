@@ -210,7 +210,8 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
                 ),
             )
         ],
-        "expert_permute": [(t(T, D), i(T, K), E)],
+        # the most rows whose places a program counts itself; K and E with a shared expert as one more
+        "expert_permute": [(t(T, D), i(T, K), E), (t(128, D), i(128, K), E), (t(T, D), i(T, K + 1), E + 1)],
         "expert_unpermute": [(t(M, D), i(M), i(M), f(T, K))],
         "grouped_matmul": [
             (t(M, D), experts_up, offsets),
@@ -245,7 +246,11 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             for to in (cache, cache_fp8)
             for keep in (False, True)
         ],
-        "permute_quantize": [(t(T, D), i(T, K), E, fp8, False)],
+        "permute_quantize": [
+            (t(T, D), i(T, K), E, fp8, False),
+            (t(128, D), i(128, K), E, fp8, False),
+            (t(T, D), i(T, K + 1), E + 1, fp8, False),
+        ],
         "quantize": [
             *((t(T, width), fp8, 1, 128, pow2) for width in (D, Q) for pow2 in (False, True)),
             (t(T, D), fp8, 128, 1, False),
