@@ -6,28 +6,23 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import deepfuse as df
+import graphs
 from deepfuse.ir.private import inductor_decompositions
 from deepfuse.ops.linear import MATVEC_ROWS, linear
 from deepfuse.ops.router_logits import router_logits
 from deepfuse.passes.fuse_router_logits import FuseRouterLogits
-from deepfuse.passes.journal import noting
 from deepfuse.passes.lower import lower
-from graphs import assert_same_graph
 
 BF16 = torch.bfloat16
 
 
-def trace(fn, *args):
+def decomposed(fn, *args):
+    """The graph as Inductor's hooks see it: a conversion is an op of its own."""
     return make_fx(fn, tracing_mode="fake", decomposition_table=dict(inductor_decompositions()))(*args)
 
 
 def rewritten(fn, *args):
-    gm, notes = trace(fn, *args), []
-    with noting(notes):
-        count = FuseRouterLogits(gm.graph)
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
-    return gm, count, notes
+    return graphs.rewritten(FuseRouterLogits, decomposed(fn, *args), *args)
 
 
 def logits_of(x, weight):
@@ -39,12 +34,12 @@ def test_on_a_cpu_the_lowered_graph_is_as_without(tokens):
     args = torch.randn(tokens, 32).to(BF16), torch.randn(8, 32).to(BF16)
     fused, count, _ = rewritten(logits_of, *args)
     assert count == 1
-    plain = trace(logits_of, *args)
+    plain = decomposed(logits_of, *args)
     for gm in (fused, plain):
         lower(gm.graph, providers={})
         gm.graph.eliminate_dead_code()
         gm.recompile()
-    assert_same_graph(fused, plain)
+    graphs.assert_same_graph(fused, plain)
     assert torch.equal(fused(*args), plain(*args))
 
 
