@@ -74,7 +74,7 @@ def _launch(x: Tensor, weight: Tensor) -> Tensor:
     # two experts a program give DeepSeek-V3's 256 to 128 processors. Each program reads all of x, from the level-2 cache:
     # more tokens meet more experts there, so that x is read less often; four with 16 tokens are four times the weight
     block_e = 2 if block_t <= 4 else 4
-    # 64 sums a thread, or 128 with 16 tokens
+    # at most 64 sums a thread, or 128 with 16 tokens
     block_d = min(max(triton.next_power_of_2(D), 16), 1024 if block_t * block_e <= 8 else 256)
     _router_logits_kernel[(triton.cdiv(E, block_e),)](
         x, weight, logits, x.stride(0), weight.stride(0), T, E, D, BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_D=block_d,
