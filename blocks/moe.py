@@ -49,6 +49,7 @@ class Router(nn.Module):
             c.num_experts_per_tok,
             c.norm_topk_prob,
             c.routed_scaling_factor,
+            0,  # the shared experts are computed apart
         )
 
 

@@ -261,7 +261,7 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
         ],
         "rms_norm_quantize": [(t(T, width), t(width), eps, fp8, False, False) for width in (D, Q)],
         "rotary": [(t(T, heads, R), f(T, R // 2), f(T, R // 2), True) for heads in (H, 1)],
-        "route": [(f(T, E), f(E), *router)],
+        "route": [(f(T, E), f(E), *router, shared) for shared in (0, 1)],
         "sample": [(f(T, V), *per_row), (t(T, V), *per_row)],
         "swiglu": [tuple(t(T, 2 * width).chunk(2, -1)) for width in (9 * F, F)],
         "swiglu_quantize": [(*t(T, 2 * width).chunk(2, -1), fp8, False, False) for width in (9 * F, F)],
