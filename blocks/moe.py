@@ -70,6 +70,12 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Mixture of shared and routed experts; parameter names are those of the checkpoints."""
 
+    one_more_expert = (
+        ("experts.gate_up_proj", "shared_experts.gate_proj.weight", "shared_experts.up_proj.weight"),
+        ("experts.down_proj", "shared_experts.down_proj.weight"),
+    )
+    """Weights that may lie one behind the other, so that a shared expert of an expert's width is expert E."""
+
     def __init__(self, config: Config):
         super().__init__()
         assert config.n_routed_experts is not None

@@ -24,6 +24,7 @@ from deepfuse.blocks.presets import PRESETS
 from deepfuse.ir.device import device_row
 from deepfuse.ir.op import OPS
 from deepfuse.passes.journal import Journal
+from deepfuse.passes.merge_shared_expert import merge_shared_expert
 from deepfuse.passes.pipeline import Pipeline, pipeline_of
 from deepfuse.passes.record import Pass
 from deepfuse.passes.runner import Runner, strict_by_default
@@ -54,7 +55,7 @@ from deepfuse.runtime.report import Report
 from deepfuse.runtime.requirements import check_device, check_memory, missing_for_compilation
 from deepfuse.runtime.tokenizer import Tokenizer
 from deepfuse.runtime.trainer import Trainer, Training
-from deepfuse.runtime.weight_layout import lay_side_by_side, layout_key
+from deepfuse.runtime.weight_layout import groups, lay_side_by_side, layout_key
 
 SHIPPED = Path(deepfuse.__file__).parent / "models"
 """Presets whose weights come with the library lie here, by name."""
@@ -185,20 +186,23 @@ def build(
     weight_bytes = weights_bytes(cfg, dtype, in_fp8=[] if folder is None else in_fp8)
     room = {"max_batch_size": max_batch_size, "max_seq_len": length}
     check_memory(wanted, 0 if built else weight_bytes, cache_bytes(cfg, cached, **room))
+    row = device_row(wanted)
+    # only where the pass reads them so: what is not loaded into place is copied, a layer's experts at a time
+    with_experts = row.kind == "cuda" and merge_shared_expert.name in pipeline.names
     if isinstance(source, CausalLM):
         causal_lm = source
     else:
         activations = quantize != "fp8_weights"
-        causal_lm = _weights(cfg, folder, wanted, dtype, seed, in_fp8=in_fp8, activations=activations)
+        laid = None if training is not None else with_experts
+        causal_lm = _weights(
+            cfg, folder, wanted, dtype, seed, in_fp8=in_fp8, activations=activations, with_experts=laid
+        )
     if training is not None:
         return Trainer(causal_lm, training, compile=compile, pipeline=pipeline, how=how, fp8=online, providers=forced)
-    if not built:
-        lay_side_by_side(causal_lm)
 
     # before a minute of compiling: these files may be damaged as well
     defaults = GenerationConfig() if folder is None else GenerationConfig.from_folder(folder)
     tokenizer = None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder)
-    row = device_row(wanted)
     settings = {"providers": forced, "device": row, "max_seq_len": length, "layout": layout_key(causal_lm)}
     runner = Runner(pipeline, settings, **{**how, "verify": False})
     kept_apart = {**settings, "strict": runner.strict}
@@ -345,13 +349,16 @@ def _weights(
     *,
     in_fp8: Collection[str],
     activations: bool,
+    with_experts: bool | None = None,
 ) -> CausalLM:
+    """``with_experts``: whether a shared expert lies behind the routed ones; ``None``: every weight lies by itself."""
     if folder is not None:
         present = present_mtp_layers(folder, cfg)
         with torch.device("meta"):
             causal_lm = CausalLM(cfg, mtp_layers=present)
             to_fp8(causal_lm, activations=activations, wanted=in_fp8.__contains__)
-        load_weights(causal_lm, folder, device=device, dtype=dtype)
+        together = () if with_experts is None else groups(causal_lm, with_experts=with_experts)
+        load_weights(causal_lm, folder, device=device, dtype=dtype, together=together)
         return causal_lm
     # made in its dtype and place: in float32 first it would take twice the memory that was checked
     default = torch.get_default_dtype()
@@ -363,6 +370,8 @@ def _weights(
         torch.set_default_dtype(default)
     causal_lm.initialize(seed)
     to_fp8(causal_lm, activations=activations, wanted=in_fp8.__contains__)
+    if with_experts is not None:
+        lay_side_by_side(causal_lm, with_experts=with_experts)
     return causal_lm
 
 
