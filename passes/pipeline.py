@@ -31,6 +31,7 @@ from deepfuse.passes.fuse_router_logits import FuseRouterLogits
 from deepfuse.passes.fuse_swiglu_quantize import FuseSwigluQuantize
 from deepfuse.passes.lower import lower
 from deepfuse.passes.merge_projections import merge_projections
+from deepfuse.passes.merge_shared_expert import merge_shared_expert
 from deepfuse.passes.recognize_linear import RecognizeLinear
 from deepfuse.passes.recognize_norm import RecognizeNorm
 from deepfuse.passes.recognize_rotary import RecognizeRotary
@@ -46,6 +47,7 @@ DEFAULT: tuple[Any, ...] = (  # of passes; mypy takes a decorated class for a cl
     RecognizeLinear,
     FuseRouterLogits,  # narrow operands of a float32 product stay narrow
     absorb_mla,  # decode attends in latent space
+    merge_shared_expert,  # the shared expert is expert E, one more of those routed to
     merge_projections,  # one product for the weights that lie side by side
     share_quantize,  # an activation is quantized once, however many layers read it
     FuseNormQuantize,  # and by the kernel that computes it
