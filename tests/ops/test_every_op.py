@@ -40,6 +40,7 @@ WITHOUT_OP = {
     "fp8_matmul_scaled_mm": "a provider of fp8_matmul",
     "fp8_matmul_triton": "a provider of fp8_matmul",
     "k_major": "how products of FP8 want their operands to lie",
+    "mla_decode_splits": "the kernels of the absorbed attention's forms",
 }
 """Modules of several ops' common ground, and what it is."""
 

@@ -6,14 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accuracy import assert_as_accurate
-from deepfuse.ops import mla_decode as module
+from deepfuse.ops import mla_decode_splits as module
 from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.ops.mla_attention import mla_attention
-from deepfuse.ops.mla_decode import _launch, mla_decode, mla_decode_ref, num_splits_for
+from deepfuse.ops.mla_decode import mla_decode, mla_decode_ref
+from deepfuse.ops.mla_decode_splits import mixed_attention, num_splits_for
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 
-every_provider = pytest.mark.parametrize("decode", [mla_decode_ref, _launch], ids=["reference", "triton"])
+every_provider = pytest.mark.parametrize("decode", [mla_decode_ref, mixed_attention], ids=["reference", "triton"])
 
 
 def _arguments(seqlens, P, H, C, R, dtype=torch.float32):
@@ -90,7 +91,7 @@ def test_equals_expanded_attention(decode):
 @pytest.mark.parametrize(("H", "C", "R"), [(5, 100, 20), (65, 128, 64)])
 def test_kernel_error_is_at_most_twice_that_of_the_reference(H, C, R, dtype):
     args = _arguments([150, 3], 3, H, C, R, dtype)
-    assert_as_accurate(_launch(*args), mla_decode_ref(*args), _torch_decode(*args))
+    assert_as_accurate(mixed_attention(*args), mla_decode_ref(*args), _torch_decode(*args))
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 7])
@@ -98,7 +99,7 @@ def test_any_number_of_splits_gives_the_same(monkeypatch, num_splits):
     # more splits than pages, so that some are empty
     args = _arguments([300, 64, 1, 0], 5, 3, 16, 8)
     monkeypatch.setattr(module, "num_splits_for", lambda num_programs, P: num_splits)
-    torch.testing.assert_close(_launch(*args), mla_decode_ref(*args))
+    torch.testing.assert_close(mixed_attention(*args), mla_decode_ref(*args))
 
 
 def test_splits_fill_the_device_as_far_as_there_are_pages():
@@ -120,7 +121,7 @@ def test_nothing_in_gives_nothing_out(decode):
 
 def test_large_scores_do_not_overflow():
     q_latent, *rest = _arguments([100], 2, 3, 16, 8)
-    torch.testing.assert_close(_launch(q_latent * 1e4, *rest), mla_decode_ref(q_latent * 1e4, *rest))
+    torch.testing.assert_close(mixed_attention(q_latent * 1e4, *rest), mla_decode_ref(q_latent * 1e4, *rest))
 
 
 def test_kernel_takes_one_layer_of_a_cache_of_many():
@@ -128,7 +129,7 @@ def test_kernel_takes_one_layer_of_a_cache_of_many():
     layers = torch.full((args[2].shape[0], 3, PAGE_SIZE, 24), float("nan"))
     layers[:, 1] = args[2]
     q_latent = args[0].mT.contiguous().mT
-    assert torch.equal(_launch(q_latent, args[1], layers[:, 1], *args[3:]), _launch(*args))
+    assert torch.equal(mixed_attention(q_latent, args[1], layers[:, 1], *args[3:]), mixed_attention(*args))
 
 
 def test_kernel_refuses_what_it_cannot_hold():

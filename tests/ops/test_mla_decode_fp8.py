@@ -6,15 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accuracy import assert_as_accurate
-from deepfuse.ops import mla_decode_fp8 as module
+from deepfuse.ops import mla_decode_splits as module
 from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.ops.append_latent_fp8 import append_latent_fp8, row_bytes, unpacked_rows
 from deepfuse.ops.mla_decode import mla_decode_ref
-from deepfuse.ops.mla_decode_fp8 import _launch, mla_decode_fp8, mla_decode_fp8_ref
+from deepfuse.ops.mla_decode_fp8 import mla_decode_fp8, mla_decode_fp8_ref
+from deepfuse.ops.mla_decode_splits import mixed_attention
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 
-every_provider = pytest.mark.parametrize("decode", [mla_decode_fp8_ref, _launch], ids=["reference", "triton"])
+every_provider = pytest.mark.parametrize("decode", [mla_decode_fp8_ref, mixed_attention], ids=["reference", "triton"])
 
 
 def _arguments(seqlens, P, H, C, R, dtype=torch.float32):
@@ -61,7 +62,7 @@ def test_is_mla_decode_over_the_dequantized_rows(decode, seqlens, H, C, R, seed)
 @pytest.mark.parametrize(("H", "C", "R"), [(5, 100, 20), (65, 512, 64)])
 def test_kernel_error_is_at_most_twice_that_of_the_reference(H, C, R, dtype):
     args = _arguments([70, 3], 2, H, C, R, dtype)
-    assert_as_accurate(_launch(*args), mla_decode_fp8_ref(*args), _dequantized_decode(*args))
+    assert_as_accurate(mixed_attention(*args), mla_decode_fp8_ref(*args), _dequantized_decode(*args))
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 7])
@@ -69,7 +70,7 @@ def test_any_number_of_splits_gives_the_same(monkeypatch, num_splits):
     # more splits than pages, so that some are empty
     args = _arguments([300, 64, 1, 0], 5, 3, 16, 8)
     monkeypatch.setattr(module, "num_splits_for", lambda num_programs, P: num_splits)
-    torch.testing.assert_close(_launch(*args), mla_decode_fp8_ref(*args))
+    torch.testing.assert_close(mixed_attention(*args), mla_decode_fp8_ref(*args))
 
 
 @every_provider
@@ -88,7 +89,7 @@ def test_kernel_takes_one_layer_of_a_cache_of_many():
     args = _arguments([70, 10], 2, 3, 16, 8)
     layers = torch.full((args[2].shape[0], 3, *args[2].shape[1:]), 255, dtype=torch.uint8)
     layers[:, 1] = args[2]
-    assert torch.equal(_launch(*args[:2], layers[:, 1], *args[3:]), _launch(*args))
+    assert torch.equal(mixed_attention(*args[:2], layers[:, 1], *args[3:]), mixed_attention(*args))
 
 
 def test_kernel_refuses_what_it_cannot_hold():
