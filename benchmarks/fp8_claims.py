@@ -9,15 +9,13 @@ norm of what is off over the norm of what is right.
 Source of the claims: sections 3.3.2 and appendix B of DeepSeek-V3 (arXiv:2412.19437), and what is written about them.
 """
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from line_chart import line_chart
-from sections import table, with_section
+from sections import computed_or_kept, table, write_sections
 from torch import Tensor
 
 from deepfuse.ir.tensor_core import accumulate_fp8
@@ -207,16 +205,10 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", action="store_true", help="do not compute, but render the results there are")
-    results = json.loads(RESULTS.read_text()) if parser.parse_args().keep else compute()
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    results = computed_or_kept(__doc__, RESULTS, compute)
     for name, svg in figures(results).items():
         (ROOT / "docs" / "figures" / name).write_text(svg)
-    text = TEXT.read_text()
-    for name, content in tables(results).items():
-        text = with_section(text, name, content)
-    TEXT.write_text(text)
+    write_sections(TEXT, tables(results))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ are captured with fake tensors on a GPU that is not there, rewritten by the firs
 rule of `profiling/regions.py`. Beside them stands plain Inductor: no pass, and each op's reference in the graph.
 """
 
-import argparse
 import inspect
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sections import table, with_section
+from sections import computed_or_kept, table, write_sections
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -299,14 +297,8 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", action="store_true", help="do not compute, but render the results there are")
-    results = json.loads(RESULTS.read_text()) if parser.parse_args().keep else compute()
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    text = TEXT.read_text()
-    for name, content in tables(results).items():
-        text = with_section(text, name, content)
-    TEXT.write_text(text)
+    results = computed_or_kept(__doc__, RESULTS, compute)
+    write_sections(TEXT, tables(results))
 
 
 if __name__ == "__main__":

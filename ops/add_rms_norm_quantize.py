@@ -20,8 +20,8 @@ from deepfuse.ir.tolerance import ONE_FLOAT8_STEP
 from deepfuse.ops.add_rms_norm import add_rms_norm_ref
 from deepfuse.ops.dequantize import in_memory
 from deepfuse.ops.quantize import FP8_DTYPES, check_blocks, empty_scale, quantize_ref, quantized_bytes
-from deepfuse.ops.rms_norm import normed_row, row_tile
-from deepfuse.ops.rms_norm_quantize import quantized_row
+from deepfuse.ops.rms_norm import row_tile
+from deepfuse.ops.rms_norm_quantize import store_normed_and_quantized
 
 
 def add_rms_norm_quantize_ref(
@@ -39,25 +39,17 @@ def _add_rms_norm_quantize_kernel(
 ):  # fmt: skip
     """One program per row, which is held in registers."""
     m = tl.program_id(0).to(tl.int64)
-    d, b = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_B)
+    d = tl.arange(0, BLOCK_D)
     mask = d < D
     x = tl.load(x_ptr + m * x_stride + d, mask=mask, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + m * residual_stride + d, mask=mask, other=0.0).to(tl.float32)
+    # the norm takes the rounded sum, which others read too
     h = (x + residual).to(h_ptr.dtype.element_ty)
     tl.store(h_ptr + m * D + d, h, mask=mask)
-    weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    # each step takes the rounded result of the one before, which others may read too
-    y = normed_row(h.to(tl.float32), weight, D, eps).to(x_ptr.dtype.element_ty)
-    if KEEP:
-        tl.store(y_ptr + m * D + d, y, mask=mask)
-    # NaN times zero is not zero
-    y = tl.where(mask, y.to(tl.float32), 0.0)
-    values, scale = quantized_row(y, BLOCK_D, BLOCK_B, FP8_MAX, POWER_OF_TWO)
-    # written this way, as many numbers lie side by side as a thread has read: else Triton reads and sums them in the
-    # order in which a thread would best write bytes, and the sum is another than that of rms_norm
-    side_by_side = d // VECTOR * VECTOR + d % VECTOR
-    tl.store(values_ptr + m * D + side_by_side, values.to(values_ptr.dtype.element_ty), mask=mask)
-    tl.store(scale_ptr + m * scale_stride_m + b * scale_stride_b, scale, mask=b * 128 < D)
+    store_normed_and_quantized(
+        h.to(tl.float32), weight_ptr, y_ptr, values_ptr, scale_ptr, scale_stride_m, scale_stride_b, m, D, eps, FP8_MAX,
+        POWER_OF_TWO, KEEP, BLOCK_D, BLOCK_B, VECTOR,
+    )  # fmt: skip
 
 
 def _launch(

@@ -22,7 +22,7 @@ from deepfuse.ir.private import materialize
 from deepfuse.ir.provider import at_most, float32_result_at_most
 from deepfuse.ops.dequantize import check_scale, dequantize_ref, in_memory, widen_scale
 from deepfuse.ops.fp8_matmul import gluon_refuses
-from deepfuse.ops.grouped_matmul import few_rows, group_of_rows
+from deepfuse.ops.grouped_matmul import few_rows, group_of_rows, rows_of_tile
 from deepfuse.ops.grouped_matmul_wgrad import groups
 from deepfuse.ops.k_major import k_major
 from deepfuse.ops.quantize import FP8_DTYPES, quantize_ref, scale_shape
@@ -93,17 +93,10 @@ def _fp8_grouped_matmul_kernel(
         y_ptr += group.to(tl.int64) * capacity * N
         x_scale_ptr += group.to(tl.int64) * x_scale_stride_e
     else:
-        e = tl.arange(0, BLOCK_E)
-        end_E = tl.load(ends_ptr + e, mask=e < E, other=0)
-        begin_E = tl.load(ends_ptr + e - 1, mask=(e > 0) & (e < E), other=0)
-        tiles_E = tl.cdiv(end_E - begin_E, BLOCK_M)
-        group = tl.sum((tl.cumsum(tiles_E, 0) <= tile).to(tl.int32), 0)
+        group, begin, end = rows_of_tile(ends_ptr, tile, E, BLOCK_E, BLOCK_M)
         if group >= E:
             return
-        tile_in_group = tile - tl.sum(tl.where(e < group, tiles_E, 0), 0)
-        begin = tl.sum(tl.where(e == group, begin_E, 0), 0)
-        end = tl.sum(tl.where(e == group, end_E, 0), 0)
-        m = begin + tile_in_group * BLOCK_M + tl.arange(0, BLOCK_M)
+        m = begin + tl.arange(0, BLOCK_M)
         # wrong offsets must not reach what is not x
         live = (m >= 0) & (m < tl.minimum(end, M))
         m_read = tl.maximum(tl.minimum(m, tl.minimum(end, M) - 1), 0)

@@ -59,6 +59,20 @@ def few_rows(x: Tensor, *args: Any) -> str | None:
 
 
 @triton.jit
+def rows_of_tile(offsets_ptr, tile, E, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of a tile of ``BLOCK_M`` rows, counted through all groups: its group (E past the last), first row and the group's end."""
+    e = tl.arange(0, BLOCK_E)
+    end_E = tl.load(offsets_ptr + e, mask=e < E, other=0)
+    begin_E = tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e < E), other=0)
+    tiles_E = tl.cdiv(end_E - begin_E, BLOCK_M)
+    group = tl.sum((tl.cumsum(tiles_E, 0) <= tile).to(tl.int32), 0)
+    tile_in_group = tile - tl.sum(tl.where(e < group, tiles_E, 0), 0)
+    begin = tl.sum(tl.where(e == group, begin_E, 0), 0)
+    end = tl.sum(tl.where(e == group, end_E, 0), 0)
+    return group, begin + tile_in_group * BLOCK_M, end
+
+
+@triton.jit
 def _grouped_matmul_kernel(
     x_ptr,
     weight_ptr,
@@ -87,18 +101,10 @@ def _grouped_matmul_kernel(
     tile = band + in_band % band_tiles
     n = (in_band // band_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    e = tl.arange(0, BLOCK_E)
-    end_E = tl.load(offsets_ptr + e, mask=e < E, other=0)
-    begin_E = tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e < E), other=0)
-    tiles_E = tl.cdiv(end_E - begin_E, BLOCK_M)
-    group = tl.sum((tl.cumsum(tiles_E, 0) <= tile).to(tl.int32), 0)
+    group, begin, end = rows_of_tile(offsets_ptr, tile, E, BLOCK_E, BLOCK_M)
     if group >= E:
         return
-    tile_in_group = tile - tl.sum(tl.where(e < group, tiles_E, 0), 0)
-    begin = tl.sum(tl.where(e == group, begin_E, 0), 0)
-    end = tl.sum(tl.where(e == group, end_E, 0), 0)
-
-    m = begin + tile_in_group * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = begin + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + m.to(tl.int64)[:, None] * x_stride + k[None, :]
     weight_ptrs = (

@@ -46,19 +46,16 @@ def quantized_row(y, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, FP8_MAX: tl.c
 
 
 @triton.jit
-def _rms_norm_quantize_kernel(
-    x_ptr, weight_ptr, y_ptr, values_ptr, scale_ptr, x_stride, scale_stride_m, scale_stride_b, D, eps,
-    FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, KEEP: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_B: tl.constexpr, VECTOR: tl.constexpr,
+def store_normed_and_quantized(
+    x, weight_ptr, y_ptr, values_ptr, scale_ptr, scale_stride_m, scale_stride_b, m, D, eps, FP8_MAX: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, KEEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One program per row, which is held in registers."""
-    m = tl.program_id(0).to(tl.int64)
+    """Of row ``m``, given in float32 and zero past its end: its norm, if it is kept, and that norm's values and scales."""
     d, b = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_B)
     mask = d < D
-    x = tl.load(x_ptr + m * x_stride + d, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
     # what is quantized is the rounded result, which others may read too
-    y = normed_row(x, weight, D, eps).to(x_ptr.dtype.element_ty)
+    y = normed_row(x, weight, D, eps).to(y_ptr.dtype.element_ty)
     if KEEP:
         tl.store(y_ptr + m * D + d, y, mask=mask)
     # NaN times zero is not zero
@@ -69,6 +66,22 @@ def _rms_norm_quantize_kernel(
     side_by_side = d // VECTOR * VECTOR + d % VECTOR
     tl.store(values_ptr + m * D + side_by_side, values.to(values_ptr.dtype.element_ty), mask=mask)
     tl.store(scale_ptr + m * scale_stride_m + b * scale_stride_b, scale, mask=b * 128 < D)
+
+
+@triton.jit
+def _rms_norm_quantize_kernel(
+    x_ptr, weight_ptr, y_ptr, values_ptr, scale_ptr, x_stride, scale_stride_m, scale_stride_b, D, eps,
+    FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, KEEP: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One program per row, which is held in registers."""
+    m = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    x = tl.load(x_ptr + m * x_stride + d, mask=d < D, other=0.0).to(tl.float32)
+    store_normed_and_quantized(
+        x, weight_ptr, y_ptr, values_ptr, scale_ptr, scale_stride_m, scale_stride_b, m, D, eps, FP8_MAX, POWER_OF_TWO,
+        KEEP, BLOCK_D, BLOCK_B, VECTOR,
+    )  # fmt: skip
 
 
 def _launch(

@@ -16,7 +16,7 @@ from torch import Tensor
 from deepfuse.ops.dequantize import dequantize
 from deepfuse.ops.fp8_grouped_matmul import fp8_grouped_matmul
 from deepfuse.ops.grouped_matmul import grouped_matmul
-from deepfuse.passes.fuse_quantized_matmul import E4M3, powers_of_two
+from deepfuse.passes.fuse_quantized_matmul import E4M3, powers_of_two, rounded_by_op
 from deepfuse.passes.fusion import fusion
 
 
@@ -40,9 +40,7 @@ class FuseQuantizedExperts:
     def replacement(
         x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        # the op rounds to no float16
-        to = torch.float32 if dtype == torch.float16 else dtype
-        return fp8_grouped_matmul(x, x_scale, weight, weight_scale, offsets, to).to(dtype)
+        return fp8_grouped_matmul(x, x_scale, weight, weight_scale, offsets, rounded_by_op(dtype)).to(dtype)
 
     samples = [
         (f"{E4M3}[5, 200]", x_scale, f"{E4M3}[3, 130, 200]", weight_scale, _offsets, dtype)

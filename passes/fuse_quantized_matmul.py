@@ -30,6 +30,11 @@ def powers_of_two(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.full(shape, 0.25).to(torch.float8_e8m0fnu)
 
 
+def rounded_by_op(dtype: torch.dtype) -> torch.dtype:
+    """What an FP8 product rounds to for a result of that dtype: it rounds to no float16, which has too small a range."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _samples(*bias: str) -> Iterator[tuple[Any, ...]]:
     """Operands of both kinds of blocks, not all full, and every dtype of a result."""
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
@@ -47,9 +52,7 @@ def _product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, b_rows: int
 def _fused(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, b_rows: int, dtype: torch.dtype
 ) -> Tensor:
-    # the op rounds to no float16
-    to = torch.float32 if dtype == torch.float16 else dtype
-    return fp8_matmul(a, a_scale, b, b_scale, b_rows, bias, None, to).to(dtype)
+    return fp8_matmul(a, a_scale, b, b_scale, b_rows, bias, None, rounded_by_op(dtype)).to(dtype)
 
 
 @fusion(

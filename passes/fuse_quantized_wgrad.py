@@ -16,7 +16,7 @@ from torch import Tensor
 from deepfuse.ops.dequantize import dequantize
 from deepfuse.ops.fp8_grouped_matmul_wgrad import fp8_grouped_matmul_wgrad
 from deepfuse.ops.grouped_matmul_wgrad import grouped_matmul_wgrad
-from deepfuse.passes.fuse_quantized_matmul import E4M3, powers_of_two
+from deepfuse.passes.fuse_quantized_matmul import E4M3, powers_of_two, rounded_by_op
 from deepfuse.passes.fusion import fusion
 
 
@@ -40,9 +40,7 @@ class FuseQuantizedWgrad:
     def replacement(
         dy: Tensor, dy_scale: Tensor, x: Tensor, x_scale: Tensor, offsets: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        # the op rounds to no float16
-        to = torch.float32 if dtype == torch.float16 else dtype
-        return fp8_grouped_matmul_wgrad(dy, dy_scale, x, x_scale, offsets, to).to(dtype)
+        return fp8_grouped_matmul_wgrad(dy, dy_scale, x, x_scale, offsets, rounded_by_op(dtype)).to(dtype)
 
     samples = [
         (f"{E4M3}[200, 72]", dy_scale, f"{E4M3}[200, 40]", x_scale, _offsets, dtype)

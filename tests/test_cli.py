@@ -244,7 +244,7 @@ def test_chat(
 ) -> None:
     template = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}|{% endfor %}a:"
     monkeypatch.setattr(model.tokenizer, "chat_template", template)
-    monkeypatch.setattr("deepfuse.runtime.build.check_chat_template", lambda source: None)
+    monkeypatch.setattr("deepfuse.runtime.source.check_chat_template", lambda source: None)
     options: dict[str, Any] = {"max_new_tokens": 12, "stop": ["\n"]}
     hello = {"role": "user", "content": "Hello"}
     first = model.chat([hello], **options)
@@ -354,7 +354,7 @@ def test_an_interrupt_ends_an_answer_and_not_the_chat(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(model, "chat", chat)
-    monkeypatch.setattr("deepfuse.runtime.build.check_chat_template", lambda source: None)
+    monkeypatch.setattr("deepfuse.runtime.source.check_chat_template", lambda source: None)
     run(monkeypatch, "chat", folder, "--no-compile", stdin="Hello\nMore\n")
     assert capsys.readouterr().out == "> Well\n> Well\n> \n"
     assert [m["content"] for m in heard[1]] == ["Hello", "Well", "More"]

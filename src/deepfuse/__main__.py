@@ -122,7 +122,7 @@ class Chat:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
-        from deepfuse.runtime.build import check_chat_template
+        from deepfuse.runtime.source import check_chat_template
 
         check_chat_template(self.model)  # before a minute of compiling
         model = self.options.build(self.model)

@@ -7,48 +7,38 @@ from hypothesis import strategies as st
 
 from deepfuse.ops.add_rms_norm import add_rms_norm
 from deepfuse.ops.add_rms_norm_quantize import add_rms_norm_quantize
-from deepfuse.ops.quantize import quantize
 from fp8 import assert_same_bits
+from fused_quantize import E4M3, KINDS, MAGNITUDES, WIDTHS, every_provider, provider, quantized
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 EPS = 1e-6
-
-every_provider = pytest.mark.parametrize("name", ["reference", "triton"])
-
-
-def _provider(op, name):
-    return next(p.fn for p in op.providers if p.name == name)
 
 
 def _one_after_the_other(name, x, residual, weight, dtype, power_of_two):
-    y, h = _provider(add_rms_norm, name)(x, residual, weight, EPS)
-    return y, h, *_provider(quantize, name)(y, dtype, 1, 128, power_of_two)
+    y, h = provider(add_rms_norm, name)(x, residual, weight, EPS)
+    return y, h, *quantized(name, y, dtype, power_of_two)
 
 
 @every_provider
 @settings(max_examples=20)
 @given(
     M=st.integers(0, 6),
-    D=st.sampled_from([1, 7, 128, 130, 576]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    to=st.sampled_from([E4M3, E5M2]),
-    power_of_two=st.booleans(),
-    magnitude=st.sampled_from([1e-6, 1.0, 1e4]),
-    seed=st.integers(0, 99),
+    D=WIDTHS,
+    magnitude=MAGNITUDES,
+    **KINDS,
 )
 def test_is_a_norm_and_then_quantize(name, M, D, dtype, to, power_of_two, magnitude, seed):
     torch.manual_seed(seed)
     x, residual = (torch.randn(M, D, dtype=dtype) * magnitude for _ in range(2))
     weight = torch.randn(D)
-    actual = _provider(add_rms_norm_quantize, name)(x, residual, weight, EPS, to, power_of_two, True)
+    actual = provider(add_rms_norm_quantize, name)(x, residual, weight, EPS, to, power_of_two, True)
     assert_same_bits(actual, _one_after_the_other(name, x, residual, weight, to, power_of_two))
 
 
 @every_provider
 def test_y_is_left_out_on_request(name):
     x, residual, weight = torch.randn(5, 200), torch.randn(5, 200), torch.randn(200)
-    fused = _provider(add_rms_norm_quantize, name)
+    fused = provider(add_rms_norm_quantize, name)
     y, *rest = fused(x, residual, weight, EPS, E4M3, False, False)
     assert y.shape == (0,) and y.dtype == torch.float32
     assert_same_bits(rest, fused(x, residual, weight, EPS, E4M3, False, True)[1:])
@@ -59,7 +49,7 @@ def test_y_is_left_out_on_request(name):
 def test_views(name, columns):
     x, residual = (torch.randn(9, 600, dtype=torch.bfloat16)[:, columns] for _ in range(2))
     weight = torch.randn(600)[::2]
-    fused = _provider(add_rms_norm_quantize, name)
+    fused = provider(add_rms_norm_quantize, name)
     expected = fused(x.clone(), residual.clone(), weight.clone(), EPS, E4M3, True, True)
     assert_same_bits(fused(x, residual, weight, EPS, E4M3, True, True), expected)
 
@@ -70,7 +60,7 @@ def test_views(name, columns):
 def test_what_is_no_number_stays_none(name, odd, power_of_two):
     x, residual, weight = torch.ones(3, 300), torch.ones(3, 300), torch.ones(300)
     x[1, 5] = odd
-    actual = _provider(add_rms_norm_quantize, name)(x, residual, weight, EPS, E4M3, power_of_two, True)
+    actual = provider(add_rms_norm_quantize, name)(x, residual, weight, EPS, E4M3, power_of_two, True)
     assert_same_bits(actual, _one_after_the_other(name, x, residual, weight, E4M3, power_of_two))
     # the mean square is no number, or x over infinity is zero
     y, _, values, _ = actual

@@ -7,22 +7,15 @@ from hypothesis import strategies as st
 
 from deepfuse.ops.expert_permute import expert_permute
 from deepfuse.ops.permute_quantize import permute_quantize
-from deepfuse.ops.quantize import quantize
 from fp8 import assert_same_bits
+from fused_quantize import E4M3, KINDS, every_provider, provider, quantized
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-
-every_provider = pytest.mark.parametrize("name", ["reference", "triton"])
-
-
-def _provider(op, name):
-    return next(p.fn for p in op.providers if p.name == name)
 
 
 def _one_after_the_other(name, x, experts, num_experts, dtype, power_of_two):
-    rows, *places = _provider(expert_permute, name)(x, experts, num_experts)
-    return *_provider(quantize, name)(rows, dtype, 1, 128, power_of_two), *places
+    rows, *places = provider(expert_permute, name)(x, experts, num_experts)
+    return *quantized(name, rows, dtype, power_of_two), *places
 
 
 @every_provider
@@ -31,15 +24,12 @@ def _one_after_the_other(name, x, experts, num_experts, dtype, power_of_two):
     T=st.integers(0, 9),
     K=st.integers(1, 4),
     D=st.sampled_from([1, 7, 128, 130, 1300]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    to=st.sampled_from([E4M3, E5M2]),
-    power_of_two=st.booleans(),
-    seed=st.integers(0, 99),
+    **KINDS,
 )
 def test_is_a_permutation_and_then_quantize(name, T, K, D, dtype, to, power_of_two, seed):
     torch.manual_seed(seed)
     args = torch.randn(T, D, dtype=dtype), torch.randint(5, (T, K)), 5, to, power_of_two
-    assert_same_bits(_provider(permute_quantize, name)(*args), _one_after_the_other(name, *args))
+    assert_same_bits(provider(permute_quantize, name)(*args), _one_after_the_other(name, *args))
 
 
 @every_provider
@@ -47,7 +37,7 @@ def test_views(name):
     x, experts = torch.randn(300, 7, dtype=torch.bfloat16).t(), torch.randint(5, (7, 4))[:, ::2]
     for view in (x, torch.cat([x, x], 1)[:, :300]):
         args = view, experts, 5, E4M3, False
-        assert_same_bits(_provider(permute_quantize, name)(*args), _one_after_the_other(name, *args))
+        assert_same_bits(provider(permute_quantize, name)(*args), _one_after_the_other(name, *args))
 
 
 @every_provider
@@ -55,7 +45,7 @@ def test_views(name):
 def test_what_is_no_number_stays_none(name, odd):
     x, experts = torch.ones(3, 300), torch.tensor([[0, 1], [2, 0], [1, 2]])
     x[1, 5] = odd
-    values, _, _, inverse, _ = _provider(permute_quantize, name)(x, experts, 3, E4M3, False)
+    values, _, _, inverse, _ = provider(permute_quantize, name)(x, experts, 3, E4M3, False)
     broken = values.float().isnan()
     assert sorted(broken.any(1).nonzero().flatten().tolist()) == sorted(inverse[2:4].tolist())
     assert broken.sum() == 2 * 128

@@ -5,49 +5,38 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepfuse.ops.quantize import quantize
 from deepfuse.ops.swiglu import swiglu
 from deepfuse.ops.swiglu_quantize import swiglu_quantize
 from fp8 import assert_same_bits
+from fused_quantize import E4M3, KINDS, MAGNITUDES, WIDTHS, every_provider, provider, quantized
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-
-
-def _provider(op, name):
-    return next(p.fn for p in op.providers if p.name == name)
 
 
 def _one_after_the_other(name, gate, up, dtype, power_of_two):
-    y = _provider(swiglu, name)(gate, up)
-    return y, *_provider(quantize, name)(y, dtype, 1, 128, power_of_two)
-
-
-every_provider = pytest.mark.parametrize("name", ["reference", "triton"])
+    y = provider(swiglu, name)(gate, up)
+    return y, *quantized(name, y, dtype, power_of_two)
 
 
 @every_provider
 @settings(max_examples=20)
 @given(
     M=st.integers(0, 20),
-    F=st.sampled_from([1, 7, 128, 130, 576]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    to=st.sampled_from([E4M3, E5M2]),
-    power_of_two=st.booleans(),
-    magnitude=st.sampled_from([1e-6, 1.0, 1e4]),
-    seed=st.integers(0, 99),
+    F=WIDTHS,
+    magnitude=MAGNITUDES,
+    **KINDS,
 )
 def test_is_swiglu_and_then_quantize(name, M, F, dtype, to, power_of_two, magnitude, seed):
     torch.manual_seed(seed)
     gate, up = (torch.randn(M, F, dtype=dtype) * magnitude for _ in range(2))
-    actual = _provider(swiglu_quantize, name)(gate, up, to, power_of_two, True)
+    actual = provider(swiglu_quantize, name)(gate, up, to, power_of_two, True)
     assert_same_bits(actual, _one_after_the_other(name, gate, up, to, power_of_two))
 
 
 @every_provider
 def test_y_is_left_out_on_request(name):
     gate, up = torch.randn(5, 200), torch.randn(5, 200)
-    fused = _provider(swiglu_quantize, name)
+    fused = provider(swiglu_quantize, name)
     y, *rest = fused(gate, up, E4M3, False, False)
     assert y.shape == (0,) and y.dtype == torch.float32
     assert_same_bits(rest, fused(gate, up, E4M3, False, True)[1:])
@@ -56,7 +45,7 @@ def test_y_is_left_out_on_request(name):
 @every_provider
 def test_halves_of_one_projection_are_read_where_they_lie(name):
     gate, up = torch.randn(9, 2 * 300, dtype=torch.bfloat16).chunk(2, -1)
-    fused = _provider(swiglu_quantize, name)
+    fused = provider(swiglu_quantize, name)
     assert_same_bits(fused(gate, up, E4M3, False, True), fused(gate.clone(), up.clone(), E4M3, False, True))
 
 
@@ -66,7 +55,7 @@ def test_halves_of_one_projection_are_read_where_they_lie(name):
 def test_what_is_no_number_stays_none(name, odd, power_of_two):
     gate, up = torch.ones(3, 300), torch.ones(3, 300)
     up[1, 5] = odd
-    y, values, scale = _provider(swiglu_quantize, name)(gate, up, E4M3, power_of_two, True)
+    y, values, scale = provider(swiglu_quantize, name)(gate, up, E4M3, power_of_two, True)
     assert_same_bits((y, values, scale), _one_after_the_other(name, gate, up, E4M3, power_of_two))
     assert values.float().isnan().nonzero().tolist() == [[1, f] for f in range(128)]
 

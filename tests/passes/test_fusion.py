@@ -9,7 +9,7 @@ from deepfuse.ops.rms_norm import rms_norm
 from deepfuse.passes.fusion import fusion
 from deepfuse.passes.journal import noting
 from deepfuse.passes.pipeline import default
-from graphs import assert_same_graph, trace
+from graphs import assert_same_graph, rewritten, trace
 
 D = 16
 SAMPLES = [(f"{dtype}[3, {D}]", f"{dtype}[3, {D}]", f"{dtype}[{D}]", 1e-6) for dtype in ("float32", "bfloat16")]
@@ -29,16 +29,6 @@ class FuseAddNorm:
         return None if D % 4 == 0 else f"hidden {D} is no multiple of 4"
 
     samples = SAMPLES
-
-
-def rewritten(rule, fn, *args):
-    gm = trace(fn, *args)
-    notes = []
-    with noting(notes):
-        count = rule(gm.graph)
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
-    return gm, count, notes
 
 
 def arguments(width=D, dtype=torch.float32):

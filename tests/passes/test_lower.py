@@ -1,5 +1,7 @@
 """Every op goes to a provider; what an inlined reference computes stays what it was."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -16,20 +18,13 @@ from deepfuse.ops.rms_norm import rms_norm
 from deepfuse.ops.swiglu import swiglu
 from deepfuse.passes.journal import noting
 from deepfuse.passes.lower import lower
-from graphs import trace
+from graphs import rewritten, trace
 
 FUNCTIONAL = [op.name for op in OPS.values() if not op.mutates]
 
 
 def lowered(fn, *args, providers=None):
-    gm = trace(fn, *args)
-    notes = []
-    with noting(notes):
-        count = lower(gm.graph, providers=providers or {})
-    gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    gm.recompile()
-    return gm, count, notes
+    return rewritten(partial(lower, providers=providers or {}), fn, *args)
 
 
 def targets(gm):

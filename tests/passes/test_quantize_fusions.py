@@ -12,27 +12,15 @@ from deepfuse.ops.swiglu import swiglu
 from deepfuse.passes.fuse_norm_quantize import FuseNormQuantize
 from deepfuse.passes.fuse_permute_quantize import FusePermuteQuantize
 from deepfuse.passes.fuse_swiglu_quantize import FuseSwigluQuantize
-from deepfuse.passes.journal import noting
 from deepfuse.passes.lower import lower
 from deepfuse.passes.runner import op_counts
 from deepfuse.passes.share_quantize import share_quantize
 from fp8 import assert_same_bits
 from fp8_layer import E4M3, EPS, D, Layer, TrainedMLP
-from graphs import structure, trace
+from graphs import rewritten, structure, trace
 
 PASSES = (share_quantize, FuseNormQuantize, FuseSwigluQuantize, FusePermuteQuantize)
 EXPERTS = torch.tensor([[0, 2], [3, 1], [2, 3]])
-
-
-def rewritten(rule, fn, *args):
-    gm = trace(fn, *args)
-    notes = []
-    with noting(notes):
-        count = rule(gm.graph)
-    gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    gm.recompile()
-    return gm, count, notes
 
 
 def counts(gm):

@@ -6,11 +6,10 @@ import torch
 from deepfuse.ops.dequantize import dequantize
 from deepfuse.ops.quantize import quantize
 from deepfuse.passes.fuse_norm_quantize import FuseNormQuantize
-from deepfuse.passes.journal import noting
 from deepfuse.passes.share_quantize import share_quantize
 from fp8 import assert_same_bits
 from fp8_layer import E4M3, EPS
-from graphs import assert_same_graph, trace
+from graphs import assert_same_graph, rewritten, trace
 
 X = torch.randn(3, 256)
 
@@ -20,14 +19,7 @@ def rounded(x, rows=1, cols=128, power_of_two=False):
 
 
 def shared(fn, *args):
-    gm = trace(fn, *args)
-    notes = []
-    with noting(notes):
-        count = share_quantize(gm.graph)
-    gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    gm.recompile()
-    return gm, count, notes
+    return rewritten(share_quantize, fn, *args)
 
 
 def test_before_becomes_expected():

@@ -9,6 +9,7 @@ from torch import nn
 import deepfuse as df
 from deepfuse.blocks.model import CausalLM
 from deepfuse.runtime import build as build_module
+from deepfuse.runtime import source
 from deepfuse.runtime.checkpoint import save_checkpoint
 from tiny_model import (
     CONFIG,
@@ -75,14 +76,14 @@ def test_a_module_of_another_kind():
 
 
 def test_a_preset_by_name(monkeypatch):
-    monkeypatch.setitem(build_module.PRESETS, "smallest", lambda: ONE_LAYER)
+    monkeypatch.setitem(source.PRESETS, "smallest", lambda: ONE_LAYER)
     model = build("smallest")
     assert model.config == ONE_LAYER and model.report.model == "smallest"
 
 
 def test_a_preset_that_comes_with_weights(monkeypatch, tmp_path):
-    monkeypatch.setitem(build_module.PRESETS, "shipped", lambda: CONFIG)
-    monkeypatch.setattr(build_module, "SHIPPED", tmp_path)
+    monkeypatch.setitem(source.PRESETS, "shipped", lambda: CONFIG)
+    monkeypatch.setattr(source, "SHIPPED", tmp_path)
     write_checkpoint(tmp_path / "shipped", config=ONE_LAYER)
     model = build("shipped")
     assert model.source == tmp_path / "shipped" and model.tokenizer is not None

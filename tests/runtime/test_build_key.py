@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deepfuse as df
-from deepfuse.runtime import build as build_module
+from deepfuse.runtime import build_key
 from tiny_model import ONE_LAYER
 
 
@@ -23,7 +23,7 @@ def key_of(**changes):
     }
     room = {"max_batch_size": settings["max_batch_size"], "max_seq_len": 64, "cache": settings["cache"]}
     pass_settings = {"providers": settings["providers"], "device": "row", "max_seq_len": 64}
-    return build_module._key(
+    return build_key.graph_key(
         settings["pipeline"], pass_settings, settings["config"], settings["dtype"], settings["device"], room
     )
 
@@ -48,9 +48,7 @@ def test_what_changes_a_graph_changes_the_key(changes):
 
 def test_sources_are_part_of_the_key(monkeypatch):
     before = key_of()
-    original = build_module.inspect.getsource
-    changed = build_module.attention
-    monkeypatch.setattr(
-        build_module.inspect, "getsource", lambda m: original(m) + ("# changed" if m is changed else "")
-    )
+    original = build_key.inspect.getsource
+    changed = build_key.attention
+    monkeypatch.setattr(build_key.inspect, "getsource", lambda m: original(m) + ("# changed" if m is changed else ""))
     assert key_of() != before

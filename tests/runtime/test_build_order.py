@@ -19,7 +19,7 @@ from tiny_model import CONFIG, ONE_LAYER, build, random_weights, write_checkpoin
 def test_damaged_small_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path)
     (tmp_path / name).write_text("{")
-    monkeypatch.setattr(build_module, "Engine", lambda *_, **__: pytest.fail("it compiles first"))
+    monkeypatch.setattr(build_module, "kept_engine", lambda *_, **__: pytest.fail("it compiles first"))
     with pytest.raises(CheckpointError, match=name):
         build(tmp_path)
 

@@ -13,8 +13,8 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_folder
 import deepfuse as df
 from deepfuse.ir.private import default_inductor_folder
 from deepfuse.runtime import compile_cache
-from deepfuse.runtime.build import _journal as kept_journal
 from deepfuse.runtime.compile_cache import BuildFolder, cache_root, cache_size, clear_cache, inductor_cache
+from deepfuse.runtime.kept_engine import kept_journal
 from tiny_model import ONE_LAYER, build, random_weights
 
 PROMPT = [5, 6, 7]

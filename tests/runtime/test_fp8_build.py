@@ -15,9 +15,10 @@ import deepfuse as df
 from deepfuse.blocks.fp8 import E4M3, FP8Experts, FP8Linear, to_fp8
 from deepfuse.blocks.model import CausalLM
 from deepfuse.ops.dequantize import dequantize
-from deepfuse.runtime.build import _in_fp8, _module_key, _weights
+from deepfuse.runtime.build_key import module_key
 from deepfuse.runtime.checkpoint import save_checkpoint, stored_in_fp8
 from deepfuse.runtime.config_json import read_config
+from deepfuse.runtime.load_model import load_model, modules_in_fp8
 from deepfuse.runtime.quantize_checkpoint import quantize_checkpoint
 from deepfuse.runtime.shards import SINGLE
 from deepfuse.runtime.trainer import Trainer, Training
@@ -39,8 +40,8 @@ def built(quantize: str | None) -> Any:
 def loaded(folder: Path, quantize: str | None = "auto") -> CausalLM:
     """What ``build`` loads, without graphs."""
     config, warnings = read_config(folder), []
-    names = _in_fp8(config, folder, quantize, warnings)
-    return _weights(config, folder, torch.device("cpu"), torch.float32, 0, in_fp8=names, activations=True)
+    names = modules_in_fp8(config, folder, quantize, warnings)
+    return load_model(config, folder, torch.device("cpu"), torch.float32, 0, in_fp8=names, activations=True)
 
 
 def fp8_modules(model: CausalLM) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def test_experts_of_which_some_are_in_fp8_are_dequantized_and_named(tmp_path: Pa
 
     change(tmp_path, edit)
     notes: list[str] = []
-    assert prefix not in _in_fp8(read_config(tmp_path), tmp_path, "auto", notes)
+    assert prefix not in modules_in_fp8(read_config(tmp_path), tmp_path, "auto", notes)
     assert notes == [
         f"FP8 weights of 1 modules are dequantized: some of their weights are not in FP8 ({prefix})",
     ]
@@ -209,8 +210,14 @@ def test_verify_takes_what_absorption_does_for_another_rounding() -> None:
 
 def test_random_weights_and_modules() -> None:
     config = replace(CONFIG, num_hidden_layers=1)
-    random = _weights(
-        config, None, torch.device("cpu"), torch.bfloat16, 0, in_fp8=_in_fp8(config, None, "fp8", []), activations=True
+    random = load_model(
+        config,
+        None,
+        torch.device("cpu"),
+        torch.bfloat16,
+        0,
+        in_fp8=modules_in_fp8(config, None, "fp8", []),
+        activations=True,
     )
     assert len(fp8_modules(random)) == 8
     assert random.model.norm.weight.dtype == torch.bfloat16
@@ -231,7 +238,7 @@ def test_an_unknown_kind_is_refused(quantize: Any) -> None:
 
 
 def test_fp8_and_other_weights_have_graphs_of_their_own() -> None:
-    keys = {_module_key(built(q).engine.model) for q in (None, "fp8", "fp8_weights")}
+    keys = {module_key(built(q).engine.model) for q in (None, "fp8", "fp8_weights")}
     assert len(keys) == 3
 
 

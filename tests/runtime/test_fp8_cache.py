@@ -147,8 +147,8 @@ def test_the_report_says_what_a_token_takes(fp8_model):
 
 
 def test_graphs_of_the_two_formats_are_kept_apart(monkeypatch):
-    keys, key = [], build_module._key
-    monkeypatch.setattr(build_module, "_key", lambda *args: keys.append(key(*args)) or keys[-1])
+    keys, key = [], build_module.graph_key
+    monkeypatch.setattr(build_module, "graph_key", lambda *args: keys.append(key(*args)) or keys[-1])
     causal_lm = random_weights(ONE_LAYER)
     for cache_dtype in ("auto", "fp8", "auto"):
         build(causal_lm, cache_dtype=cache_dtype)

@@ -11,7 +11,7 @@ from torch import nn
 
 import deepfuse as df
 from deepfuse.blocks.model import CausalLM
-from deepfuse.runtime.build import _module_key
+from deepfuse.runtime.build_key import module_key
 from tiny_model import CONFIG, ONE_LAYER, random_weights
 
 BIAS = "e_score_correction_bias"
@@ -39,16 +39,16 @@ def other_block(model: CausalLM) -> None:
 def key_with(block: nn.Module) -> str:
     model = random_weights(ONE_LAYER)
     model.model.layers[0].mlp = block
-    return _module_key(model)
+    return module_key(model)
 
 
 @pytest.mark.parametrize("change", [narrow_bias, other_strides, other_epsilon, other_block])
 def test_what_a_graph_takes_for_granted_changes_the_key(change: Any) -> None:
     model = random_weights(CONFIG)
-    before = _module_key(model)
-    assert before == _module_key(random_weights(CONFIG, seed=1))
+    before = module_key(model)
+    assert before == module_key(random_weights(CONFIG, seed=1))
     change(model)
-    assert _module_key(model) != before
+    assert module_key(model) != before
 
 
 def test_the_source_of_a_callers_block_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,11 +20,11 @@ from deepfuse.blocks.model import CausalLM
 from deepfuse.ops.dequantize import dequantize
 from deepfuse.ops.quantize import quantize
 from deepfuse.runtime import quantize_checkpoint as module
-from deepfuse.runtime.build import SHIPPED
 from deepfuse.runtime.checkpoint import CheckpointError, save_checkpoint
 from deepfuse.runtime.config_json import weight_block_size
 from deepfuse.runtime.quantize_checkpoint import Quantized, quantize_checkpoint
 from deepfuse.runtime.shards import INDEX, SINGLE
+from deepfuse.runtime.source import SHIPPED
 from deepfuse.runtime.tokenizer import Tokenizer
 from oracle import TOLERANCE, difference
 from tiny_checkpoint import CONFIGS, TINY, assert_same_state, change, load, logits, model_of

@@ -70,7 +70,7 @@ def test_what_cannot_be_built_is_refused(name, monkeypatch):
     def made(*_, **__):
         raise AssertionError("weights were made before the check")
 
-    monkeypatch.setattr(build_module, "_weights", made)
+    monkeypatch.setattr(build_module, "load_model", made)
     call, kind, message = REFUSED[name]
     with pytest.raises(kind, match=message):
         call()
@@ -85,7 +85,7 @@ def test_too_little_memory_is_seen_before_anything_is_made(monkeypatch):
     def made(*_, **__):
         raise AssertionError("weights were made before the check")
 
-    monkeypatch.setattr(build_module, "_weights", made)
+    monkeypatch.setattr(build_module, "load_model", made)
     monkeypatch.setattr(requirements, "available_memory", lambda: 1 << 20)
     with pytest.raises(
         MemoryError, match=r"build: want 0\.\d\d GiB on cpu \(0\.\d\d for weights, .*, got 0\.00 GiB free"

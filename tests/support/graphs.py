@@ -7,10 +7,24 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from deepfuse.passes.journal import noting
+
 
 def trace(fn: Callable[..., Any], *args: Any) -> fx.GraphModule:
     """The graph of ATen and deepfuse ops that ``fn(*args)`` runs, with ``meta["val"]`` on every node."""
     return make_fx(fn, tracing_mode="fake")(*args)
+
+
+def rewritten(rule: Callable[..., int], fn: Callable[..., Any], *args: Any) -> tuple[fx.GraphModule, int, list[str]]:
+    """The graph of ``fn(*args)`` after a pass, well formed and without dead nodes; the pass's count; what it noted."""
+    gm = trace(fn, *args)
+    notes: list[str] = []
+    with noting(notes):
+        count = rule(gm.graph)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return gm, count, notes
 
 
 def structure(gm: fx.GraphModule) -> list[str]:

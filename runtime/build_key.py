@@ -1,0 +1,59 @@
+"""Keys of kept graphs: everything that a captured graph depends on, and does not check when it is called."""
+
+import hashlib
+import inspect
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from deepfuse.blocks import attention, batch, cached_latent, config, decoder, linear, mlp, model, moe, mtp, norm, rotary
+from deepfuse.blocks.config import Config
+from deepfuse.blocks.model import CausalLM
+from deepfuse.passes.pipeline import Pipeline
+from deepfuse.runtime import engine
+
+
+def graph_key(
+    pipeline: Pipeline,
+    settings: Mapping[str, Any],
+    cfg: Config,
+    dtype: torch.dtype,
+    device: torch.device,
+    room: Mapping[str, Any],
+) -> str:
+    """Of everything a captured graph depends on."""
+    modules = (attention, batch, cached_latent, config, decoder, linear, mlp, model, moe, mtp, norm, rotary, engine)
+    parts = [
+        torch.__version__,
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        str(torch.get_num_threads()),
+        pipeline.key(sorted(settings.items())),
+        repr(cfg),
+        f"{dtype} {device} {sorted(room.items())}",
+        *(inspect.getsource(m) for m in modules),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def module_key(causal_lm: CausalLM) -> str:
+    """Of what a captured graph takes for granted of a module, and does not check at a call.
+
+    Configuration and dtype do not settle it: a module may come with a router bias in bfloat16 (after ``.bfloat16()``),
+    with a setting changed by hand, or with blocks of the caller's own.
+    """
+    parts = []
+    for name, module in causal_lm.named_modules():
+        settings = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+        parts.append(f"{name} {type(module).__module__}.{type(module).__qualname__} {sorted(settings.items())}")
+    for name, tensor in (*causal_lm.named_parameters(), *causal_lm.named_buffers()):
+        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {tensor.device}")
+    for kind in sorted({type(m) for m in causal_lm.modules()}, key=lambda t: (t.__module__, t.__qualname__)):
+        try:
+            parts.append(inspect.getsource(inspect.getmodule(kind) or kind))
+        except (OSError, TypeError):  # typed into a prompt: there is no file, but there is the code
+            functions = [f.__code__ for f in vars(kind).values() if inspect.isfunction(f)]
+            parts.append(repr([(c.co_name, c.co_code, c.co_consts, c.co_names) for c in functions]))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

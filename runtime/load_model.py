@@ -1,0 +1,69 @@
+"""Weights in their place: read from a checkpoint, or random, and in FP8 where that is asked for."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from deepfuse.blocks.config import Config
+from deepfuse.blocks.fp8 import FP8Experts, FP8Linear, in_decoder_layers, to_fp8
+from deepfuse.blocks.model import CausalLM
+from deepfuse.runtime.checkpoint import load_weights, present_mtp_layers, stored_in_fp8
+from deepfuse.runtime.config_json import weight_block_size
+
+
+def load_model(
+    cfg: Config,
+    folder: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    in_fp8: Collection[str],
+    activations: bool,
+) -> CausalLM:
+    if folder is not None:
+        present = present_mtp_layers(folder, cfg)
+        with torch.device("meta"):
+            causal_lm = CausalLM(cfg, mtp_layers=present)
+            to_fp8(causal_lm, activations=activations, wanted=in_fp8.__contains__)
+        load_weights(causal_lm, folder, device=device, dtype=dtype)
+        return causal_lm
+    # made in its dtype and place: in float32 first it would take twice the memory that was checked
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            causal_lm = CausalLM(cfg)
+    finally:
+        torch.set_default_dtype(default)
+    causal_lm.initialize(seed)
+    to_fp8(causal_lm, activations=activations, wanted=in_fp8.__contains__)
+    return causal_lm
+
+
+def modules_in_fp8(cfg: Config, folder: Path | None, quantize: str | None, notes: list[str]) -> set[str]:
+    """Names of the modules that are to be FP8."""
+    if quantize is None:
+        return set()
+    names, partly = (set(), set()) if folder is None else stored_in_fp8(folder, cfg)
+    if quantize != "auto":
+        with torch.device("meta"):
+            return names | in_decoder_layers(CausalLM(cfg))
+    if partly:
+        block = weight_block_size(cfg)
+        why = (
+            "some of their weights are not in FP8"
+            if block == (128, 128)
+            else f"their blocks are {block}, not (128, 128)"
+        )
+        first = ", ".join(sorted(partly)[:3]) + (", ..." if len(partly) > 3 else "")
+        notes.append(f"FP8 weights of {len(partly)} modules are dequantized: {why} ({first})")
+    return names
+
+
+def fp8_summary(causal_lm: CausalLM) -> str:
+    """What a report says of a model's FP8 modules."""
+    modules = [m for m in causal_lm.modules() if isinstance(m, FP8Linear | FP8Experts)]
+    kinds = {"fp8" if m.activations else "fp8_weights" for m in modules}
+    return f"{' and '.join(sorted(kinds))}: {len(modules)} modules" if modules else ""
