@@ -122,13 +122,15 @@ def _mla_decode_reduce_kernel(
 def split_attention(
     q_latent: Tensor, q_rope: Tensor, cache: Tensor, block_table: Tensor, seqlens: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Arguments of ``mla_decode`` or ``mla_decode_fp8``, none of them empty.
+    """Arguments of ``mla_decode`` or ``mla_decode_fp8``, with queries.
 
     Returns:
         ``partial [B, S, H, C]`` float32 and ``lse [B, S, H]`` of base 2, -inf for a split without tokens, which has
         written no partial sum. Of one split, the mix ``[B, 1, H, C]`` in the dtype of the queries.
     """
     (B, H, C), P, R, fp8 = q_latent.shape, block_table.shape[1], q_rope.shape[2], is_in_fp8(cache)
+    if P == 0:
+        return q_latent.new_zeros(B, 1, H, C), torch.zeros((B, 1, H), dtype=torch.float32, device=q_latent.device)
     # of FP8, in blocks of 128 if there are several
     pad_c, pad_r = (max(triton.next_power_of_2(width), 16) for width in (C, R))
     if q_latent.element_size() == 2:
@@ -159,8 +161,8 @@ def mixed_attention(
     q_latent: Tensor, q_rope: Tensor, cache: Tensor, block_table: Tensor, seqlens: Tensor, scale: float
 ) -> Tensor:
     """The kernels of ``mla_decode`` and ``mla_decode_fp8``: splits, and their mean, weighted by what they summed."""
-    if q_latent.numel() == 0 or block_table.shape[1] == 0:
-        return torch.zeros(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
+    if q_latent.numel() == 0:
+        return torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
     partial, lse = split_attention(q_latent, q_rope, cache, block_table, seqlens, scale)
     (B, H, C), num_splits = q_latent.shape, lse.shape[1]
     if num_splits == 1:

@@ -45,13 +45,14 @@ LIBRARY_CALLS = MATMULS | ATTENTIONS | {"topk", "sort", "nonzero", "unique", "se
 OUR_MATMULS = {
     "linear",
     "head_matmul",
+    "absorb_query",
     "grouped_matmul",
     "grouped_matmul_wgrad",
     "fp8_matmul",
     "fp8_grouped_matmul",
     "fp8_grouped_matmul_masked",
 }
-OUR_ATTENTIONS = {"mla_attention", "mla_attention_backward", "mla_decode", "mla_decode_fp8"}
+OUR_ATTENTIONS = {"mla_attention", "mla_attention_backward", "mla_decode", "mla_decode_fp8", "mla_decode_project"}
 REDUCTIONS = {
     *("sum", "mean", "amax", "amin", "max", "min", "prod", "any", "all", "argmax", "argmin", "var", "var_mean"),
     *("logsumexp", "linalg_vector_norm", "cumsum", "cumprod", "xor_sum"),
