@@ -31,7 +31,8 @@ NO_OPS = {"eliminate_no_ops": Sites(graph=2)}
 MERGED = {"merge_projections": Sites(layer=2)}
 """q_a and kv_a; gate and up, of the dense block or of the shared experts."""
 APPENDED = {"fuse_rope_append": Sites(layer=1)}
-ABSORBED = {"absorb_mla": Sites(layer=1)}
+# the query of each attention, and its values
+ABSORBED = {"absorb_mla": Sites(layer=1), "fuse_decode_attention": Sites(layer=2)}
 FUSED = {
     # of routed and shared experts; or of the one block of a dense layer
     "fuse_swiglu_quantize": Sites(dense=1, sparse=2),
