@@ -15,7 +15,7 @@ from torch import fx
 
 from deepfuse.ir.printer import graph_text
 from deepfuse.ir.private import inductor_options, uncompiled_backend
-from deepfuse.ir.verify import verify, verify_types
+from deepfuse.ir.verify import Known, verify, verify_types
 from deepfuse.passes.check_values import Rewritten, copied
 from deepfuse.passes.journal import GraphEntry, Journal, PassEntry, graph_name, noting
 from deepfuse.passes.pipeline import Pipeline
@@ -107,8 +107,9 @@ class Runner:
         """Run the passes of a hook in order, in place."""
         entry = self._entry(hook)
         text = graph_text(graph)
+        known: Known = {}
         for p in self.pipeline.of_stages(*HOOKS[hook]):
-            passed, text = self._run_pass(p, graph, text, entry.snapshots)
+            passed, text = self._run_pass(p, graph, text, entry.snapshots, known)
             entry.passes.append(passed)
 
     def _entry(self, hook: str) -> GraphEntry:
@@ -117,7 +118,9 @@ class Runner:
             self.journal.graphs.append(GraphEntry(graph_name()))
         return self.journal.graphs[-1]
 
-    def _run_pass(self, p: Pass, graph: fx.Graph, before: str, snapshots: dict[str, str]) -> tuple[PassEntry, str]:
+    def _run_pass(
+        self, p: Pass, graph: fx.Graph, before: str, snapshots: dict[str, str], known: Known
+    ) -> tuple[PassEntry, str]:
         """The pass's entry, and the graph as it leaves it, printed; ``before`` is the graph as it is."""
         ops_before = op_counts(graph)
         snapshots[f"before:{p.name}"] = before
@@ -133,7 +136,7 @@ class Runner:
             changed = graph.eliminate_dead_code() or rewrites > 0 or op_counts(graph) != ops_before
             if changed:
                 # it asks the shape rule of every op, which takes longer than a pass that finds nothing
-                verify(graph)
+                verify(graph, known)
             if original is not None:
                 verify_types(graph)
                 if rewrites:

@@ -1,5 +1,6 @@
 """Each rule of the dialect, broken once."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -151,3 +152,26 @@ def test_an_op_refuses_its_arguments(graph: fx.Graph) -> None:
     node.args = (node.args[0], call(graph, ADD), node.args[2])
     with pytest.raises(ValueError, match="rms_norm"):
         verify(graph)
+
+
+def test_calls_that_did_not_change_are_not_asked_again(graph: fx.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: dict = {}
+    verify(graph, known)
+    asked = []
+    for name in ("rms_norm", "add_rms_norm", "swiglu"):
+        op = OPS[name]
+        fake = lambda *args, op=op: asked.append(op.name) or op.fake(*args)
+        monkeypatch.setitem(OPS, name, dataclasses.replace(op, fake=fake))
+    verify(graph, known)
+    assert asked == []
+    # another value of an input is a change of all that read it, though their arguments are the same nodes
+    swiglu_call = call(graph, torch.ops.deepfuse.swiglu.default)
+    swiglu_call.meta["val"] = swiglu_call.meta["val"].clone()
+    verify(graph, known)
+    assert asked == ["swiglu", "rms_norm"]
+    call(graph, RMS_NORM).meta["val"] = X.bfloat16()
+    with pytest.raises(GraphError, match=r"got .*bfloat16"):
+        verify(graph, known)
+    call(graph, RMS_NORM).args = (call(graph, RMS_NORM).args[0], 5)
+    with pytest.raises(GraphError, match="want 3 positional arguments"):
+        verify(graph, known)
