@@ -34,7 +34,8 @@ MERGED = {"merge_projections": Sites(layer=2)}
 ROUTED = {"merge_projections": Sites(layer=1, dense=1), "merge_shared_expert": Sites(sparse=1)}
 """In a decode step, of few tokens: gate and up of the shared expert lie with those of the routed ones."""
 APPENDED = {"fuse_rope_append": Sites(layer=1)}
-ABSORBED = {"absorb_mla": Sites(layer=1)}
+# the query of each attention, and its values
+ABSORBED = {"absorb_mla": Sites(layer=1), "fuse_decode_attention": Sites(layer=2)}
 FUSED = {
     # of routed and shared experts; or of the one block of a dense layer
     "fuse_swiglu_quantize": Sites(dense=1, sparse=2),

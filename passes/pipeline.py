@@ -21,6 +21,7 @@ import deepfuse.ops
 import deepfuse.passes
 from deepfuse.passes.absorb_mla import absorb_mla
 from deepfuse.passes.eliminate_no_ops import eliminate_no_ops
+from deepfuse.passes.fuse_decode_attention import fuse_decode_attention
 from deepfuse.passes.fuse_norm_quantize import FuseNormQuantize
 from deepfuse.passes.fuse_permute_quantize import FusePermuteQuantize
 from deepfuse.passes.fuse_quantized_experts import FuseQuantizedExperts
@@ -53,6 +54,7 @@ DEFAULT: tuple[Any, ...] = (  # of passes; mypy takes a decorated class for a cl
     FuseNormQuantize,  # and by the kernel that computes it
     FuseSwigluQuantize,
     FusePermuteQuantize,
+    fuse_decode_attention,  # and so the absorbed attention, with what stands around it
     FuseQuantizedMatmul,  # products take the FP8 numbers as they are
     FuseQuantizedExperts,
     FuseQuantizedWgrad,

@@ -158,8 +158,14 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
     experts_up, experts_down, offsets = t(E, 2 * F, D), t(E, D, F), i(E, dtype=torch.int32)
     fp8_up = t(E, 2 * F, D, dtype=fp8), f(E, 2 * F // 128, D // 128)
     per_row = (f(T), i(T), f(T), i(T), i(T))
+    # kv_b_proj, [H (N + V), C], in bfloat16 and in FP8
+    kv_b_weights = (t(2 * H * N, C), None), (t(2 * H * N, C, dtype=fp8), f(2 * H * N // 128, C // 128))
     router = ("sigmoid", "top2_sum", 8, 4, K, True, 2.5)
     return {
+        "absorb_query": [
+            (t(T, H, N + R)[..., :N], t(T, H, N + R)[..., N:], f(T, R // 2), f(T, R // 2), True, *kv_b)
+            for kv_b in kv_b_weights
+        ],
         "rms_norm": [(t(T, width), t(width), eps) for width in (D, Q, C)],
         "add_rms_norm": [(t(T, D), t(T, D), t(D), eps)],
         "add_rms_norm_quantize": [(t(T, D), t(T, D), t(D), eps, fp8, False, keep) for keep in (False, True)],
@@ -265,6 +271,13 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
         ],
         "mla_decode": [(t(T, H, C), t(T, H, R), cache, table, i(T, dtype=torch.int32), scale)],
         "mla_decode_fp8": [(t(T, H, C), t(T, H, R), cache_fp8, table, i(T, dtype=torch.int32), scale)],
+        # a weight in bfloat16 and in FP8, quantized or not; few and many splits, heads and sequences
+        "mla_decode_project": [
+            (t(B, H, C), t(B, H, R), to, i(B, pages), i(B, dtype=torch.int32), scale, *kv_b, N, quantized, False, False)
+            for B, pages in ((T, P), (min(T, 8), 1024))
+            for to in (cache, cache_fp8)
+            for kv_b, quantized in ((kv_b_weights[0], None), (kv_b_weights[1], None), (kv_b_weights[1], fp8))
+        ],
         "norm_rope_append": [
             (to, t(T, C + R)[:, :C], t(T, C + R)[:, C:], t(C), f(T, R // 2), f(T, R // 2), i(T), eps, True, keep)
             for to in (cache, cache_fp8)
