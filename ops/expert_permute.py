@@ -19,11 +19,10 @@ from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
 from deepfuse.ir.provider import at_most
 from deepfuse.ir.sizes import check_value
+from deepfuse.ops.expert_order import find_offsets, find_order, nth_place, token_places
 
 COMPARE_ROWS = 64
 """Up to so many rows, counting smaller keys (M^2 comparisons) beats a sort's call on a CPU."""
-KERNEL_COMPARE_ROWS = 4096
-"""The same on a GPU: one launch, in which a thread compares 2048 pairs at most, for the three of a counting sort."""
 
 
 def expert_permute_ref(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -56,124 +55,40 @@ def few_rows(x: Tensor, experts: Tensor, num_experts: int) -> str | None:
 
 
 @triton.jit
-def _expert_permute_compare_kernel(
-    expert_ptr, order_ptr, inverse_ptr, offsets_ptr, M, E, BLOCK: tl.constexpr, BLOCK_KEYS: tl.constexpr
-):
-    """A row's place, and an expert's end, is the number of rows with a smaller key; 64 of them a program."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    is_row = i < M
-    # keys in order of (expert, row); an expert ends where the key of the next one's first row would be
-    bound = tl.load(expert_ptr + i, mask=is_row, other=0).to(tl.int32) * M + i
-    bound = tl.where(is_row, bound, (i - M + 1) * M)
-    smaller = tl.zeros((BLOCK, BLOCK_KEYS), tl.int32)
-    for first in range(0, M, BLOCK_KEYS):
-        j = first + tl.arange(0, BLOCK_KEYS)
-        key = tl.load(expert_ptr + j, mask=j < M, other=0).to(tl.int32) * M + j
-        smaller += ((key[None, :] < bound[:, None]) & (j < M)[None, :]).to(tl.int32)
-    place = tl.sum(smaller, 1)
-    tl.store(inverse_ptr + i, place.to(tl.int64), mask=is_row)
-    tl.store(order_ptr + place, i.to(tl.int64), mask=is_row)
-    tl.store(offsets_ptr + i - M, place, mask=(i >= M) & (i < M + E))
-
-
-@triton.jit
-def _expert_permute_count_kernel(expert_ptr, counts_ptr, M, E, blocks, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
-    """How many of a block's rows go to each expert: ``counts[e, block]``."""
-    block = tl.program_id(0).to(tl.int64)
-    i = block * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(expert_ptr + i, mask=i < M, other=0).to(tl.int32)
-    e = tl.arange(0, BLOCK_E)
-    counts = tl.histogram(expert, BLOCK_E, mask=i < M)
-    tl.store(counts_ptr + e.to(tl.int64) * blocks + block, counts, mask=e < E)
-
-
-@triton.jit
-def _expert_permute_place_kernel(
-    expert_ptr, ends_ptr, order_ptr, inverse_ptr, offsets_ptr, M, E, blocks, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
-):
-    """``ends[e, block]``: where the block's rows of expert e end, the counts summed in the order of the result."""
-    block = tl.program_id(0).to(tl.int64)
-    i = block * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(expert_ptr + i, mask=i < M, other=0)
-    # read again along the other axis; -1 is no expert
-    j = block * BLOCK + tl.arange(0, BLOCK)
-    other = tl.load(expert_ptr + j, mask=j < M, other=-1)
-    behind = (expert[:, None] == other[None, :]) & (i[:, None] < j[None, :])
-    end = tl.load(ends_ptr + expert * blocks + block, mask=i < M, other=0)
-    place = (end - 1 - tl.sum(behind.to(tl.int32), 1)).to(tl.int64)
-    tl.store(inverse_ptr + i, place, mask=i < M)
-    tl.store(order_ptr + place, i, mask=i < M)
-    if block == 0:
-        e = tl.arange(0, BLOCK_E)
-        offset = tl.load(ends_ptr + e.to(tl.int64) * blocks + blocks - 1, mask=e < E, other=0)
-        tl.store(offsets_ptr + e, offset, mask=e < E)
-
-
-@triton.jit
-def _expert_permute_rows_kernel(x_ptr, inverse_ptr, rows_ptr, x_stride, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
+def _expert_permute_kernel(
+    x_ptr, expert_ptr, order_ptr, inverse_ptr, offsets_ptr, rows_ptr, x_stride, T, D, E, K: tl.constexpr,
+    BLOCK_D: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
     """One program per token and piece of its row: read once, written to each of its K places."""
     t = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    x = tl.load(x_ptr + t * x_stride + d, mask=d < D, other=0.0)
-    for k in range(K):
-        row = tl.load(inverse_ptr + t * K + k)
-        tl.store(rows_ptr + row * D + d, x, mask=d < D)
+    piece = tl.program_id(1)
+    if t < T:
+        d = piece * BLOCK_D + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + t * x_stride + d, mask=d < D, other=0.0)
+        place = token_places(expert_ptr, order_ptr, inverse_ptr, t, T, piece == 0, K, COUNT, BLOCK, BLOCK_KEYS)
+        for k in tl.static_range(K):
+            tl.store(rows_ptr + nth_place(place, k, BLOCK) * D + d, x, mask=d < D)
+    elif COUNT:
+        block = (t - T) * tl.num_programs(1) + piece
+        find_offsets(expert_ptr, offsets_ptr, block, T * K, E, BLOCK, BLOCK_KEYS)
 
 
 def _launch(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    order, inverse, offsets = sort_by_expert(experts, num_experts)
-    return _launch_rows(x, inverse, experts.shape[1]), order, inverse, offsets
-
-
-def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``order``, ``inverse`` and ``offsets``."""
-    sort = _compare_sort if experts.numel() <= KERNEL_COMPARE_ROWS else _counting_sort
-    return sort(experts.contiguous(), num_experts)
-
-
-def _compare_sort(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    M = experts.numel()
-    order, inverse = experts.new_empty(M), experts.new_empty(M)
-    offsets = experts.new_empty(num_experts, dtype=torch.int32)
-    block = 64
-    _expert_permute_compare_kernel[(triton.cdiv(M + num_experts, block),)](
-        experts, order, inverse, offsets, M, num_experts, BLOCK=block, BLOCK_KEYS=64, num_warps=4
-    )
-    return order, inverse, offsets
-
-
-def _counting_sort(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    M = experts.numel()
-    order, inverse = experts.new_empty(M), experts.new_empty(M)
-    offsets = experts.new_empty(num_experts, dtype=torch.int32)
-    # pairs within a block are compared, 128 a thread, and all programs count once more into each expert
-    block = 128
-    blocks = triton.cdiv(M, block)
-    counts = experts.new_empty(num_experts * blocks, dtype=torch.int32)
-    block_e = triton.next_power_of_2(num_experts)
-    _expert_permute_count_kernel[(blocks,)](
-        experts, counts, M, num_experts, blocks, BLOCK=block, BLOCK_E=block_e, num_warps=4
-    )
-    ends = counts.cumsum(0, dtype=torch.int32)
-    _expert_permute_place_kernel[(blocks,)](
-        experts, ends, order, inverse, offsets, M, num_experts, blocks, BLOCK=block, BLOCK_E=block_e, num_warps=4
-    )
-    return order, inverse, offsets
-
-
-def _launch_rows(x: Tensor, inverse: Tensor, experts_per_token: int) -> Tensor:
-    T, D = x.shape
-    rows = x.new_empty(inverse.shape[0], D)
+    (T, K), D = experts.shape, x.shape[1]
+    experts = experts.contiguous()
+    # eight elements a thread, which is 16 bytes of bfloat16; wider rows go to several programs
+    block_d = max(min(triton.next_power_of_2(D), 1024), 1)
+    pieces = triton.cdiv(D, block_d)
+    places, more, constants = find_order(experts, num_experts, pieces)
+    rows = x.new_empty(T * K, D)
     if rows.numel() == 0:
-        return rows
+        return rows, *places
     if x.stride(1) != 1:
         x = x.contiguous()
-    # eight elements a thread, which is 16 bytes of bfloat16; wider rows go to several programs
-    block_d = min(triton.next_power_of_2(D), 1024)
-    _expert_permute_rows_kernel[(T, triton.cdiv(D, block_d))](
-        x, inverse, rows, x.stride(0), D, K=experts_per_token, BLOCK_D=block_d, num_warps=max(block_d // 256, 1)
+    _expert_permute_kernel[(T + more, pieces)](
+        x, experts, *places, rows, x.stride(0), T, D, num_experts, K=K, BLOCK_D=block_d, **constants, num_warps=4
     )
-    return rows
+    return rows, *places
 
 
 def _check(x: Tensor, experts: Tensor, num_experts: int) -> None:

@@ -36,7 +36,8 @@ def matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _matvec_supports(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+def matvec_supports(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """``None`` where :func:`matvec` is the faster way, or why not."""
     rows = x.numel() // max(x.shape[-1], 1)
     return None if at_most(rows, MATVEC_ROWS) and rows > 0 else f"rows are not 1 to {MATVEC_ROWS}"
 
@@ -105,4 +106,4 @@ Raises:
     TypeError: dtypes differ.
 """
 
-linear.provide("matvec", matvec, priority={"cpu": 10}, supports=_matvec_supports, inline=True)
+linear.provide("matvec", matvec, priority={"cpu": 10}, supports=matvec_supports, inline=True)

@@ -19,7 +19,8 @@ from deepfuse.ir.provider import float32_at_most
 from deepfuse.ir.sizes import check_value
 from deepfuse.ir.tolerance import EXACT
 from deepfuse.ops.dequantize import in_memory
-from deepfuse.ops.expert_permute import compare_few, expert_permute_ref, few_rows, sort_by_expert
+from deepfuse.ops.expert_order import find_offsets, find_order, nth_place, token_places
+from deepfuse.ops.expert_permute import compare_few, expert_permute_ref, few_rows
 from deepfuse.ops.quantize import (
     BITWISE,
     FP8_DTYPES,
@@ -56,40 +57,49 @@ def _compare_supports(
 
 @triton.jit
 def _permute_quantize_kernel(
-    x_ptr, inverse_ptr, values_ptr, scale_ptr, x_stride, scale_stride_m, scale_stride_b, D, K: tl.constexpr,
-    FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, BLOCK_B: tl.constexpr,
+    x_ptr, expert_ptr, order_ptr, inverse_ptr, offsets_ptr, values_ptr, scale_ptr, x_stride, scale_stride_m,
+    scale_stride_b, T, D, E, K: tl.constexpr, FP8_MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, BLOCK_B: tl.constexpr,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program per token and some blocks of its row: read once, written to each of its K places."""
     t = tl.program_id(0).to(tl.int64)
-    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    d = b[:, None] * 128 + tl.arange(0, 128)[None, :]
-    x = tl.load(x_ptr + t * x_stride + d, mask=d < D, other=0.0).to(tl.float32)
-    scale, stored = scale_from_amax_bits(amax_bits(x, 1), FP8_MAX, POWER_OF_TWO)
-    values = quotient_for_fp8(x, scale[:, None], FP8_MAX).to(values_ptr.dtype.element_ty)
-    for k in range(K):
-        row = tl.load(inverse_ptr + t * K + k)
-        tl.store(values_ptr + row * D + d, values, mask=d < D)
-        tl.store(scale_ptr + row * scale_stride_m + b * scale_stride_b, stored, mask=b * 128 < D)
+    piece = tl.program_id(1)
+    if t < T:
+        b = piece * BLOCK_B + tl.arange(0, BLOCK_B)
+        d = b[:, None] * 128 + tl.arange(0, 128)[None, :]
+        x = tl.load(x_ptr + t * x_stride + d, mask=d < D, other=0.0).to(tl.float32)
+        place = token_places(expert_ptr, order_ptr, inverse_ptr, t, T, piece == 0, K, COUNT, BLOCK, BLOCK_KEYS)
+        scale, stored = scale_from_amax_bits(amax_bits(x, 1), FP8_MAX, POWER_OF_TWO)
+        values = quotient_for_fp8(x, scale[:, None], FP8_MAX).to(values_ptr.dtype.element_ty)
+        for k in tl.static_range(K):
+            row = nth_place(place, k, BLOCK)
+            tl.store(values_ptr + row * D + d, values, mask=d < D)
+            tl.store(scale_ptr + row * scale_stride_m + b * scale_stride_b, stored, mask=b * 128 < D)
+    elif COUNT:
+        block = (t - T) * tl.num_programs(1) + piece
+        find_offsets(expert_ptr, offsets_ptr, block, T * K, E, BLOCK, BLOCK_KEYS)
 
 
 def _launch(
     x: Tensor, experts: Tensor, num_experts: int, dtype: torch.dtype, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (T, K), D = experts.shape, x.shape[1]
-    order, inverse, offsets = sort_by_expert(experts, num_experts)
+    experts = experts.contiguous()
+    # 1024 elements a program, eight a thread, which is 16 bytes of bfloat16; wider rows go to several programs
+    blocks = max(min(triton.next_power_of_2(triton.cdiv(D, 128)), 8), 1)
+    pieces = triton.cdiv(D, 128 * blocks)
+    places, more, constants = find_order(experts, num_experts, pieces)
     values = torch.empty((T * K, D), dtype=dtype, device=x.device)
     scale = empty_scale(values, 1, 128, power_of_two)
     if values.numel() == 0:
-        return values, scale, order, inverse, offsets
+        return values, scale, *places
     if x.stride(1) != 1:
         x = x.contiguous()
-    # 1024 elements a program, eight a thread, which is 16 bytes of bfloat16; wider rows go to several programs
-    blocks = min(triton.next_power_of_2(triton.cdiv(D, 128)), 8)
-    _permute_quantize_kernel[(T, triton.cdiv(D, 128 * blocks))](
-        x, inverse, values, in_memory(scale), x.stride(0), *scale.stride(), D, K=K, FP8_MAX=torch.finfo(dtype).max,
-        POWER_OF_TWO=power_of_two, BLOCK_B=blocks, num_warps=max(blocks // 2, 1),
+    _permute_quantize_kernel[(T + more, pieces)](
+        x, experts, *places, values, in_memory(scale), x.stride(0), *scale.stride(), T, D, num_experts, K=K,
+        FP8_MAX=torch.finfo(dtype).max, POWER_OF_TWO=power_of_two, BLOCK_B=blocks, **constants, num_warps=4,
     )  # fmt: skip
-    return values, scale, order, inverse, offsets
+    return values, scale, *places
 
 
 def _check(x: Tensor, experts: Tensor, num_experts: int, dtype: torch.dtype, power_of_two: bool) -> None:

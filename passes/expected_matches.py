@@ -28,6 +28,7 @@ class Sites:
 
 NO_OPS = {"eliminate_no_ops": Sites(graph=2)}
 """cos and sin times 1, which the released models' mscale is."""
+ROUTER = {"fuse_router_logits": Sites(sparse=1)}
 MERGED = {"merge_projections": Sites(layer=2)}
 """q_a and kv_a; gate and up, of the dense block or of the shared experts."""
 ROUTED = {"merge_projections": Sites(layer=1, dense=1), "merge_shared_expert": Sites(sparse=1)}
@@ -60,17 +61,17 @@ PREFILL = {
     "fuse_quantized_matmul": Sites(layer=6),
 }
 # whole blocks have no rows of zeros to be cut off
-WHOLE_BLOCKS = NO_OPS | MERGED | {"eliminate_no_ops": Sites(graph=2, sparse=1)}
+WHOLE_BLOCKS = NO_OPS | ROUTER | MERGED | {"eliminate_no_ops": Sites(graph=2, sparse=1)}
 # q_a has 96 rows and an expert 64, no multiples of 128: these stay apart, share what they read, and are a product more
-APART = NO_OPS | {"merge_projections": Sites(dense=1), "share_quantize": Sites(layer=1, sparse=1)}
+APART = NO_OPS | ROUTER | {"merge_projections": Sites(dense=1), "share_quantize": Sites(layer=1, sparse=1)}
 
 MATCHES: Mapping[tuple[str, str, str], Mapping[str, Sites]] = {
-    ("v3-671b", "bfloat16", "prefill"): NO_OPS | MERGED | APPENDED,
-    ("v3-671b", "bfloat16", "decode"): NO_OPS | ROUTED | APPENDED | ABSORBED,
+    ("v3-671b", "bfloat16", "prefill"): NO_OPS | ROUTER | MERGED | APPENDED,
+    ("v3-671b", "bfloat16", "decode"): NO_OPS | ROUTER | ROUTED | APPENDED | ABSORBED,
     ("v3-671b", "fp8", "prefill"): WHOLE_BLOCKS | FUSED | PREFILL,
     ("v3-671b", "fp8", "decode"): WHOLE_BLOCKS | ROUTED | FUSED | DECODE_ROUTED | APPENDED | ABSORBED,
-    ("v3-tiny", "bfloat16", "prefill"): NO_OPS | MERGED | APPENDED,
-    ("v3-tiny", "bfloat16", "decode"): NO_OPS | ROUTED | APPENDED | ABSORBED,
+    ("v3-tiny", "bfloat16", "prefill"): NO_OPS | ROUTER | MERGED | APPENDED,
+    ("v3-tiny", "bfloat16", "decode"): NO_OPS | ROUTER | ROUTED | APPENDED | ABSORBED,
     ("v3-tiny", "fp8", "prefill"): APART | FUSED | PREFILL | {"fuse_quantized_matmul": Sites(layer=7, sparse=1)},
     ("v3-tiny", "fp8", "decode"): (
         APART | FUSED | DECODE | APPENDED | ABSORBED | {"fuse_quantized_matmul": Sites(layer=6, sparse=1)}

@@ -27,6 +27,7 @@ from deepfuse.passes.fuse_quantized_experts import FuseQuantizedExperts
 from deepfuse.passes.fuse_quantized_matmul import FuseQuantizedMatmul
 from deepfuse.passes.fuse_quantized_wgrad import FuseQuantizedWgrad
 from deepfuse.passes.fuse_rope_append import fuse_rope_append
+from deepfuse.passes.fuse_router_logits import FuseRouterLogits
 from deepfuse.passes.fuse_swiglu_quantize import FuseSwigluQuantize
 from deepfuse.passes.lower import lower
 from deepfuse.passes.merge_projections import merge_projections
@@ -44,6 +45,7 @@ DEFAULT: tuple[Any, ...] = (  # of passes; mypy takes a decorated class for a cl
     RecognizeSwiglu,
     RecognizeRotary,
     RecognizeLinear,
+    FuseRouterLogits,  # narrow operands of a float32 product stay narrow
     absorb_mla,  # decode attends in latent space
     merge_shared_expert,  # the shared expert is expert E, one more of those routed to
     merge_projections,  # one product for the weights that lie side by side

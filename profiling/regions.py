@@ -44,6 +44,7 @@ LIBRARY_CALLS = MATMULS | ATTENTIONS | {"topk", "sort", "nonzero", "unique", "se
 """Of ATen, by the name of the packet: one launch each."""
 OUR_MATMULS = {
     "linear",
+    "router_logits",
     "head_matmul",
     "grouped_matmul",
     "grouped_matmul_wgrad",

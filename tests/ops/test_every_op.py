@@ -35,6 +35,7 @@ WITHOUT_KERNEL = {
 WITHOUT_OP = {
     "attention_arguments": "what mla_attention and its gradient are given",
     "dot": "a step of the kernels of matrix products",
+    "expert_order": "a step of the kernels that move rows to their experts",
     "fp8_grouped_matmul_gluon": "a provider of fp8_grouped_matmul",
     "fp8_matmul_gluon": "a provider of fp8_matmul",
     "fp8_matmul_scaled_mm": "a provider of fp8_matmul",
@@ -110,6 +111,7 @@ SHAPES: dict[str, Callable[[int, int, int], tuple[Any, ...]]] = {
     "add_rms_norm": lambda T, D, _: ((T, D), (T, D), (D,), 1e-6),
     "swiglu": lambda T, D, _: ((T, D), (T, D)),
     "linear": lambda T, K, N: ((T, K), (N, K), (N,)),
+    "router_logits": lambda T, D, E: ((T, D), (E, D)),
     "rotary": lambda T, P, H: ((T, H, 2 * P + 2), (T, P + 1), (T, P + 1), P % 3 == 0),
 }
 """Arguments, tensors by their shape, from a number of rows and two widths."""

@@ -5,29 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepfuse.ops import expert_permute as module
 from deepfuse.ops.expert_permute import (
     COMPARE_ROWS,
-    _compare_sort,
-    _counting_sort,
     _launch,
     compare_few,
     expert_permute,
     expert_permute_ref,
 )
+from expert_orders import assert_in_order
 
 on_kernel_device = pytest.mark.usefixtures("kernel_device")
-
-
-def _check_order(experts, num_experts, order, inverse, offsets):
-    M = experts.numel()
-    assert order.dtype == inverse.dtype == torch.int64 and offsets.dtype == torch.int32
-    assert sorted(order.tolist()) == list(range(M))
-    assert order[inverse].tolist() == list(range(M))
-    # by expert, and within an expert by (token, choice)
-    keys = list(zip(experts.flatten()[order].tolist(), order.tolist(), strict=True))
-    assert keys == sorted(keys)
-    assert offsets.tolist() == experts.flatten().bincount(minlength=num_experts).cumsum(0).tolist()
 
 
 def _experts(T, K, E):
@@ -42,26 +29,8 @@ def test_rows_are_a_stable_permutation_by_expert(provider, T, K, E, seed):
     torch.manual_seed(seed)
     x, experts = torch.randn(T, 5), _experts(T, K, E)
     rows, order, inverse, offsets = provider(x, experts, E)
-    _check_order(experts, E, order, inverse, offsets)
+    assert_in_order(experts, E, order, inverse, offsets)
     assert torch.equal(rows, x[order // K])
-
-
-@on_kernel_device
-@pytest.mark.parametrize("sort", [_compare_sort, _counting_sort])
-# within a block; over blocks, the last of them not full; all rows to one expert
-@pytest.mark.parametrize(("T", "K", "E", "spread"), [(3, 2, 5, 5), (64, 2, 3, 3), (75, 4, 20, 20), (150, 2, 7, 1)])
-def test_both_sorts_of_the_kernel(sort, T, K, E, spread):
-    experts = _experts(T, K, spread) + (E - spread)
-    _check_order(experts, E, *sort(experts, E))
-
-
-@on_kernel_device
-def test_more_rows_than_are_compared(monkeypatch):
-    monkeypatch.setattr(module, "KERNEL_COMPARE_ROWS", 150)
-    monkeypatch.setattr(module, "_compare_sort", None)
-    x, experts = torch.randn(40, 3), _experts(40, 4, 40)
-    for actual, expected in zip(_launch(x, experts, 40), expert_permute_ref(x, experts, 40), strict=True):
-        assert torch.equal(actual, expected)
 
 
 @on_kernel_device

@@ -78,6 +78,14 @@ def test_products_of_fp8_load_the_next_blocks_while_they_multiply_one(machine_co
     assert all(code.arguments["blocks_a_split"] == "1" for code in one_block)
 
 
+def test_the_product_of_the_router_has_a_whole_share_of_the_weight_on_its_way(machine_code):
+    # of DeepSeek-V3: one token to four have wide tiles, eight and sixteen narrow ones
+    wide = [code for code in machine_code if code.op == "router_logits" and code.arguments["BLOCK_D"] == "1024"]
+    assert {(code.arguments["BLOCK_T"], code.stages) for code in wide} == {("1", 7), ("2", 7), ("4", 7)}
+    narrow = [code for code in machine_code if code.op == "router_logits" and code.arguments["BLOCK_D"] == "256"]
+    assert {code.stages for code in narrow if code.arguments["BLOCK_T"] == "16"} == {7}
+
+
 def test_the_product_that_has_a_warp_for_each_task_fetches_with_tma(machine_code):
     kernels = [code for code in machine_code if code.kernel == "_fp8_matmul_gluon_kernel"]
     shapes = {(code.op, code.arguments["TURNS"]) for code in kernels}

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from deepfuse.ops import expert_permute, quantize
-from deepfuse.ops.expert_permute import KERNEL_COMPARE_ROWS
+from deepfuse.ops.expert_order import COMPARED_ROWS, COUNTED_ROWS
 from deepfuse.profiling.kernel_count import count_kernels
 
 
@@ -32,13 +32,13 @@ def test_kernels_of_triton_are_counted_by_name() -> None:
         assert count_kernels(quantize._launch, (x, torch.float8_e4m3fn, rows, cols, False)) == names
 
 
-@pytest.mark.parametrize(("tokens", "sorting"), [(1, 1), (KERNEL_COMPARE_ROWS, 3)])
+@pytest.mark.parametrize(("tokens", "sorting"), [(1, 0), (COUNTED_ROWS // 4, 1), (COMPARED_ROWS, 3)])
 def test_what_is_launched_follows_the_sizes(tokens: int, sorting: int) -> None:
     with FakeTensorMode():
         x = torch.empty(tokens, 64, device="cuda")
         experts = torch.empty(tokens, 8, dtype=torch.int64, device="cuda")
     names = count_kernels(expert_permute._launch, (x, experts, 16))
-    assert len(names) == sorting + 1 and names[-1] == "_expert_permute_rows_kernel"
+    assert len(names) == sorting + 1 and names[-1] == "_expert_permute_kernel"
 
 
 def test_memory_is_aligned() -> None:

@@ -234,7 +234,8 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
                 ),
             )
         ],
-        "expert_permute": [(t(T, D), i(T, K), E)],
+        # the most rows whose places a program counts itself; K and E with a shared expert as one more
+        "expert_permute": [(t(T, D), i(T, K), E), (t(128, D), i(128, K), E), (t(T, D), i(T, K + 1), E + 1)],
         "expert_unpermute": [(t(M, D), i(M), i(M), f(T, K))],
         "grouped_matmul": [
             (t(M, D), experts_up, offsets),
@@ -269,7 +270,11 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             for to in (cache, cache_fp8)
             for keep in (False, True)
         ],
-        "permute_quantize": [(t(T, D), i(T, K), E, fp8, False)],
+        "permute_quantize": [
+            (t(T, D), i(T, K), E, fp8, False),
+            (t(128, D), i(128, K), E, fp8, False),
+            (t(T, D), i(T, K + 1), E + 1, fp8, False),
+        ],
         "quantize": [
             *((t(T, width), fp8, 1, 128, pow2) for width in (D, Q) for pow2 in (False, True)),
             (t(T, D), fp8, 128, 1, False),
@@ -284,6 +289,9 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
             (t(C + R, D), f((C + R + 127) // 128, D // 128), fp8, 128, 128),
         ],
         "rms_norm_quantize": [(t(T, width), t(width), eps, fp8, False, False) for width in (D, Q)],
+        # as many tokens as its kernel takes
+        "router_logits": [(t(rows, D), t(E, D)) for rows in (T, 2, 4, 8, 16)]
+        + [(t(16, D), f(E, D)), (f(16, D), f(E, D))],
         "rotary": [(t(T, heads, R), f(T, R // 2), f(T, R // 2), True) for heads in (H, 1)],
         "route": [(f(T, E), f(E), *router, 0)],
         "sample": [(f(T, V), *per_row), (t(T, V), *per_row)],
@@ -324,7 +332,8 @@ def _compile(key: str) -> MachineCode:
     values = {names[path[0]]: str(value) for path, value in source.constants.items()}
     usage = _resource_usage(kernel.asm["cubin"])
     wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
-    sass = _run_on_file("nvdisasm", "--print-code", kernel.asm["cubin"]) if wgmma else ""
+    copies = wgmma or "cp.async" in kernel.asm["ptx"]
+    sass = _run_on_file("nvdisasm", "--print-code", kernel.asm["cubin"]) if copies else ""
     return MachineCode(
         op=op,
         kernel=source.name,
@@ -343,7 +352,7 @@ def _compile(key: str) -> MachineCode:
 def _stages(sass: str) -> int | None:
     """One block that is multiplied, and those whose copies the wait before it lets run on.
 
-    A loop that multiplies commits its copies in groups (LDGDEPBAR), as many a turn as a block has, and waits until no
+    A loop that multiplies (GMMA; FFMA in a kernel without) commits its copies in groups (LDGDEPBAR), as many a turn as a block has, and waits until no
     more than a number of groups are left (DEPBAR.LE SB0). Where another warp fetches (UTMALDG), each block has two
     barriers in shared memory (initialized by SYNCS.EXCH): for full, and for empty.
     """
@@ -351,13 +360,16 @@ def _stages(sass: str) -> int | None:
         return sass.count("SYNCS.EXCH.64") // 2
     lines = sass.splitlines()
     labels = {line.strip(): number for number, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line.strip())}
-    loops = []
+    loops, without_tensor_cores = [], []
     for end, line in enumerate(lines):
         target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
         begin = labels.get(f"{target[1]}:", end) if target else end
         body = "\n".join(lines[begin:end])
         if "GMMA" in body:
             loops.append(body)
+        elif "LDGSTS" in body and "FFMA" in body:
+            without_tensor_cores.append(body)
+    loops = loops or without_tensor_cores
     if not loops:
         return None
     # the innermost
