@@ -1,8 +1,8 @@
 """Weights that are read together lie together, so that one product can read them as one matrix.
 
 A block names its weights of one input in ``side_by_side``; these, and the scales of FP8 weights, are laid one behind the
-other in one storage. What it names in ``one_more_expert`` is laid so where asked for: a shared expert behind the routed
-ones, each of the memory's parts in the order of a further one of them. Each weight stays a parameter of its own: saved
+other in one storage. What it names in ``one_more_expert`` is laid so where asked for: a shared expert's matrices behind
+the stacks of the routed ones, each of which they continue by one. Each weight stays a parameter of its own: saved
 and loaded by its name, and written in place. What is moved to another device or dtype before it is built lies by itself
 again, and is read by itself; of a built model weights may be written, but not moved, since its graphs read them where
 they lay.

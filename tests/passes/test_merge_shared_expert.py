@@ -93,8 +93,9 @@ def test_merged_gives_what_the_two_gave(dtype, form, tokens):
     assert notes == ["merged"] and calls(snapshots[LAST]) == expected
     apart, _, other = run(block, x, pipeline=default().without("merge_shared_expert"))
     assert sum(calls(other[LAST]).values()) > sum(expected.values())
-    # float32: sums of 128 products in another order; bfloat16: 8 bits, and a rounding less, in front of the sum
-    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    # float32: sums of 160 products in another order; bfloat16: 8 bits, and a rounding less, in front of the sum; FP8: a last
+    # place may decide which way one of the 128 terms of a sum is rounded, by an eighth of it at most
+    tolerance = 1e-5 if dtype == torch.float32 and form != "fp8" else 2**-7
     torch.testing.assert_close(y, apart, atol=tolerance * float(apart.abs().max()), rtol=0.0)
 
 
