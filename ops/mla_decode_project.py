@@ -246,10 +246,11 @@ mla_decode_project = define(
     cost=_cost,
     samples=_samples,
     # y may be off by a unit of roundoff of bfloat16 of the largest number of its block, which is 448 (57344) steps of one;
-    # and what it is rounded to by one value more
+    # and what it is rounded to by one value more. The largest number may pass a power of two, which doubles its scale
     tolerance={
         torch.float8_e4m3fn: Tolerance(atol=448 * 2**-8, rtol=2**-3),
         torch.float8_e5m2: Tolerance(atol=57344 * 2**-8, rtol=2**-2),
+        torch.float8_e8m0fnu: Tolerance(atol=0.0, rtol=1.0),
     },
 )
 """``mla_decode`` or ``mla_decode_fp8``, ``head_matmul`` by W^UV, and ``quantize`` of its result in blocks of 1 x 128.
