@@ -1,7 +1,7 @@
 # Setup, demo, tests and checks. Everything installed stays in the checkout: .uv, .venv, .venv-lowest.
 
 .DEFAULT_GOAL := help
-.PHONY: help doctor venv demo test check check-lowest lock clean
+.PHONY: help doctor venv demo test check check-lowest kernels lock clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -94,6 +94,10 @@ check: .venv/.ready ## Format, lint, types, layers and all tests
 check-lowest: .venv-lowest/.ready ## Part of the tests with the lowest versions we support
 	@.venv-lowest/bin/pytest $(SPREAD) -m "not compile" $(LOWEST_TESTS) $(ARGS)
 	@.venv-lowest/bin/pytest -m compile $(LOWEST_COMPILED) $(ARGS)
+
+kernels: .venv/.ready .venv-lowest/.ready ## Write the tables of compiled kernels anew
+	@$(BIN)/deepfuse kernels --json benchmarks/results/kernels.json > /dev/null
+	@.venv-lowest/bin/deepfuse kernels --json benchmarks/results/kernels_lowest.json > /dev/null
 
 COMPILE := $(UV) --no-config pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links

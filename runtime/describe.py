@@ -1,8 +1,6 @@
 """What there is: the ops and the passes, as tables for people and for programs."""
 
-import importlib
 import inspect
-import pkgutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +9,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-import deepfuse.blocks.model
-import deepfuse.ops.sample
 from deepfuse.ir.op import OPS, Op
 from deepfuse.ir.provider import choose
+from deepfuse.ops import import_ops
 from deepfuse.passes.pipeline import default
 
-for _module in pkgutil.iter_modules(deepfuse.ops.__path__, "deepfuse.ops."):
-    importlib.import_module(_module.name)  # defines its op
+import_ops()
 
 
 @dataclass(frozen=True, slots=True)

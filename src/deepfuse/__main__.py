@@ -1,4 +1,4 @@
-"""The command line: ``deepfuse generate | chat | build | quantize | ops | passes | explain | cache``.
+"""The command line: ``deepfuse generate | chat | build | quantize | ops | kernels | passes | explain | cache``.
 
 Each command takes ``--help``. What is printed is for people; ``--json`` prints one JSON object for programs.
 """
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 try:
@@ -211,6 +212,58 @@ class Ops:
 
 
 @dataclass(kw_only=True)
+class Kernels:
+    """Compile the Triton kernels for DeepSeek-V3's sizes, without a GPU, and show what they are made of.
+
+    A minute or more for each processor; what is compiled already is kept by Triton.
+    """
+
+    op: str | None = None
+    """Of one op only."""
+    arch: str = "sm_90"
+    """sm_90 (Hopper) or sm_100 (Blackwell)."""
+    json: Path | None = None
+    """File to write the table to."""
+    against: Path | None = None
+    """A table that was written: print what differs, and fail where a kernel spills more or left the tensor cores."""
+
+    def run(self) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        from deepfuse.profiling.compile_kernels import check_request, compile_kernels
+        from deepfuse.profiling.kernel_changes import check_comparable, compare
+        from deepfuse.profiling.kernel_table import installed_triton, read_table, table_of
+
+        check_request(self.arch, self.op)
+        kept = None
+        if self.against is not None:  # before minutes of compiling
+            kept = read_table(self.against)
+            check_comparable(kept, installed_triton(), self.arch)
+        if self.json is not None and not self.json.parent.is_dir():
+            raise ValueError(f"kernels: want --json in a folder that exists, got {self.json}")
+        terminal = Console(stderr=True)
+        with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
+            task = bar.add_task("compiling", total=None)
+            kernels = compile_kernels(
+                self.arch, self.op, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            )
+        table = table_of(kernels, self.arch)
+        if self.json is not None:
+            table.write(self.json)
+        console = Console()
+        if not console.is_terminal:
+            console.width = max(console.width, 200)  # in a file, columns need not fit
+        if kept is None:
+            console.print(table)
+            return
+        changes = compare(kept, table, self.op)
+        console.print(changes)
+        if changes.worse:
+            raise ValueError(f"kernels: want none worse than in {self.against}, got {len(changes.worse)}")
+
+
+@dataclass(kw_only=True)
 class Explain:
     """Show what a pass did at each of its sites: rewritten, or how far the match got and why it stopped."""
 
@@ -332,6 +385,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "build": Build,
     "quantize": Quantize,
     "ops": Ops,
+    "kernels": Kernels,
     "passes": Passes,
     "explain": Explain,
     "cache": Cache,

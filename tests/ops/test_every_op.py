@@ -19,8 +19,8 @@ from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import OPS, Op
 from deepfuse.ir.provider import REFERENCE, Provider
 from deepfuse.ir.tolerance import EXACT
+from deepfuse.ops import import_ops
 from deepfuse.ops.append_latent_fp8 import is_in_fp8, row_parts
-from machine_code import import_ops
 from uninitialized import uninitialized_memory_is_nan
 
 import_ops()

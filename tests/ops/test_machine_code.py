@@ -1,15 +1,19 @@
 """Every Triton kernel compiles to sm_90 without spills and within its shared memory, GPU or not."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from machine_code import (
-    SHARED_BYTES,
-    MachineCode,
-    deepseek_v3_arguments,
-    import_ops,
-    read_machine_code,
-    triton_providers,
-)
+from deepfuse.__main__ import main
+from deepfuse.ops import import_ops
+from deepfuse.profiling.compile_kernels import compile_kernels
+from deepfuse.profiling.deepseek_v3_arguments import TOKENS, deepseek_v3_arguments
+from deepfuse.profiling.kernel_changes import compare
+from deepfuse.profiling.kernel_table import KernelTable, installed_triton, read_table, table_of
+from deepfuse.profiling.launches import triton_providers
+from deepfuse.profiling.machine_code import MachineCode
+from deepfuse.profiling.occupancy import CTA_SHARED_BYTES
 
 pytestmark = pytest.mark.slow
 
@@ -33,9 +37,22 @@ WGMMA_OPS = [
 """Ops of matrix products, whose tiles have the 64 rows that Hopper's tensor cores want where the arguments have."""
 
 
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+TABLES = {"newest": RESULTS / "kernels.json", "lowest": RESULTS / "kernels_lowest.json"}
+"""Of the Triton that each of the requirements names."""
+KEPT = {name: read_table(path) for name, path in TABLES.items()}
+HERE = next((name for name, table in KEPT.items() if table.triton == installed_triton()), None)
+
+
 @pytest.fixture(scope="module")
-def machine_code(tmp_path_factory: pytest.TempPathFactory) -> list[MachineCode]:
-    return read_machine_code(tmp_path_factory.mktemp("triton"))
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("triton")
+
+
+@pytest.fixture(scope="module")
+def machine_code(cache: Path) -> list[MachineCode]:
+    """Every kernel, compiled once for all tests: they are all in this file, which one process runs."""
+    return compile_kernels(samples=True, cache=cache)
 
 
 def test_no_kernel_spills_registers(machine_code):
@@ -43,7 +60,7 @@ def test_no_kernel_spills_registers(machine_code):
 
 
 def test_every_kernel_fits_into_shared_memory(machine_code):
-    assert [code for code in machine_code if code.shared_bytes > SHARED_BYTES] == []
+    assert [code for code in machine_code if code.shared_bytes > CTA_SHARED_BYTES] == []
 
 
 def test_every_launcher_was_called(machine_code):
@@ -108,3 +125,46 @@ def test_the_product_that_has_a_warp_for_each_task_fetches_with_tma(machine_code
 
 def test_every_kernel_is_compiled_for_the_widths_of_deepseek_v3():
     assert {op.name for op, _ in triton_providers()} <= set(deepseek_v3_arguments())
+
+
+def test_a_kernel_is_compiled_for_every_number_of_tokens_its_op_takes(machine_code):
+    tokens = {op: {n for code in machine_code if code.op == op for n in code.tokens} for op in ("rms_norm", "route")}
+    assert tokens == {"rms_norm": set(TOKENS), "route": set(TOKENS)}
+    # up to sixteen
+    assert {n for code in machine_code if code.op == "router_logits" for n in code.tokens} == set(TOKENS[:5])
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_kept_tables_are_of_the_tritons_that_requirements_name(name):
+    pinned = (RESULTS.parents[1] / f"requirements/{name}.txt").read_text()
+    assert f"\ntriton=={KEPT[name].triton} " in pinned, "`make kernels` writes them anew"
+    assert KEPT[name].arch == "sm_90"
+
+
+needs_a_table = pytest.mark.skipif(HERE is None, reason=f"no table is kept of triton {installed_triton()}")
+
+
+@pytest.fixture
+def kept() -> KernelTable:
+    assert HERE is not None
+    return KEPT[HERE]
+
+
+@needs_a_table
+def test_kernels_are_those_of_the_kept_table(machine_code, kept):
+    changes = compare(kept, table_of(machine_code, "sm_90"))
+    assert not changes.changes, f"`make kernels` writes the tables anew, to be seen in review:\n{changes.text()}"
+
+
+@needs_a_table
+def test_the_command_compares_with_a_kept_table(machine_code, kept, cache, monkeypatch, capsys, tmp_path):
+    # where the kernels lie compiled
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    op = "append_latent"
+    assert any(code.op == op for code in kept.kernels)
+    command = ["deepfuse", "kernels", "--op", op, "--json", str(tmp_path / "here.json"), "--against", str(TABLES[HERE])]
+    monkeypatch.setattr("sys.argv", command)
+    main()
+    assert "no kernel differs" in capsys.readouterr().out
+    written = json.loads((tmp_path / "here.json").read_text())["kernels"]
+    assert written == [row for row in json.loads(TABLES[HERE].read_text())["kernels"] if row["op"] == op]
