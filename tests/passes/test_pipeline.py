@@ -295,7 +295,7 @@ def shift_eps(graph, by):
     ("p", "message"),
     [
         (nudge, None),
-        (shift, r"pass shift \(reassociating\) changes values: result 0 of .*want errors up to"),
+        (shift, r"pass shift \(reassociating\) changes values: rms_norm: want errors up to"),
         (nudge_exactly, r"pass nudge_exactly \(exact\) changes values: .*want the same bits"),
         (
             forget_the_type,
