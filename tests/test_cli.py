@@ -271,7 +271,7 @@ def test_chat_without_a_template(
         (["--without", "lower", "xyz"], "fuse_rope_append, lower, got 'xyz'"),
         (["--providers", "rms_norm"], "--providers: want op=provider, got 'rms_norm'"),
         (["--providers", "rms_norm=nothing"], "build: want a provider of rms_norm out of reference, "),
-        (["--providers", "nothing=reference"], "build: want providers for ops out of add_rms_norm, "),
+        (["--providers", "nothing=reference"], "build: want providers for ops out of absorb_query, "),
         (["--device", "nothing"], "build: want device 'auto', 'cpu' or 'cuda[:i]', got 'nothing'"),
         (["--dtype", "int8"], "build: want dtype 'auto', 'float32', 'bfloat16' or 'float16', got 'int8'"),
         (
