@@ -37,6 +37,8 @@ class OpCall:
 class Site:
     """One call of one op in one module."""
 
+    number: int
+    """In the order of the graph."""
     module: str
     """``layers.3.self_attn``; empty for what the model itself calls, outside of all its parts."""
     op: str
@@ -76,7 +78,7 @@ def number_sites(graph: fx.Graph) -> list[Site]:
         if key not in numbers:
             numbers[key] = len(sites)
             costs = {} if call is None else {"dtype": call.dtype, "flops": call.flops, "bytes": call.bytes}
-            sites.append(Site(module, name, **costs))
+            sites.append(Site(len(sites), module, name, **costs))
         node.meta[SITE] = numbers[key]
     return sites
 

@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
+from deepfuse.ir.device import Device, measured_cpu
 from deepfuse.passes.sites import Site
 from deepfuse.profiling.instrument import Instrumented, code_called_by, replaced
+from deepfuse.profiling.roofline import limits_of
 from deepfuse.profiling.run import Run
 from deepfuse.profiling.timeline import Part, Step
 from deepfuse.profiling.trace import write_trace
@@ -27,7 +29,14 @@ from deepfuse.runtime.model import Model
 
 
 @contextmanager
-def profile(model: Model, out: str | Path | None = None, *, warmup: int = 2, steps: int | None = None) -> Iterator[Run]:
+def profile(
+    model: Model,
+    out: str | Path | None = None,
+    *,
+    warmup: int = 2,
+    steps: int | None = None,
+    device: Device | None = None,
+) -> Iterator[Run]:
     """Record what the graphs of a model do inside.
 
     Args:
@@ -36,6 +45,7 @@ def profile(model: Model, out: str | Path | None = None, *, warmup: int = 2, ste
             nothing.
         warmup: how often the first call of each graph is repeated before it counts.
         steps: how many calls of each graph are recorded; ``None`` for all.
+        device: whose limits the roofline is drawn with; this CPU's are measured where it is ``None``, in a second.
 
     Yields:
         The :class:`Run`, which is complete when the block ends.
@@ -45,7 +55,10 @@ def profile(model: Model, out: str | Path | None = None, *, warmup: int = 2, ste
         FileExistsError, OSError: ``out`` is there already, or cannot be made.
     """
     _check(model, warmup, steps)
-    folder = None if out is None else _new_folder(Path(out))
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        check_out(folder)
+        _make(folder)
     run = Run(model=model.report.model, dtype=model.report.dtype, **_machine())
     try:
         with (
@@ -55,6 +68,7 @@ def profile(model: Model, out: str | Path | None = None, *, warmup: int = 2, ste
             yield run
         if not run.steps:
             raise ValueError("profile: want a step of the model inside the block, got none; call or generate inside")
+        run.limits = limits_of(measured_cpu() if device is None else device)
     except BaseException:
         if folder is not None:
             folder.rmdir()
@@ -79,14 +93,21 @@ def _check(model: Any, warmup: Any, steps: Any) -> None:
         raise ValueError(f"profile: want steps as an integer >= 1 or None, got {steps!r}")
 
 
-def _new_folder(path: Path) -> Path:
+def check_out(path: Path) -> None:
+    """Whether a run may be written to ``path``, for who builds a model first.
+
+    Raises:
+        FileExistsError: it is there already.
+    """
+    if os.path.exists(path):
+        raise FileExistsError(f"profile: want a run directory that is not there yet, got {path}")
+
+
+def _make(path: Path) -> None:
     try:
         path.mkdir(parents=True)
-    except FileExistsError:
-        raise FileExistsError(f"profile: want a run directory that is not there yet, got {path}") from None
     except OSError as error:
         raise OSError(f"profile: want a run directory that can be made, got {path}: {error.strerror}") from None
-    return path
 
 
 def _machine() -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,8 @@ class Run:
     threads: int
     torch: str
     date: str
+    limits: Mapping[str, float] = field(default_factory=dict)
+    """Of the device: bytes a second (``bytes``), and floating-point operations a second by dtype."""
     parts: dict[str, list[list[Part]]] = field(default_factory=dict)
     """Graph -> kernel -> part."""
     steps: list[Step] = field(default_factory=list)
@@ -62,22 +65,25 @@ class Run:
         found = []
         for graph in self.graphs:
             steps = self.steps_of(graph)
-            times: dict[str, list[int]] = {}
-            calls: dict[str, int] = {}
-            for step in steps:
-                of_step: dict[str, int] = {}
-                for name, ns in self._times(step, by):
-                    of_step[name] = of_step.get(name, 0) + ns
-                    calls[name] = calls.get(name, 0) + 1
-                for name, ns in of_step.items():
-                    times.setdefault(name, []).append(ns)
-            medians = {name: statistics.median(ns) / 1e3 for name, ns in times.items()}
+            calls = Counter(name for step in steps for name, _ in self._times(step, by))
+            medians = {name: statistics.median(ns) / 1e3 for name, ns in self.times(graph, by).items()}
             total = sum(medians.values())
             found += [
                 Row(graph, name, calls[name] / len(steps), us, us / total if total else 0.0)
                 for name, us in medians.items()
             ]
         return sorted(found, key=lambda row: (self.graphs.index(row.graph), -row.us))
+
+    def times(self, graph: str, by: By = "op") -> dict[str, list[int]]:
+        """Name -> nanoseconds of each step of a graph."""
+        times: dict[str, list[int]] = {}
+        for step in self.steps_of(graph):
+            of_step: dict[str, int] = {}
+            for name, ns in self._times(step, by):
+                of_step[name] = of_step.get(name, 0) + ns
+            for name, ns in of_step.items():
+                times.setdefault(name, []).append(ns)
+        return times
 
     @property
     def graphs(self) -> list[str]:
@@ -145,7 +151,7 @@ class Run:
             run = cls(
                 parts={graph: [_parts(k) for k in kernels] for graph, kernels in data.pop("parts").items()},
                 steps=[Step(**{**step, "spans": [Span(**s) for s in step["spans"]]}) for step in data.pop("steps")],
-                **{name: data[name] for name in ("model", "dtype", "device", "threads", "torch", "date")},
+                **{name: data[name] for name in ("model", "dtype", "device", "threads", "torch", "date", "limits")},
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"run: want a directory that profile wrote, got {folder}: {error!r:.200}") from None

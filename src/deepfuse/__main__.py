@@ -1,4 +1,4 @@
-"""The command line: ``deepfuse generate | chat | build | quantize | ops | passes | explain | cache``.
+"""The command line: ``deepfuse generate | chat | build | profile | quantize | ops | passes | explain | cache``.
 
 Each command takes ``--help``. What is printed is for people; ``--json`` prints one JSON object for programs.
 """
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 try:
@@ -175,6 +176,48 @@ class Build:
 
 
 @dataclass(kw_only=True)
+class Profile:
+    """Show where the time of a generation goes, by block, layer and op, and how much of it the device asks for."""
+
+    model: Positional[str]
+    """Checkpoint directory or preset."""
+    prompt: str | None = None
+    """Text to continue; read from standard input where it is not given."""
+    steps: int = 32
+    """Decode steps to record."""
+    out: str | None = None
+    """Directory to make, for run.json and trace.json.gz (Perfetto)."""
+    by: Literal["op", "block", "place"] = "op"
+    """Rows of the table: by op, by block, or by module and op."""
+    json: bool = False
+    options: BuildOptions = field(default_factory=BuildOptions)
+
+    def run(self) -> None:
+        import deepfuse as df
+        from deepfuse.profiling.profile import check_out
+        from deepfuse.profiling.roofline import roofline, roofline_table
+
+        # before a minute of compiling
+        if self.steps < 1:
+            raise ValueError(f"profile: want --steps >= 1, got {self.steps}")
+        if self.out is not None:
+            check_out(Path(self.out))
+        prompt = sys.stdin.read() if self.prompt is None else self.prompt
+        model = self.options.build(self.model)
+        with df.profile(model, self.out) as run:
+            # the first token comes from prefill
+            model.generate(prompt, max_new_tokens=self.steps + 1, temperature=0.0, stop_token_ids=())
+        finest: Literal["op", "place"] = "place" if self.by == "place" else "op"
+        if self.json:
+            rows = [{**asdict(row), "lost_us": row.lost_us} for row in roofline(run, finest)]
+            print(json.dumps({**run.json(), "roofline": rows}))
+        else:
+            from rich.console import Console
+
+            Console().print(run.table(self.by), roofline_table(run, finest))
+
+
+@dataclass(kw_only=True)
 class Quantize:
     """Write a checkpoint again with its linear layers in FP8, as transformers and other libraries read it."""
 
@@ -330,6 +373,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": Generate,
     "chat": Chat,
     "build": Build,
+    "profile": Profile,
     "quantize": Quantize,
     "ops": Ops,
     "passes": Passes,

@@ -72,7 +72,7 @@ def test_a_kernel_that_stays_a_call_has_its_costs():
     lower(graph, providers={})
     (site,) = number_sites(graph)
     cost = df.OPS["grouped_matmul"].cost(x, weight, offsets)
-    assert site == Site("", "grouped_matmul", "float32", str(cost.flops), str(cost.bytes))
+    assert site == Site(0, "", "grouped_matmul", "float32", str(cost.flops), str(cost.bytes))
 
 
 def node_at(stack, trace=""):

@@ -5,10 +5,13 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 import deepfuse as df
+from deepfuse.__main__ import main
+from deepfuse.profiling.roofline import roofline
 from deepfuse.profiling.run import Run
-from tiny_model import CONFIG, ONE_LAYER, build, random_weights
+from tiny_model import CONFIG, ONE_LAYER, build, write_checkpoint
 
 PROMPT = [5, 6, 7]
 ONE_OF_EXPERTS = replace(CONFIG, num_hidden_layers=1, first_k_dense_replace=0)
@@ -25,7 +28,8 @@ def compiled(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEEPFUSE_CACHE_DIR", str(root))
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(root / "inductor"))
-        cold, warm = (build(random_weights(ONE_OF_EXPERTS), compile=True) for _ in range(2))
+        folder = write_checkpoint(root / "model", config=ONE_OF_EXPERTS)
+        cold, warm = (build(folder, compile=True) for _ in range(2))
         assert not cold.report.warm and warm.report.warm
         yield cold, warm
 
@@ -59,6 +63,11 @@ def test_kernels_of_prefill_and_decode_have_module_and_op(compiled, tmp_path):
             "(guards)",
         } <= places
         assert Run.read(tmp_path / name) == run
+        # a prompt of 3 tokens: free sizes in the code are those of the costs
+        bounds = {row.name: row for row in roofline(run, "place") if row.graph == "prefill"}
+        norm = bounds["layers.0.input_layernorm.rms_norm"]
+        cost = df.OPS["rms_norm"].cost(torch.empty(3, 32), torch.empty(32), 1e-6)
+        assert (norm.flops, norm.bytes) == (cost.flops, cost.bytes)
         events = json.loads(gzip.decompress((tmp_path / name / "trace.json.gz").read_bytes()))["traceEvents"]
         assert {"lm_head.linear", "layers.0.mlp", "prefill"} <= {event["name"] for event in events}
     # names survive in what is kept
@@ -116,6 +125,33 @@ def test_one_profile_at_a_time(model):
         with df.profile(model):
             generate(model)
     assert generate(model) == expected
+
+
+@pytest.mark.compile
+def test_the_command(model, monkeypatch, tmp_path, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["deepfuse", "profile", "tiny", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        main()
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(df, "build", lambda *_, **__: model)
+    table = run("--prompt", "the fox", "--steps", 3, "--out", tmp_path / "run", "--by", "block")
+    assert "layers.0.self_attn" in table and "(wrapper)" in table and "lost us" in table
+    assert len(Run.read(tmp_path / "run").steps_of("decode_1")) == 3
+    data = json.loads(run("--prompt", "the fox", "--steps", 1, "--json"))
+    assert data["attributed"] >= 0.95 and data["rows"]["op"]
+    assert {row["limit"] for row in data["roofline"]} >= {"memory"} and data["roofline"][0]["lost_us"] is not None
+
+    def refused(*arguments):
+        # before anything is built
+        monkeypatch.setattr(df, "build", None)
+        with pytest.raises(SystemExit):
+            run(*arguments)
+        return capsys.readouterr().err
+
+    assert "want a run directory that is not there yet" in refused("--prompt", "a", "--out", tmp_path / "run")
+    assert "want --steps >= 1, got 0" in refused("--prompt", "a", "--steps", 0)
 
 
 @pytest.mark.parametrize(

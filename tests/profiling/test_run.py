@@ -10,8 +10,8 @@ from deepfuse.profiling.run import Run
 from deepfuse.profiling.timeline import Part, Span, Step, block_of
 from deepfuse.profiling.trace import write_trace
 
-NORM, LINEAR = Site("layers.0.input_layernorm", "rms_norm"), Site("layers.0.self_attn.q_proj", "linear")
-HEAD, ROOT = Site("lm_head", "linear"), Site("", "index")
+NORM, LINEAR = Site(0, "layers.0.input_layernorm", "rms_norm"), Site(1, "layers.0.self_attn.q_proj", "linear")
+HEAD, ROOT = Site(2, "lm_head", "linear"), Site(3, "", "index")
 PARTS = [
     [Part("cpp_fused_0", (NORM,), ()), Part("cpp_fused_0", (LINEAR,), (NORM,))],
     [Part("cpp_fused_1", (LINEAR, HEAD), ())],
