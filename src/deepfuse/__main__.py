@@ -177,10 +177,13 @@ class Build:
 
 @dataclass(kw_only=True)
 class Profile:
-    """Show where the time of a generation goes, by block, layer and op, and how much of it the device asks for."""
+    """Show where the time of a generation goes, by block, layer and op, and how much of it the device asks for;
+    compare two runs."""
 
     model: Positional[str]
-    """Checkpoint directory or preset."""
+    """Checkpoint directory or preset; or the word diff."""
+    runs: Positional[tuple[str, ...]] = ()
+    """Of diff: two directories that --out made."""
     prompt: str | None = None
     """Text to continue; read from standard input where it is not given."""
     steps: int = 32
@@ -193,6 +196,29 @@ class Profile:
     options: BuildOptions = field(default_factory=BuildOptions)
 
     def run(self) -> None:
+        if self.model == "diff":
+            self._diff()
+            return
+        if self.runs:
+            raise ValueError(f"profile: want one model, got {self.model} and {', '.join(self.runs)}")
+        self._profile()
+
+    def _diff(self) -> None:
+        from deepfuse.profiling.diff import compare, difference_table
+        from deepfuse.profiling.run import Run
+
+        if len(self.runs) != 2:
+            raise ValueError(f"profile diff: want two run directories, got {len(self.runs)}")
+        before, after = map(Run.read, self.runs)
+        rows = compare(before, after, self.by)
+        if self.json:
+            print(json.dumps([{**asdict(row), "us": row.us} for row in rows]))
+        else:
+            from rich.console import Console
+
+            Console().print(difference_table(rows))
+
+    def _profile(self) -> None:
         import deepfuse as df
         from deepfuse.profiling.profile import check_out
         from deepfuse.profiling.roofline import roofline, roofline_table
