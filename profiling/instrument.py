@@ -43,6 +43,9 @@ _SIZE = re.compile(r"^(\s+)([su]\d+) = ")
 _CALLED = re.compile(r"(?:= |^)([\w.]+)\(")
 
 
+Readings = list[tuple[int, list[int]]]
+
+
 @dataclass(slots=True)
 class Kernel:
     """One call of a kernel in a graph's code."""
@@ -82,14 +85,18 @@ class Instrumented:
         self.ended = time.perf_counter_ns()
         return result
 
-    def spans(self) -> list[Span]:
-        """Of the last call, in order."""
-        spans = []
-        for number, began, ended in self._log:
-            marks = self._marks[number]
-            times = [began, ended] if marks is None else marks.tolist()
-            spans += [Span(number, part, *between) for part, between in enumerate(pairwise(times))]
-        return spans
+    def readings(self) -> Readings:
+        """Of the last call, each kernel's number and its times: the beginning of each part, and the end."""
+        marks = self._marks
+        return [
+            (number, [began, ended] if marks[number] is None else marks[number].tolist())  # type: ignore[union-attr]
+            for number, began, ended in self._log
+        ]
+
+
+def spans_of(readings: Readings) -> list[Span]:
+    """In order. Not between the steps: a thousand objects would be in the way of the next one's caches."""
+    return [Span(number, i, *between) for number, times in readings for i, between in enumerate(pairwise(times))]
 
 
 def instrument(source: str) -> tuple[str, list[Kernel]]:

@@ -20,12 +20,15 @@ import torch
 
 from deepfuse.ir.device import Device, measured_cpu
 from deepfuse.passes.sites import Site
-from deepfuse.profiling.instrument import Instrumented, code_called_by, replaced
+from deepfuse.profiling.instrument import Instrumented, Readings, code_called_by, replaced, spans_of
 from deepfuse.profiling.roofline import limits_of
 from deepfuse.profiling.run import Run
 from deepfuse.profiling.timeline import Part, Step
 from deepfuse.profiling.trace import write_trace
 from deepfuse.runtime.model import Model
+
+Recorded = tuple[str, int, int, int, int, Readings, dict[str, int]]
+"""What :class:`Step` has, its spans as they were read."""
 
 
 @contextmanager
@@ -61,11 +64,15 @@ def profile(
         _make(folder)
     run = Run(model=model.report.model, dtype=model.report.dtype, **_machine())
     try:
+        recorded: list[Recorded] = []
         with (
             ExitStack() as clocks,
-            model.engine.wrapped(lambda name, graph: _Recorder(name, graph, model, run, clocks, warmup, steps)),
+            model.engine.wrapped(
+                lambda name, graph: _Recorder(name, graph, model, run, recorded, clocks, warmup, steps)
+            ),
         ):
             yield run
+        run.steps += [Step(*r[:5], spans_of(r[5]), r[6]) for r in recorded]
         if not run.steps:
             raise ValueError("profile: want a step of the model inside the block, got none; call or generate inside")
         run.limits = limits_of(measured_cpu() if device is None else device)
@@ -136,11 +143,12 @@ class _Recorder:
         graph: Callable[..., Any],
         model: Model,
         run: Run,
+        recorded: list[Recorded],
         clocks: ExitStack,
         warmup: int,
         steps: int | None,
     ):
-        self.name, self.graph, self.model, self.run = name, graph, model, run
+        self.name, self.graph, self.model, self.run, self.recorded = name, graph, model, run, recorded
         self.clocks, self.warmup, self.left = clocks, warmup, steps
         self.code: Instrumented | None = None
 
@@ -152,9 +160,8 @@ class _Recorder:
         began = time.perf_counter_ns()
         result = self.graph(*args)
         ended = time.perf_counter_ns()
-        spans = self.code.spans()
-        step = Step(self.name, began, ended, self.code.began, self.code.ended, spans, dict(self.code.sizes))
-        self.run.steps.append(step)
+        code = self.code
+        self.recorded.append((self.name, began, ended, code.began, code.ended, code.readings(), dict(code.sizes)))
         if self.left is not None:
             self.left -= 1
             if self.left == 0:
