@@ -123,7 +123,7 @@ def capture(config: Config, workload: Workload, form: str = "bfloat16") -> Captu
     with mode, torch.no_grad():
         model = _model(config, dtype, device)
         FORMS[form](model)
-        lay_side_by_side(model)
+        lay_side_by_side(model, with_experts=True)
         shape = (workload.pages + 1, PAGE_SIZE, config.cache_width)
         caches = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         step, given = workload.inputs(device)

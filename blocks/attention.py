@@ -27,8 +27,11 @@ LATENT_NORM_EPS = 1e-6
 class MLA(nn.Module):
     """Multi-head latent attention; parameter names are those of the checkpoints."""
 
-    side_by_side = (("q_a_proj", "kv_a_proj_with_mqa"), ("q_proj", "kv_a_proj_with_mqa"))
-    """Submodules of one input, whose weights may lie one behind the other; a model has one of the two."""
+    side_by_side = (
+        ("q_a_proj.weight", "kv_a_proj_with_mqa.weight"),
+        ("q_proj.weight", "kv_a_proj_with_mqa.weight"),
+    )
+    """Weights of one input, which may lie one behind the other; a model has one of the two."""
 
     def __init__(self, config: Config):
         super().__init__()

@@ -9,8 +9,8 @@ from deepfuse.ops.swiglu import swiglu
 class MLP(nn.Module):
     """``[T, D] -> [T, D]`` (Shazeer 2020, arXiv:2002.05202)."""
 
-    side_by_side = (("gate_proj", "up_proj"),)
-    """Submodules of one input, whose weights may lie one behind the other."""
+    side_by_side = (("gate_proj.weight", "up_proj.weight"),)
+    """Weights of one input, which may lie one behind the other."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()

@@ -49,6 +49,7 @@ class Router(nn.Module):
             c.num_experts_per_tok,
             c.norm_topk_prob,
             c.routed_scaling_factor,
+            0,  # the shared experts are computed apart
         )
 
 
@@ -68,6 +69,12 @@ class Experts(nn.Module):
 
 class MoE(nn.Module):
     """Mixture of shared and routed experts; parameter names are those of the checkpoints."""
+
+    one_more_expert = (
+        ("experts.gate_up_proj", "shared_experts.gate_proj.weight", "shared_experts.up_proj.weight"),
+        ("experts.down_proj", "shared_experts.down_proj.weight"),
+    )
+    """Weights that may lie one behind the other, so that a shared expert of an expert's width is expert E."""
 
     def __init__(self, config: Config):
         super().__init__()

@@ -23,6 +23,7 @@ class Device:
         memory_bandwidth: bytes a second.
         memory_bytes: capacity.
         launch_seconds: what one more kernel costs when nothing hides it.
+        kind: of ``torch.device``: its type.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Device:
     memory_bandwidth: float
     memory_bytes: int
     launch_seconds: float
+    kind: str = "cuda"
 
     def seconds(self, cost: Cost, dtype: torch.dtype) -> float:
         """The larger of arithmetic and memory time (the roofline of Williams et al. 2009)."""
@@ -70,6 +72,7 @@ CPU = Device(
     memory_bandwidth=20e9,
     memory_bytes=16 * GIB,
     launch_seconds=5e-6,
+    kind="cpu",
 )
 DEVICES: Mapping[str, Device] = {d.name: d for d in (H100, H200, B200, CPU)}
 

@@ -18,6 +18,7 @@ from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import define
 from deepfuse.ir.private import materialize
 from deepfuse.ir.provider import at_most, float32_at_most
+from deepfuse.ops.absorbed_weight import weight_tile
 from deepfuse.ops.dot import dot
 from deepfuse.ops.linear import MATVEC_ROWS
 
@@ -35,6 +36,30 @@ def _matvec(x: Tensor, weight: Tensor) -> Tensor:
 def _matvec_supports(x: Tensor, weight: Tensor) -> str | None:
     rows_fit = at_most(x.shape[0], MATVEC_ROWS) and x.shape[0] > 0
     return None if rows_fit else f"tokens are not 1 to {MATVEC_ROWS}"
+
+
+@triton.jit
+def head_product(
+    x_tile, weights, scale_ptr, first_row, mask_t, mask_n, x_step, weight_step, scale_stride, num_scales, K,
+    FP8: tl.constexpr, DOT_FLOAT32: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``x @ weight`` of one head, float32, of the tiles that begin here, walked along K by steps of ``BLOCK_K``.
+
+    Of a weight in FP8, K are rows from ``first_row`` on, and the tile's columns lie in one block.
+    """
+    k = tl.arange(0, BLOCK_K)
+    y = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        x = tl.load(x_tile, mask=mask_t & (start + k[None, :] < K), other=0.0)
+        mask = (start + k[:, None] < K) & mask_n
+        row = first_row + start
+        weight = weight_tile(
+            weights, scale_ptr, row, k[:, None], K - start, mask, scale_stride, num_scales, FP8, x.dtype
+        )
+        y = dot(x, weight, y, DOT_FLOAT32)
+        x_tile += x_step
+        weights += weight_step
+    return y
 
 
 @triton.jit
@@ -63,16 +88,14 @@ def _head_matmul_kernel(
     n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     x_tile = x_ptr + h * x_stride_h + t[:, None] * x_stride_t + k[None, :] * x_stride_k
-    weight_tile = weight_ptr + h * weight_stride_h + k[:, None] * weight_stride_k + n[None, :] * weight_stride_n
-    y = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        x = tl.load(x_tile, mask=(t[:, None] < T) & (start + k[None, :] < K), other=0.0)
-        weight = tl.load(weight_tile, mask=(start + k[:, None] < K) & (n[None, :] < N), other=0.0)
-        y = dot(x, weight, y, DOT_FLOAT32)
-        x_tile += BLOCK_K * x_stride_k
-        weight_tile += BLOCK_K * weight_stride_k
+    weights = weight_ptr + h * weight_stride_h + k[:, None] * weight_stride_k + n[None, :] * weight_stride_n
+    mask_t, mask_n = t[:, None] < T, n[None, :] < N
+    y = head_product(
+        x_tile, weights, weight_ptr, 0, mask_t, mask_n, BLOCK_K * x_stride_k, BLOCK_K * weight_stride_k, 0, 0, K,
+        False, DOT_FLOAT32, BLOCK_T, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     y_tile = y_ptr + (t[:, None] * H + h) * N + n[None, :]
-    tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=(t[:, None] < T) & (n[None, :] < N))
+    tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=mask_t & mask_n)
 
 
 def _launch(x: Tensor, weight: Tensor) -> Tensor:
@@ -81,13 +104,8 @@ def _launch(x: Tensor, weight: Tensor) -> Tensor:
     y = x.new_empty(T, H, N)
     if y.numel() == 0:
         return y
-    # the weight is what is read: few tokens share one tile of it, in small blocks, so that all processors read. From 64
-    # tokens on the tensor cores' widest instruction applies; float32 has none, and keeps to what registers hold
-    narrow = x.dtype != torch.float32
-    block_t = min(max(triton.next_power_of_2(T), 16), 128 if narrow else 32)
-    block_n = min(max(triton.next_power_of_2(N), 16), 128 if block_t >= 64 else 64)
-    block_k = min(max(triton.next_power_of_2(K), 16), 64 if narrow else 32)
-    _head_matmul_kernel[(H, triton.cdiv(T, block_t), triton.cdiv(N, block_n))](
+    tiles = tiles_for(T, N, K, x.dtype, weight.dtype)
+    _head_matmul_kernel[(H, triton.cdiv(T, tiles["BLOCK_T"]), triton.cdiv(N, tiles["BLOCK_N"]))](
         x,
         weight,
         y,
@@ -98,13 +116,29 @@ def _launch(x: Tensor, weight: Tensor) -> Tensor:
         K,
         N,
         DOT_FLOAT32=interpreted(),
-        BLOCK_T=block_t,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=8 if block_t == 128 else 4,
-        num_stages=3,
+        **tiles,
     )
     return y
+
+
+def tiles_for(T: int, N: int, K: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> dict[str, int]:
+    """Blocks and warps of a kernel around :func:`head_product`."""
+    # the weight is what is read: few tokens share one tile of it, in small blocks, so that all processors read, of rows
+    # of 128 bytes. From 64 tokens on the tensor cores' widest instruction applies; float32 has none, and keeps to what
+    # registers hold. A number of FP8 that lies by itself, as rows of no multiple of 16 make it, takes a pointer
+    narrow, in_bytes = dtype != torch.float32, weight_dtype.itemsize == 1
+    block_t = min(max(triton.next_power_of_2(T), 16), 128 if narrow else 32)
+    if narrow:
+        widest = 128 if (in_bytes and N % 16 == 0) or (block_t >= 64 and not in_bytes) else 64
+    else:
+        widest = 32 if in_bytes else 64
+    return {
+        "BLOCK_T": block_t,
+        "BLOCK_N": min(max(triton.next_power_of_2(N), 16), widest),
+        "BLOCK_K": min(max(triton.next_power_of_2(K), 16), 64 if narrow else 32),
+        "num_warps": 8 if block_t == 128 else 4,
+        "num_stages": 3,
+    }
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

@@ -41,6 +41,30 @@ def rotated(a, b, cos, sin):
 
 
 @triton.jit
+def rotate_rows(
+    x_rows, y_rows, mask_rows, cos, sin, P, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """Rows of ``2 P`` numbers at ``x_rows [ROWS, 1]``, turned and stored at ``y_rows``; cos and sin fit [ROWS, BLOCK_P]."""
+    p = tl.arange(0, BLOCK_P)
+    if INTERLEAVED:
+        # whole rows, split in registers: neighbours would be two loads of every other element
+        r = tl.arange(0, 2 * BLOCK_P)
+        mask = mask_rows & (r < 2 * P)
+        x = tl.load(x_rows + r, mask=mask, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, (ROWS, BLOCK_P, 2)))
+        a, b = rotated(a, b, cos, sin)
+        y = tl.reshape(tl.join(a, b), (ROWS, 2 * BLOCK_P))
+        tl.store(y_rows + r, y.to(y_rows.dtype.element_ty), mask=mask)
+    else:
+        mask = mask_rows & (p < P)
+        a = tl.load(x_rows + p, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x_rows + P + p, mask=mask, other=0.0).to(tl.float32)
+        a, b = rotated(a, b, cos, sin)
+        tl.store(y_rows + p, a.to(y_rows.dtype.element_ty), mask=mask)
+        tl.store(y_rows + P + p, b.to(y_rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _rotary_kernel(
     x_ptr,
     cos_ptr,
@@ -62,24 +86,9 @@ def _rotary_kernel(
     p = tl.arange(0, BLOCK_P)
     cos = tl.load(cos_ptr + t * cos_stride + p, mask=p < P, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + t * sin_stride + p, mask=p < P, other=0.0).to(tl.float32)
-    x_row = x_ptr + t * x_stride_t + h[:, None] * x_stride_h
-    y_row = y_ptr + (t * H + h[:, None]) * (2 * P)
-    if INTERLEAVED:
-        # whole rows, split in registers: neighbours would be two loads of every other element
-        r = tl.arange(0, 2 * BLOCK_P)
-        mask = (h[:, None] < H) & (r < 2 * P)
-        x = tl.load(x_row + r, mask=mask, other=0.0).to(tl.float32)
-        a, b = tl.split(tl.reshape(x, (BLOCK_H, BLOCK_P, 2)))
-        a, b = rotated(a, b, cos, sin)
-        y = tl.reshape(tl.join(a, b), (BLOCK_H, 2 * BLOCK_P))
-        tl.store(y_row + r, y.to(y_ptr.dtype.element_ty), mask=mask)
-    else:
-        mask = (h[:, None] < H) & (p < P)
-        a = tl.load(x_row + p, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(x_row + P + p, mask=mask, other=0.0).to(tl.float32)
-        a, b = rotated(a, b, cos, sin)
-        tl.store(y_row + p, a.to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(y_row + P + p, b.to(y_ptr.dtype.element_ty), mask=mask)
+    x_rows = x_ptr + t * x_stride_t + h[:, None] * x_stride_h
+    y_rows = y_ptr + (t * H + h[:, None]) * (2 * P)
+    rotate_rows(x_rows, y_rows, h[:, None] < H, cos, sin, P, INTERLEAVED, BLOCK_H, BLOCK_P)
 
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -5,8 +5,9 @@
     groups: of n_group groups of experts keep the topk_group best, by the sum of the two best choices (V3) or the best
     experts = the num_experts_per_tok best choices within the kept groups; ties go to the lower index
     weights = s[experts] (/ their sum) * routed_scaling_factor
+    behind them the n_shared_experts that every token goes to: experts E, E + 1, ... with weight 1
 
-Dims: T tokens, E experts, G groups, K experts per token.
+Dims: T tokens, E experts, G groups, K experts per token, S shared experts.
 Source: DeepSeek-V3 (arXiv:2412.19437), eq. 12-16 and section 2.1.2; DeepSeek-V2 (arXiv:2405.04434), section 2.2.2.
 """
 
@@ -48,6 +49,7 @@ def route_ref(
     num_experts_per_tok: int,
     norm_topk_prob: bool,
     routed_scaling_factor: float,
+    n_shared_experts: int,
 ) -> tuple[Tensor, Tensor]:
     scores_TE = SCORES[scoring_func](logits)
     choice_TE = scores_TE if bias is None else scores_TE + bias
@@ -58,7 +60,18 @@ def route_ref(
         choice_TE = groups_TGE.masked_fill(~kept_TG[..., None], float("-inf")).flatten(-2)
     # a stable sort, so that ties fall the same way everywhere
     experts_TK = torch.sort(choice_TE, stable=True, dim=-1, descending=True).indices[:, :num_experts_per_tok]
-    return _weights(scores_TE, experts_TK, norm_topk_prob, routed_scaling_factor), experts_TK.contiguous()
+    weights_TK = _weights(scores_TE, experts_TK, norm_topk_prob, routed_scaling_factor)
+    return _with_shared(weights_TK, experts_TK.contiguous(), logits.shape[1], n_shared_experts)
+
+
+def _with_shared(
+    weights_TK: Tensor, experts_TK: Tensor, num_experts: int, n_shared_experts: int
+) -> tuple[Tensor, Tensor]:
+    if not n_shared_experts:
+        return weights_TK, experts_TK
+    shape = (weights_TK.shape[0], n_shared_experts)
+    shared_S = torch.arange(num_experts, num_experts + n_shared_experts, device=weights_TK.device)
+    return torch.cat([weights_TK, weights_TK.new_ones(shape)], 1), torch.cat([experts_TK, shared_S.expand(shape)], 1)
 
 
 def _best(x: Tensor, k: int) -> Tensor:
@@ -84,6 +97,7 @@ def _compare(
     num_experts_per_tok: int,
     norm_topk_prob: bool,
     routed_scaling_factor: float,
+    n_shared_experts: int,
 ) -> tuple[Tensor, Tensor]:
     """The same without a sort: the k-th best is the one that k others go before."""
     scores_TE = SCORES[scoring_func](logits)
@@ -103,7 +117,7 @@ def _compare(
     weights_TK = scores_TE[:, None].where(chosen_TKE, 0).sum(-1)
     if norm_topk_prob:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + TINY)
-    return weights_TK * routed_scaling_factor, experts_TK
+    return _with_shared(weights_TK * routed_scaling_factor, experts_TK, logits.shape[1], n_shared_experts)
 
 
 def _ranks(x: Tensor) -> Tensor:
@@ -139,6 +153,7 @@ def _route_kernel(
     logits_stride,
     group_size,
     n_group,
+    num_experts,
     routed_scaling_factor,
     tiny,
     SIGMOID: tl.constexpr,
@@ -146,6 +161,7 @@ def _route_kernel(
     TOPK_GROUP: tl.constexpr,
     NORM: tl.constexpr,
     K: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -193,9 +209,11 @@ def _route_kernel(
         free = free & (e != expert)
     if NORM:
         weights = weights / (tl.sum(weights) + tiny)
-    weights = weights * routed_scaling_factor
-    tl.store(weights_ptr + t * K + slot, weights, mask=slot < K)
-    tl.store(experts_ptr + t * K + slot, experts.to(tl.int64), mask=slot < K)
+    weights = tl.where(slot < K, weights * routed_scaling_factor, 1.0)
+    experts = tl.where(slot < K, experts, num_experts + slot - K)
+    to = t * (K + SHARED) + slot
+    tl.store(weights_ptr + to, weights, mask=slot < K + SHARED)
+    tl.store(experts_ptr + to, experts.to(tl.int64), mask=slot < K + SHARED)
 
 
 def _launch(
@@ -208,9 +226,10 @@ def _launch(
     num_experts_per_tok: int,
     norm_topk_prob: bool,
     routed_scaling_factor: float,
+    n_shared_experts: int,
 ) -> tuple[Tensor, Tensor]:
-    (T, E), K = logits.shape, num_experts_per_tok
-    weights, experts = logits.new_empty(T, K), logits.new_empty(T, K, dtype=torch.int64)
+    (T, E), K, S = logits.shape, num_experts_per_tok, n_shared_experts
+    weights, experts = logits.new_empty(T, K + S), logits.new_empty(T, K + S, dtype=torch.int64)
     if T == 0:
         return weights, experts
     if logits.stride(1) != 1:
@@ -226,6 +245,7 @@ def _launch(
         logits.stride(0),
         E // rows,
         rows,
+        E,
         routed_scaling_factor,
         TINY,
         SIGMOID=scoring_func == "sigmoid",
@@ -233,9 +253,10 @@ def _launch(
         TOPK_GROUP=topk_group if grouped else 0,
         NORM=norm_topk_prob,
         K=K,
+        SHARED=S,
         BLOCK_G=block_g,
         BLOCK_S=block_s,
-        BLOCK_K=triton.next_power_of_2(K),
+        BLOCK_K=triton.next_power_of_2(K + S),
         # one warp to 16 experts a thread: its reductions need no shared memory
         num_warps=min(max(block_g * block_s // 512, 1), 8),
     )
@@ -256,6 +277,7 @@ def _check(
     num_experts_per_tok: int,
     norm_topk_prob: bool,
     routed_scaling_factor: float,
+    n_shared_experts: int,
 ) -> None:
     if logits.ndim != 2 or (bias is not None and bias.shape != logits.shape[1:]):
         got = None if bias is None else list(bias.shape)
@@ -277,23 +299,26 @@ def _check(
             f"route: want 1 <= num_experts_per_tok <= {topk_group * (E // n_group)}, the experts of {topk_group} "
             f"groups, got {num_experts_per_tok}"
         )
+    if n_shared_experts < 0:
+        raise ValueError(f"route: want n_shared_experts >= 0, got {n_shared_experts}")
 
 
 def _fake(logits: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    shape = (logits.shape[0], rest[4])
+    shape = (logits.shape[0], rest[4] + rest[7])
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, _, ctx.scoring_func, _, _, _, _, ctx.norm, ctx.scaling = inputs
+    logits, _, ctx.scoring_func, _, _, _, ctx.chosen, ctx.norm, ctx.scaling, _ = inputs
     ctx.save_for_backward(logits, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, dweights: Tensor, dexperts: Any) -> tuple[Any, ...]:
-    logits, experts_TK = ctx.saved_tensors
+    logits, experts = ctx.saved_tensors
     scores_TE = SCORES[ctx.scoring_func](logits)
-    dchosen_TK = dweights * ctx.scaling
+    # weights of shared experts are constants
+    experts_TK, dchosen_TK = experts[:, : ctx.chosen], dweights[:, : ctx.chosen] * ctx.scaling
     if ctx.norm:
         chosen_TK = scores_TE.gather(-1, experts_TK)
         total_T1 = chosen_TK.sum(-1, keepdim=True) + TINY
@@ -303,11 +328,11 @@ def _backward(ctx: Any, dweights: Tensor, dexperts: Any) -> tuple[Any, ...]:
         dlogits = dscores_TE * scores_TE * (1 - scores_TE)
     else:
         dlogits = scores_TE * (dscores_TE - (dscores_TE * scores_TE).sum(-1, keepdim=True))
-    return dlogits, *[None] * 8
+    return dlogits, *[None] * 9
 
 
 def _cost(logits: Tensor, bias: Tensor | None, *rest: Any) -> Cost:
-    chosen = logits.shape[0] * rest[4]
+    chosen = logits.shape[0] * (rest[4] + rest[7])
     return Cost(flops=8 * logits.numel(), bytes=tensor_bytes(logits, bias) + chosen * (logits.element_size() + 8))
 
 
@@ -315,13 +340,13 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ..
     # the router runs in float32 whatever the model's dtype
     for T, E, G, kept, K in [(1, 8, 1, 1, 2), (5, 16, 4, 2, 3), (0, 8, 2, 1, 2), (9, 12, 3, 3, 4), (4, 256, 8, 4, 8)]:
         logits = torch.randn(T, E, device=device, dtype=torch.promote_types(dtype, torch.float32))
-        yield logits, torch.randn(E, device=device) * 0.1, "sigmoid", "top2_sum", G, kept, K, True, 2.5
-        yield logits, None, "softmax", "max", G, kept, K, False, 1.0
+        yield logits, torch.randn(E, device=device) * 0.1, "sigmoid", "top2_sum", G, kept, K, True, 2.5, (T + 1) % 3
+        yield logits, None, "softmax", "max", G, kept, K, False, 1.0, 0
 
 
 route = define(
     "route(Tensor logits, Tensor? bias, str scoring_func, str group_score, int n_group, int topk_group,"
-    " int num_experts_per_tok, bool norm_topk_prob, float routed_scaling_factor) -> (Tensor, Tensor)",
+    " int num_experts_per_tok, bool norm_topk_prob, float routed_scaling_factor, int n_shared_experts) -> (Tensor, Tensor)",
     reference=route_ref,
     check=_check,
     fake=_fake,
@@ -338,10 +363,12 @@ Args:
     scoring_func: ``sigmoid`` (V3) or ``softmax`` (V2).
     group_score: ``top2_sum`` (V3) or ``max`` (V2).
     n_group, topk_group, num_experts_per_tok, norm_topk_prob, routed_scaling_factor: as in ``config.json``.
+    n_shared_experts: S, of those whose weights stand behind the routed experts'; 0 where they are computed apart.
 
 Returns:
-    ``weights [T, K]`` in the dtype of ``logits``, ``experts [T, K]`` int64, best choice first. The gradient reaches
-    ``logits`` through the weights alone.
+    ``weights [T, K + S]`` in the dtype of ``logits``, ``experts [T, K + S]`` int64: best choice first, then the shared
+    experts, whose weights are 1, neither normalised nor scaled. The gradient reaches ``logits`` through the weights of
+    the chosen alone.
 
 Raises:
     ValueError: shapes do not fit, or the numbers contradict each other.

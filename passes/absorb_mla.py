@@ -9,9 +9,10 @@ Why: expanding reads and multiplies every cached token by ``kv_b_proj`` at every
 numbers a token, whatever the number of heads.
 Requires: one query a sequence, keys from the cache; the cost model must find it cheaper. Never in training,
 where there is no cache.
-Numerics: reassociating; ``(W_UK^T q) . c`` for ``q . (W_UK c)``. With an FP8 ``kv_b_proj`` the step dequantizes its weight
-to the model's dtype (1 byte read and 2 written a number; a copy kept would take back what FP8 saves), and the latent is
-not rounded to FP8, as the expanded form does before its product: attention stays in high precision.
+Numerics: reassociating; ``(W_UK^T q) . c`` for ``q . (W_UK c)``. An FP8 ``kv_b_proj`` is dequantized to the model's dtype
+in the step (1 byte read and 2 written a number; a copy kept would take back what FP8 saves), on a GPU within the products
+(``fuse_decode_attention``); and the latent is not rounded to FP8, as the expanded form does before its product: attention
+stays in high precision.
 """
 
 import operator

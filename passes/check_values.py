@@ -1,8 +1,8 @@
 """Compare a graph's values before and after a pass, on real inputs.
 
 An exact pass must give the same bits. A reassociating one may differ by ``atol + rtol * max |expected|`` of the narrowest
-dtype computed in, for each result: a difference made early goes through the rest of the graph, so that it is judged
-against the whole result. Rewrites err independently: n of them by sqrt(n) times as much. Where the graph rounds to FP8, a
+dtype computed in, for each result and each call that was there before: the graphs run in lockstep (:mod:`.lockstep`).
+Between two such calls rewrites err independently: n of them by sqrt(n) times as much. Where the graph rounds to FP8, a
 last place before a rounding may decide which way it goes, and ``absorb_mla`` leaves a rounding out: a number then moves
 by up to a unit of the 4-bit significand, an eighth of it; terms of a sum err independently, so that the sum errs by no
 larger share of its size. The bytes of a latent cache in FP8 are compared as the numbers they stand for, one of whose
@@ -12,6 +12,7 @@ steps they may differ by.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, fx
 from deepfuse.ir.private import storage_id
 from deepfuse.ir.tolerance import DEFAULT_TOLERANCE, ONE_FLOAT8_STEP, Tolerance
 from deepfuse.ops.append_latent_fp8 import unpacked_rows
+from deepfuse.passes.lockstep import run_in_lockstep
 from deepfuse.passes.mutation import is_mutation, is_of_a_view, mutation_arguments
 from deepfuse.passes.record import Kind
 
@@ -42,20 +44,29 @@ class Rewritten:
     after: fx.GraphModule
 
     def problem(self, inputs: Sequence[Any]) -> str | None:
-        """How results, or what is written to inputs, differ; ``None`` where they do not."""
-        want, got = _run(self.before, inputs), _run(self.after, inputs)
+        """How results, calls that both have, or what is written to inputs differ; ``None`` where they do not."""
+        ours, theirs = _cloned(inputs), _cloned(inputs)
+        widest = widest_tolerance(self.before.graph)
+        if self.kind == "exact":
+            with torch.no_grad():
+                want, got, problem = _leaves(self.before(*ours)), _leaves(self.after(*theirs)), None
+        else:
+            compare = partial(self._difference, tolerance=widest)
+            want, got, problem = run_in_lockstep(self.before, self.after, (ours, theirs), compare)
+        if problem:
+            return problem
         caches = caches_in_fp8(self.before.graph)
-        for i, (a, b) in enumerate(zip(got, want, strict=True)):
-            tolerance = widest_tolerance(self.before.graph)
+        for i, (a, b) in enumerate(zip([*got, *theirs], [*want, *ours], strict=True)):
+            tolerance = widest
             # inputs, as they were left, come last
-            rank = caches.get(i - (len(want) - len(inputs)))
+            rank = caches.get(i - len(want))
             if rank is not None and self.kind == "reassociating":
                 a, b = (torch.cat(unpacked_rows(cache, rank, torch.float32), -1) for cache in (a, b))
                 tolerance = ONE_FLOAT8_STEP[torch.float8_e4m3fn]
             if isinstance(b, Tensor):
                 problem = self._difference(a, b, tolerance)
                 if problem:
-                    return f"result {i} of {len(want)}: {problem}"
+                    return f"result {i} of {len(want) + len(inputs)}: {problem}"
         return None
 
     def _difference(self, got: Tensor, want: Tensor, tolerance: Tolerance) -> str | None:
@@ -102,14 +113,6 @@ def caches_in_fp8(graph: fx.Graph) -> dict[int, int]:
         if cache in inputs and cache.meta["val"].dtype == torch.uint8:
             found[inputs.index(cache)] = latent.meta["val"].shape[-1]
     return found
-
-
-def _run(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
-    """Results, and the inputs as they are afterwards."""
-    given = _cloned(inputs)
-    with torch.no_grad():
-        results = gm(*given)
-    return [*torch.utils._pytree.tree_leaves(results), *given]
 
 
 def _cloned(inputs: Sequence[Any]) -> list[Any]:

@@ -31,8 +31,11 @@ NO_OPS = {"eliminate_no_ops": Sites(graph=2)}
 ROUTER = {"fuse_router_logits": Sites(sparse=1)}
 MERGED = {"merge_projections": Sites(layer=2)}
 """q_a and kv_a; gate and up, of the dense block or of the shared experts."""
+ROUTED = {"merge_projections": Sites(layer=1, dense=1), "merge_shared_expert": Sites(sparse=1)}
+"""In a decode step, of few tokens: gate and up of the shared expert lie with those of the routed ones."""
 APPENDED = {"fuse_rope_append": Sites(layer=1)}
-ABSORBED = {"absorb_mla": Sites(layer=1)}
+# the query of each attention, and its values
+ABSORBED = {"absorb_mla": Sites(layer=1), "fuse_decode_attention": Sites(layer=2)}
 FUSED = {
     # of routed and shared experts; or of the one block of a dense layer
     "fuse_swiglu_quantize": Sites(dense=1, sparse=2),
@@ -45,6 +48,12 @@ DECODE = {
     "fuse_norm_quantize": Sites(layer=3),
     # q_a with kv_a, q_b, o; gate with up, and down, of the dense block or of the shared experts
     "fuse_quantized_matmul": Sites(layer=5),
+}
+DECODE_ROUTED = {
+    # what the experts read is quantized where it is sorted
+    "fuse_norm_quantize": Sites(layer=2, dense=1),
+    "fuse_quantized_matmul": Sites(layer=3, dense=2),
+    "fuse_swiglu_quantize": Sites(layer=1),
 }
 PREFILL = {
     # and kv_b, which reads the latents of the prompt as they come; in decode it is absorbed. The norm before it goes with
@@ -59,11 +68,11 @@ APART = NO_OPS | ROUTER | {"merge_projections": Sites(dense=1), "share_quantize"
 
 MATCHES: Mapping[tuple[str, str, str], Mapping[str, Sites]] = {
     ("v3-671b", "bfloat16", "prefill"): NO_OPS | ROUTER | MERGED | APPENDED,
-    ("v3-671b", "bfloat16", "decode"): NO_OPS | ROUTER | MERGED | APPENDED | ABSORBED,
+    ("v3-671b", "bfloat16", "decode"): NO_OPS | ROUTER | ROUTED | APPENDED | ABSORBED,
     ("v3-671b", "fp8", "prefill"): WHOLE_BLOCKS | FUSED | PREFILL,
-    ("v3-671b", "fp8", "decode"): WHOLE_BLOCKS | FUSED | DECODE | APPENDED | ABSORBED,
+    ("v3-671b", "fp8", "decode"): WHOLE_BLOCKS | ROUTED | FUSED | DECODE_ROUTED | APPENDED | ABSORBED,
     ("v3-tiny", "bfloat16", "prefill"): NO_OPS | ROUTER | MERGED | APPENDED,
-    ("v3-tiny", "bfloat16", "decode"): NO_OPS | ROUTER | MERGED | APPENDED | ABSORBED,
+    ("v3-tiny", "bfloat16", "decode"): NO_OPS | ROUTER | ROUTED | APPENDED | ABSORBED,
     ("v3-tiny", "fp8", "prefill"): APART | FUSED | PREFILL | {"fuse_quantized_matmul": Sites(layer=7, sparse=1)},
     ("v3-tiny", "fp8", "decode"): (
         APART | FUSED | DECODE | APPENDED | ABSORBED | {"fuse_quantized_matmul": Sites(layer=6, sparse=1)}

@@ -14,7 +14,6 @@ next layer computes in FP8, its quantize has taken the norm of a prefill already
 Numerics: exact; the kernel sums and rounds as those of the three ops do.
 """
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ from deepfuse.ops.norm_rope_append import norm_rope_append
 from deepfuse.ops.rms_norm import rms_norm
 from deepfuse.ops.rotary import rotary
 from deepfuse.passes.journal import note
-from deepfuse.passes.match import op_name
+from deepfuse.passes.match import op_name, source_name
 from deepfuse.passes.mutation import call_mutation, is_mutation, is_of_a_view, mutation_arguments
 from deepfuse.passes.record import graph_pass
 from deepfuse.passes.splice import call, replace_outputs
@@ -81,13 +80,13 @@ def _site(write: fx.Node) -> _Site | str:
         return "the cache is a view of another tensor"
     _, latent, k_rope, _ = mutation_arguments(write)
     if latent.target is not rms_norm.overload:
-        return f"latent comes from {_source(latent)}, rule wants rms_norm"
+        return f"latent comes from {source_name(latent)}, rule wants rms_norm"
     path = [k_rope]
     while path[-1].target in _SAME_ORDER:
         path.append(path[-1].args[0])
     rotation = path[-1]
     if rotation.target is not rotary.overload:
-        return f"k_rope comes from {_source(rotation)}, rule wants rotary"
+        return f"k_rope comes from {source_name(rotation)}, rule wants rotary"
     heads = rotation.meta["val"].shape[1]
     if heads != 1:
         return f"k_rope is of {heads} heads, rule wants 1"
@@ -103,12 +102,6 @@ def _site(write: fx.Node) -> _Site | str:
         if early:
             return f"{name} is read before it is written, by {op_name(early[0].target)}"
     return _Site(latent, k_rope, rotation)
-
-
-def _source(node: fx.Node) -> str:
-    """The op that gives a node, also as one of several results."""
-    many = node.target is operator.getitem and isinstance(node.args[0], fx.Node)
-    return op_name(node.args[0].target if many else node.target)  # type: ignore[union-attr]
 
 
 def _fuse(graph: fx.Graph, write: fx.Node, site: _Site) -> None:

@@ -118,6 +118,12 @@ def op_name(target: Any) -> str:
     return target._opname if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
 
 
+def source_name(node: fx.Node) -> str:
+    """The op that gives a node, also as one of several results."""
+    many = node.target is operator.getitem and isinstance(node.args[0], fx.Node)
+    return op_name(node.args[0].target if many else node.target)  # type: ignore[union-attr]
+
+
 class _Search:
     def __init__(self, traced: Traced, exact: bool):
         self.traced, self.exact = traced, exact

@@ -6,9 +6,9 @@
 Why: a launch and a read of x saved for each product that went, and one product of N_a + N_b columns fills a GPU that
 two would leave half empty one after the other. Weights are inputs of the graph, so that the runtime must have laid them
 out: putting them together here would copy them at every call.
-Requires: weights in one storage, one behind the other, the first at its beginning; no biases. FP8 weights: their scales
-lie likewise, and all but the last have a multiple of 128 rows, for scales of 128 x 128 know no other borders. Never in
-training, where the optimizer owns the weights. ``layout`` is the caller's word that the graph will only be called with
+Requires: weights in one storage, one behind the other, and an input of the graph at its beginning; no biases. FP8
+weights: their scales lie likewise, and all but the last have a multiple of 128 rows, for scales of 128 x 128 know no other
+borders. Never in training, where the optimizer owns the weights. ``layout`` is the caller's word that the graph will only be called with
 weights that lie as they do now; it enters the key of the compile cache.
 Numerics: reassociating; the same sums, but a product of another width may take them in another order.
 """
@@ -25,6 +25,7 @@ from deepfuse.ir.private import storage_id
 from deepfuse.ops.dequantize import dequantize
 from deepfuse.ops.linear import linear
 from deepfuse.ops.quantize import quantize
+from deepfuse.passes.adjacent_weights import as_one, first_in_memory, gap, unreadable
 from deepfuse.passes.fusion import fusion
 from deepfuse.passes.journal import note
 from deepfuse.passes.match import VIEWS
@@ -103,10 +104,9 @@ def _projection(product: fx.Node) -> _Projection | str:
         if block != [128, 128]:
             return f"its weight is scaled in blocks of {block[0]} x {block[1]}"
     for node in (weight, scale):
-        if node is not None and not (isinstance(node, fx.Node) and node.op == "placeholder"):
-            return "its weight is computed"
-        if node is not None and not node.meta["val"].is_contiguous():
-            return "the rows of its weight lie apart"
+        problem = None if node is None else unreadable(node)
+        if problem:
+            return problem
     return _Projection(product, weight, scale)  # type: ignore[arg-type]
 
 
@@ -117,15 +117,9 @@ def _gap(before: _Projection, after: _Projection) -> str | None:
             if a is not b:
                 return "one is in FP8"
             continue
-        x, y = a.meta["val"], b.meta["val"]
-        if x.dtype != y.dtype or x.shape[1:] != y.shape[1:]:
-            return f"one is {x.dtype} {list(x.shape)}, the other {y.dtype} {list(y.shape)}"
-        if storage_id(x) != storage_id(y):
-            return "each has memory of its own"
-        if x.storage_offset() + x.numel() != y.storage_offset():
-            return (
-                f"it begins {y.storage_offset() - x.storage_offset() - x.numel()} elements behind the first one's end"
-            )
+        problem = gap(a.meta["val"], b.meta["val"])
+        if problem:
+            return problem
     if before.scale is not None and before.rows % 128:
         return f"{before.rows} rows are no multiple of 128: a scale would be of rows of both"
     return None
@@ -134,8 +128,8 @@ def _gap(before: _Projection, after: _Projection) -> str | None:
 def _merge(graph: fx.Graph, run: list[_Projection]) -> str | None:
     """One product in the place of several; or why not."""
     for node in (run[0].weight, run[0].scale):
-        if node is not None and node.meta["val"].storage_offset():
-            return "apart: the first weight does not begin where its memory does"  # Inductor counts from the tensor
+        if node is not None and first_in_memory(node) is None:
+            return "apart: no input begins where the memory of the first weight does"
     products = [p.product for p in run]
     first = min(products)
     results = [_converted(product) for product in products]
@@ -172,10 +166,9 @@ def _merge(graph: fx.Graph, run: list[_Projection]) -> str | None:
 
 
 def _together(graph: fx.Graph, like: fx.Node, parts: list[fx.Node]) -> fx.Node:
-    """The matrix that the parts are the rows of, read through the first."""
+    """The matrix that the parts are the rows of."""
     rows = sum(int(part.meta["val"].shape[0]) for part in parts)
-    columns = int(parts[0].meta["val"].shape[1])
-    return call(graph, like, aten.as_strided.default, parts[0], [rows, columns], [columns, 1], 0)
+    return as_one(graph, like, parts[0], [rows, int(parts[0].meta["val"].shape[1])])
 
 
 def _converted(product: fx.Node) -> fx.Node | None:

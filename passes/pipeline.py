@@ -21,6 +21,7 @@ import deepfuse.ops
 import deepfuse.passes
 from deepfuse.passes.absorb_mla import absorb_mla
 from deepfuse.passes.eliminate_no_ops import eliminate_no_ops
+from deepfuse.passes.fuse_decode_attention import fuse_decode_attention
 from deepfuse.passes.fuse_norm_quantize import FuseNormQuantize
 from deepfuse.passes.fuse_permute_quantize import FusePermuteQuantize
 from deepfuse.passes.fuse_quantized_experts import FuseQuantizedExperts
@@ -31,6 +32,7 @@ from deepfuse.passes.fuse_router_logits import FuseRouterLogits
 from deepfuse.passes.fuse_swiglu_quantize import FuseSwigluQuantize
 from deepfuse.passes.lower import lower
 from deepfuse.passes.merge_projections import merge_projections
+from deepfuse.passes.merge_shared_expert import merge_shared_expert
 from deepfuse.passes.recognize_linear import RecognizeLinear
 from deepfuse.passes.recognize_norm import RecognizeNorm
 from deepfuse.passes.recognize_rotary import RecognizeRotary
@@ -46,11 +48,13 @@ DEFAULT: tuple[Any, ...] = (  # of passes; mypy takes a decorated class for a cl
     RecognizeLinear,
     FuseRouterLogits,  # narrow operands of a float32 product stay narrow
     absorb_mla,  # decode attends in latent space
+    merge_shared_expert,  # the shared expert is expert E, one more of those routed to
     merge_projections,  # one product for the weights that lie side by side
     share_quantize,  # an activation is quantized once, however many layers read it
     FuseNormQuantize,  # and by the kernel that computes it
     FuseSwigluQuantize,
     FusePermuteQuantize,
+    fuse_decode_attention,  # and so the absorbed attention, with what stands around it
     FuseQuantizedMatmul,  # products take the FP8 numbers as they are
     FuseQuantizedExperts,
     FuseQuantizedWgrad,

@@ -32,7 +32,6 @@ from torch import Tensor, fx
 from deepfuse.ir.cost import tensor_bytes
 from deepfuse.ir.op import NAMESPACE, OPS
 from deepfuse.passes.mutation import is_mutation, mutation_arguments
-from deepfuse.passes.splice import values
 from deepfuse.profiling.kernel_count import ALLOCATIONS, count_kernels
 from deepfuse.profiling.view_ops import is_view
 
@@ -46,13 +45,14 @@ OUR_MATMULS = {
     "linear",
     "router_logits",
     "head_matmul",
+    "absorb_query",
     "grouped_matmul",
     "grouped_matmul_wgrad",
     "fp8_matmul",
     "fp8_grouped_matmul",
     "fp8_grouped_matmul_masked",
 }
-OUR_ATTENTIONS = {"mla_attention", "mla_attention_backward", "mla_decode", "mla_decode_fp8"}
+OUR_ATTENTIONS = {"mla_attention", "mla_attention_backward", "mla_decode", "mla_decode_fp8", "mla_decode_project"}
 REDUCTIONS = {
     *("sum", "mean", "amax", "amin", "max", "min", "prod", "any", "all", "argmax", "argmin", "var", "var_mean"),
     *("logsumexp", "linalg_vector_norm", "cumsum", "cumprod", "xor_sum"),
@@ -272,13 +272,19 @@ class _Counting:
         name = _packet_name(target)
         tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
         outputs = [v for v in torch.utils._pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
-        of_weights = tensor_bytes(*(n.meta["val"] for n in tensors if self._base(n) in self.of_weights))
+        weights = [n for n in tensors if self._base(n) in self.of_weights]
+        of_weights = tensor_bytes(*(n.meta["val"] for n in weights))
         whole = tensor_bytes(*(n.meta["val"] for n in tensors), *outputs)
         if target.namespace == NAMESPACE:
             op = OPS[name]
             provider = next(p for p in op.providers if p.name == (target._overloadname or ""))
             kind: Kind = "matmul" if name in OUR_MATMULS else "attention" if name in OUR_ATTENTIONS else "kernel"
             bytes_moved = int(op.cost(*args).bytes)
+            if kind == "attention":
+                # operands of a product that it does as well, and no more counted than those of one by itself. It may read
+                # a part of a weight, as of a cache: what the cost has grows by it with the width of the numbers
+                bytes_moved -= int(op.cost(*_called(node, weights)[1]).bytes) - bytes_moved
+                of_weights = 0
             opaque = provider.name == "reference" or kind == "matmul" and provider.name == "torch"
             kernels = 1 if opaque else len(count_kernels(provider.fn, args))
             name = f"{name}.{provider.name}"
@@ -310,10 +316,19 @@ def _has_elements(node: fx.Node) -> bool:
     return any(isinstance(v, Tensor) and v.numel() for v in leaves)
 
 
-def _called(node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
-    """The op of a call and the values of its arguments; an op that mutates stands inside of another."""
+def _called(node: fx.Node, wider: Collection[fx.Node] = ()) -> tuple[Any, tuple[Any, ...]]:
+    """The op of a call and the values of its arguments; an op that mutates stands inside of another.
+
+    Of the arguments in ``wider`` each number takes twice its bytes.
+    """
     target: Any = node.args[0] if is_mutation(node) else node.target
-    return target, tuple(values(mutation_arguments(node) if is_mutation(node) else list(node.args)))
+    args = mutation_arguments(node) if is_mutation(node) else list(node.args)
+    return target, tuple(fx.map_arg(args, lambda n: _widened(n.meta["val"]) if n in wider else n.meta["val"]))
+
+
+def _widened(x: Any) -> Tensor:
+    widths = {1: torch.float16, 2: torch.float32, 4: torch.float64, 8: torch.complex128}
+    return torch.empty_strided(x.shape, x.stride(), dtype=widths[x.element_size()], device="meta")
 
 
 def _packet_name(target: Any) -> str:

@@ -15,6 +15,7 @@ from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.parameters import count_parameters
 from deepfuse.ir.device import device_row
 from deepfuse.ir.op import OPS
+from deepfuse.passes.merge_shared_expert import merge_shared_expert
 from deepfuse.passes.pipeline import Pipeline, pipeline_of
 from deepfuse.passes.record import Pass
 from deepfuse.passes.runner import Runner, strict_by_default
@@ -41,7 +42,7 @@ from deepfuse.runtime.requirements import check_device, check_memory, missing_fo
 from deepfuse.runtime.source import dtype_of, folder_and_config, place_and_dtype
 from deepfuse.runtime.tokenizer import Tokenizer
 from deepfuse.runtime.trainer import Trainer, Training
-from deepfuse.runtime.weight_layout import lay_side_by_side, layout_key
+from deepfuse.runtime.weight_layout import layout_key
 
 QUANTIZE = ("auto", None, "fp8", "fp8_weights")
 MAX_SEQ_LEN = 4096
@@ -170,20 +171,23 @@ def build(
     weight_bytes = weights_bytes(cfg, dtype, in_fp8=[] if folder is None else in_fp8)
     room = {"max_batch_size": max_batch_size, "max_seq_len": length}
     check_memory(wanted, 0 if built else weight_bytes, cache_bytes(cfg, cached, **room))
+    row = device_row(wanted)
+    # only where the pass reads them so: what is not loaded into place is copied, a layer's experts at a time
+    with_experts = row.kind == "cuda" and merge_shared_expert.name in pipeline.names
     if isinstance(source, CausalLM):
         causal_lm = source
     else:
         activations = quantize != "fp8_weights"
-        causal_lm = load_model(cfg, folder, wanted, dtype, seed, in_fp8=in_fp8, activations=activations)
+        laid = None if training is not None else with_experts
+        causal_lm = load_model(
+            cfg, folder, wanted, dtype, seed, in_fp8=in_fp8, activations=activations, with_experts=laid
+        )
     if training is not None:
         return Trainer(causal_lm, training, compile=compile, pipeline=pipeline, how=how, fp8=online, providers=forced)
-    if not built:
-        lay_side_by_side(causal_lm)
 
     # before a minute of compiling: these files may be damaged as well
     defaults = GenerationConfig() if folder is None else GenerationConfig.from_folder(folder)
     tokenizer = None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder)
-    row = device_row(wanted)
     settings = {"providers": forced, "device": row, "max_seq_len": length, "layout": layout_key(causal_lm)}
     runner = Runner(pipeline, settings, **{**how, "verify": False})
     kept_apart = {**settings, "strict": runner.strict}

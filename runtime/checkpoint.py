@@ -9,8 +9,9 @@ model has FP8 modules (``blocks/fp8.py``); elsewhere they are dequantized,
 Source: README_WEIGHTS of DeepSeek-V3, section "FP8 Weight Documentation".
 """
 
+import functools
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from deepfuse.runtime.config_json import named_dtype, read_config, weight_block_
 from deepfuse.runtime.loading_bar import LoadingBar
 from deepfuse.runtime.save import save_checkpoint
 from deepfuse.runtime.shards import DTYPES, Reader, Stored, stored_tensors
+from deepfuse.runtime.weight_layout import parts
 from deepfuse.runtime.weight_names import SCALE, Piece, has_no_place, mtp_layers_stored, pieces
 
 __all__ = [
@@ -62,6 +64,7 @@ def load_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     allow_nan: bool = False,
+    together: Iterable[Sequence[str]] = (),
 ) -> None:
     """Give a model the weights of a checkpoint folder.
 
@@ -72,6 +75,7 @@ def load_weights(
         device: where the weights go.
         dtype: of all weights but FP8 ones, their scales and the router's bias, which stay as they are.
         allow_nan: take NaN and infinite weights; otherwise they are an error.
+        together: names of parameters of one dtype that are to lie one behind the other, group by group.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -83,7 +87,12 @@ def load_weights(
     block = weight_block_size(model.config)
     wanted = model.state_dict()
     plan = checked_plan(model, path, stored)
-    state = {k: _empty(v.shape, _dtype_of(k, v, dtype), device) for k, v in wanted.items()}
+    dtypes = {k: _dtype_of(k, v, dtype) for k, v in wanted.items()}
+    laid: dict[str, Tensor] = {}
+    for names in together:
+        whole = functools.partial(_empty, dtype=dtypes[names[0]], device=device)
+        laid |= zip(names, parts([wanted[name].shape for name in names], whole), strict=True)
+    state = {k: laid[k] if k in laid else _empty(v.shape, dtypes[k], device) for k, v in wanted.items()}
     broken = []
     total = sum(stored[piece.name].nbytes for piece in plan.pieces)
     with Reader(stored) as reader, LoadingBar(f"loading {path.name}", total) as bar:
@@ -161,9 +170,9 @@ def stored_in_fp8(folder: str | os.PathLike[str], config: Config) -> tuple[set[s
     kinds: dict[str, set[str]] = {name: set() for name in names}
     for key, tensor in model.state_dict().items():
         if tensor.dtype == E4M3:
-            parts = pieces(key, tensor.shape, config.moe_intermediate_size)
-            found = {stored[name].dtype for name in (key, *(p.name for p in parts)) if name in stored}
-            kinds[key.rpartition(".")[0]] |= found
+            found = pieces(key, tensor.shape, config.moe_intermediate_size)
+            names_of = (key, *(piece.name for piece in found))
+            kinds[key.rpartition(".")[0]] |= {stored[name].dtype for name in names_of if name in stored}
     some = {name for name in names if "F8_E4M3" in kinds[name]}
     whole = {name for name in some if kinds[name] == {"F8_E4M3"} and weight_block_size(config) == (BLOCK, BLOCK)}
     return whole, some - whole
@@ -196,8 +205,8 @@ def _plan(model: CausalLM, stored: Mapping[str, Stored], block: tuple[int, int] 
     for key, tensor in wanted.items():
         # fused on disk as well, or one by one
         whole = key.removesuffix(SCALE) in stored
-        parts = [Piece(key, key)] if whole else list(pieces(key, tensor.shape, model.config.moe_intermediate_size))
-        placed |= {part.name: part for part in parts}
+        found = [Piece(key, key)] if whole else list(pieces(key, tensor.shape, model.config.moe_intermediate_size))
+        placed |= {piece.name: piece for piece in found}
     in_fp8 = {name for name in placed if name in stored and stored[name].dtype == "F8_E4M3"}
     scales = {name + SCALE for name in in_fp8}
     # scales of other blocks are read with their weight, which is quantized anew

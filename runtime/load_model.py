@@ -10,6 +10,7 @@ from deepfuse.blocks.fp8 import FP8Experts, FP8Linear, in_decoder_layers, to_fp8
 from deepfuse.blocks.model import CausalLM
 from deepfuse.runtime.checkpoint import load_weights, present_mtp_layers, stored_in_fp8
 from deepfuse.runtime.config_json import weight_block_size
+from deepfuse.runtime.weight_layout import groups, lay_side_by_side
 
 
 def load_model(
@@ -21,13 +22,16 @@ def load_model(
     *,
     in_fp8: Collection[str],
     activations: bool,
+    with_experts: bool | None = None,
 ) -> CausalLM:
+    """``with_experts``: whether a shared expert lies behind the routed ones; ``None``: every weight lies by itself."""
     if folder is not None:
         present = present_mtp_layers(folder, cfg)
         with torch.device("meta"):
             causal_lm = CausalLM(cfg, mtp_layers=present)
             to_fp8(causal_lm, activations=activations, wanted=in_fp8.__contains__)
-        load_weights(causal_lm, folder, device=device, dtype=dtype)
+        together = () if with_experts is None else groups(causal_lm, with_experts=with_experts)
+        load_weights(causal_lm, folder, device=device, dtype=dtype, together=together)
         return causal_lm
     # made in its dtype and place: in float32 first it would take twice the memory that was checked
     default = torch.get_default_dtype()
@@ -39,6 +43,8 @@ def load_model(
         torch.set_default_dtype(default)
     causal_lm.initialize(seed)
     to_fp8(causal_lm, activations=activations, wanted=in_fp8.__contains__)
+    if with_experts is not None:
+        lay_side_by_side(causal_lm, with_experts=with_experts)
     return causal_lm
 
 

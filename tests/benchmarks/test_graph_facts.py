@@ -72,6 +72,8 @@ def test_the_goals_that_the_page_says_are_met_are_met(results: dict) -> None:
             assert facts.outside_matmuls(before) >= 2 * facts.outside_matmuls(after)
             moved = [facts.outside_matmuls(row) - row["attention bytes"] for row in (before, after)]
             assert moved[0] >= 2 * moved[1]
+    for form, workload in itertools.product(facts.FORMS, facts.WORKLOADS[:2]):
+        assert list(results[form][workload.name][facts.LAYER].values())[-1]["launches"] <= 18
 
 
 def test_each_pass_saves_what_it_says() -> None:

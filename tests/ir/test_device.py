@@ -29,6 +29,12 @@ def test_figures_are_those_of_the_datasheets() -> None:
     assert all(key == row.name for key, row in DEVICES.items())
 
 
+def test_a_row_says_what_kind_of_device_it_is() -> None:
+    kinds = {row.name: row.kind for row in DEVICES.values()}
+    assert kinds == {"H100": "cuda", "H200": "cuda", "B200": "cuda", "cpu": "cpu"}
+    assert device_row(torch.device("cpu")).kind == "cpu"
+
+
 @pytest.mark.parametrize(
     ("name", "row"), [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA B200", "B200")]
 )

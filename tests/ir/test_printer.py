@@ -33,7 +33,7 @@ def assert_same_values(module: fx.GraphModule, *args: Any) -> str:
 
 def layer(x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     y, h = add_rms_norm(x, x * 0.1, weight, 1e-6)
-    weights, experts = route(logits, bias, "sigmoid", "top2_sum", 2, 1, 2, True, 2.5)
+    weights, experts = route(logits, bias, "sigmoid", "top2_sum", 2, 1, 2, True, 2.5, 0)
     rows, order, inverse, offsets = expert_permute(y, experts, 4)
     return rms_norm(swiglu(y, h), weight, 1e-6), weights, rows, order, inverse, offsets
 

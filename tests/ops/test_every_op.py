@@ -1,9 +1,7 @@
 """What must hold for every op, driven by the op table: a new op is tested by its samples alone."""
 
-import contextlib
 import pkgutil
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +21,7 @@ from deepfuse.ir.provider import REFERENCE, Provider
 from deepfuse.ir.tolerance import EXACT
 from deepfuse.ops.append_latent_fp8 import is_in_fp8, row_parts
 from machine_code import import_ops
+from uninitialized import uninitialized_memory_is_nan
 
 import_ops()
 
@@ -33,6 +32,7 @@ WITHOUT_KERNEL = {
 }
 """Ops without a Triton kernel, and why."""
 WITHOUT_OP = {
+    "absorbed_weight": "W^UK and W^UV where they lie, for the ops that multiply by them",
     "attention_arguments": "what mla_attention and its gradient are given",
     "dot": "a step of the kernels of matrix products",
     "expert_order": "a step of the kernels that move rows to their experts",
@@ -41,6 +41,7 @@ WITHOUT_OP = {
     "fp8_matmul_scaled_mm": "a provider of fp8_matmul",
     "fp8_matmul_triton": "a provider of fp8_matmul",
     "k_major": "how products of FP8 want their operands to lie",
+    "mla_decode_splits": "the kernels of the absorbed attention's forms",
 }
 """Modules of several ops' common ground, and what it is."""
 
@@ -135,7 +136,7 @@ def _assert_providers_agree(op: Op, args: tuple[Any, ...], device_type: str) -> 
     for provider in op.providers:
         if not _runs_on(provider, device_type) or provider.supports(*args) is not None:
             continue
-        with _uninitialized_memory_is_nan():
+        with uninitialized_memory_is_nan():
             actual = _call(op, provider.fn, args)
         where = f"{op.name}, {provider.name}"
         for a, f in zip(_tensors(actual[0]), _tensors(op.fake(*args)), strict=True):
@@ -199,16 +200,3 @@ def _widened(t: Tensor | torch.dtype) -> Tensor | torch.dtype:
 def _leaves(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     """The arguments as autograd's leaves, strides kept."""
     return pytree.tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.dtype == dtype), args)
-
-
-@contextlib.contextmanager
-def _uninitialized_memory_is_nan() -> Iterator[None]:
-    """What a kernel forgets to write shows."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # with which PyTorch fills what torch.empty returns
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(False)

@@ -75,6 +75,15 @@ def test_large_tiles(counts, N):
     _assert_near(_launch(*args), exact)
 
 
+@on_kernel_device
+def test_a_decode_step_of_257_experts():
+    # DeepSeek-V3's and the shared one behind them, which every token goes to: beyond a power of two
+    counts = [0] * 257
+    counts[3], counts[200], counts[256] = 1, 2, 20
+    args, exact = _arguments(counts, 8, 24)
+    _assert_near(_launch(*args), exact)
+
+
 def test_tiles_are_as_high_as_groups():
     assert [_tile(rows)[0] for rows in (1, 16, 32, 64, 128, 4096)] == [16, 16, 32, 64, 128, 128]
 

@@ -53,6 +53,17 @@ def test_kernel_error_is_at_most_twice_the_error_of_pytorch(dtype, counts, N, K)
     assert_as_accurate(_launch(x, weight, offsets), grouped_matmul_ref(x, weight, offsets), exact)
 
 
+@on_kernel_device
+def test_a_decode_step_of_257_experts():
+    # DeepSeek-V3's and the shared one behind them, which every token goes to: beyond a power of two
+    counts = [0] * 257
+    counts[3], counts[200], counts[256] = 1, 2, 20
+    x, weight, offsets, group = _arguments(counts, 8, 24)
+    torch.testing.assert_close(
+        _launch(x, weight, offsets).double(), _row_by_row(x, weight, group), atol=1e-5, rtol=1e-5
+    )
+
+
 def _within_nan(t):
     """``t`` as a view whose rows have NaN before and after them."""
     return torch.nn.functional.pad(t, (3, 5), value=float("nan"))[..., 3:-5]

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 import_ops()
 
 WGMMA_OPS = [
+    "absorb_query",
     "fp8_matmul",
     "fp8_grouped_matmul",
     "fp8_grouped_matmul_masked",
@@ -27,6 +28,7 @@ WGMMA_OPS = [
     "mla_attention_backward",
     "mla_decode",
     "mla_decode_fp8",
+    "mla_decode_project",
 ]
 """Ops of matrix products, whose tiles have the 64 rows that Hopper's tensor cores want where the arguments have."""
 
@@ -84,6 +86,14 @@ def test_the_product_of_the_router_has_a_whole_share_of_the_weight_on_its_way(ma
     assert {(code.arguments["BLOCK_T"], code.stages) for code in wide} == {("1", 7), ("2", 7), ("4", 7)}
     narrow = [code for code in machine_code if code.op == "router_logits" and code.arguments["BLOCK_D"] == "256"]
     assert {code.stages for code in narrow if code.arguments["BLOCK_T"] == "16"} == {7}
+
+
+@pytest.mark.parametrize("kernel", ["_absorb_query_kernel", "_mla_decode_project_kernel"])
+def test_products_of_dequantized_weights_load_the_next_block_while_they_multiply_one(machine_code, kernel):
+    products = [
+        code for code in machine_code if code.kernel == kernel and code.wgmma and code.arguments["FP8"] == "True"
+    ]
+    assert products and [code for code in products if code.stages is None or code.stages < 2] == []
 
 
 def test_the_product_that_has_a_warp_for_each_task_fetches_with_tma(machine_code):

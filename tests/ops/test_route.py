@@ -31,6 +31,7 @@ def _arguments(draw):
         draw(st.integers(1, topk_group * group_size)),
         draw(st.booleans()),
         2.5,
+        draw(st.integers(0, 2)),
     )
 
 
@@ -54,7 +55,7 @@ def test_every_provider_agrees_at_the_sizes_of_models(provider, E, n_group, topk
     logits, bias = torch.randn(4, E), torch.randn(E) * 0.1
     # rows of a wider tensor
     logits = torch.cat([logits, logits], 1)[:, :E]
-    args = logits, bias, "sigmoid", "top2_sum", n_group, topk_group, k, True, 2.5
+    args = logits, bias, "sigmoid", "top2_sum", n_group, topk_group, k, True, 2.5, 1
     for actual, expected in zip(provider(*args), route_ref(*args), strict=True):
         torch.testing.assert_close(actual, expected)
 
@@ -64,7 +65,7 @@ def test_every_provider_agrees_at_the_sizes_of_models(provider, E, n_group, topk
 def test_logits_that_are_no_numbers_choose_experts_that_exist(provider):
     logits = torch.randn(3, 16)
     logits[0, 5], logits[1] = float("nan"), float("nan")
-    args = logits, None, "sigmoid", "top2_sum", 4, 2, 3, True, 1.0
+    args = logits, None, "sigmoid", "top2_sum", 4, 2, 3, True, 1.0, 1
     assert provider(*args)[1].tolist() == route_ref(*args)[1].tolist()
 
 
@@ -93,7 +94,7 @@ def test_routes_as_the_deepseek_v3_of_transformers(n_group, topk_group, norm, of
     router.e_score_correction_bias = torch.randn(E) * 0.2 + offset
     x = torch.randn(20, E)
     logits, weights, experts = router(x)
-    actual = route(logits, router.e_score_correction_bias, "sigmoid", "top2_sum", n_group, topk_group, 4, norm, 2.5)
+    actual = route(logits, router.e_score_correction_bias, "sigmoid", "top2_sum", n_group, topk_group, 4, norm, 2.5, 0)
     torch.testing.assert_close(_per_expert(*actual, E), _per_expert(weights, experts, E))
 
 
@@ -114,36 +115,49 @@ def test_routes_as_the_deepseek_v2_of_transformers(method, n_group, topk_group):
     router = DeepseekV2TopkRouter(config)
     router.weight.data = torch.eye(E)
     logits, weights, experts = router(torch.randn(20, E))
-    actual = route(logits, None, "softmax", "max", n_group, topk_group, 3, False, 16.0)
+    actual = route(logits, None, "softmax", "max", n_group, topk_group, 3, False, 16.0, 0)
     torch.testing.assert_close(_per_expert(*actual, E), _per_expert(weights, experts, E))
 
 
 def test_ties_go_to_the_lower_expert_and_the_lower_group():
-    _, experts = route(torch.zeros(2, 12), None, "sigmoid", "top2_sum", 4, 2, 5, True, 1.0)
+    _, experts = route(torch.zeros(2, 12), None, "sigmoid", "top2_sum", 4, 2, 5, True, 1.0, 0)
     assert experts.tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
 def test_experts_come_best_first_and_outside_the_kept_groups_none_is_taken():
     # the best single expert, 5, is in a group whose best two lose
     logits = torch.tensor([[0.0, 2.0, 2.5, 2.0, -9.0, 3.0]])
-    _, experts = route(logits, None, "sigmoid", "top2_sum", 3, 2, 3, True, 1.0)
+    _, experts = route(logits, None, "sigmoid", "top2_sum", 3, 2, 3, True, 1.0, 0)
     assert experts.tolist() == [[2, 1, 3]]
-    _, experts = route(logits, None, "sigmoid", "max", 3, 2, 3, True, 1.0)
+    _, experts = route(logits, None, "sigmoid", "max", 3, 2, 3, True, 1.0, 0)
     assert experts.tolist() == [[5, 2, 3]]
+
+
+@on_kernel_device
+@pytest.mark.parametrize("provider", [_launch, _compare, route_ref], ids=["triton", "compare", "reference"])
+@pytest.mark.parametrize(("tokens", "shared"), [(3, 1), (3, 3), (0, 2)])
+def test_shared_experts_stand_behind_the_chosen_and_weigh_one(provider, tokens, shared):
+    logits, rest = torch.randn(tokens, 12), (torch.randn(12), "sigmoid", "top2_sum", 3, 2, 4, True, 2.5)
+    weights, experts = provider(logits, *rest, shared)
+    chosen_weights, chosen = route_ref(logits, *rest, 0)
+    assert experts.tolist() == [[*row, *range(12, 12 + shared)] for row in chosen.tolist()]
+    torch.testing.assert_close(weights[:, :4], chosen_weights)
+    assert weights.shape == (tokens, 4 + shared) and (weights[:, 4:] == 1).all()
 
 
 def test_the_bias_steers_the_choice_but_not_the_weights():
     logits, bias = torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([0.0, 5.0, 0.0])
-    weights, experts = route(logits, bias, "sigmoid", "max", 1, 1, 2, False, 1.0)
+    weights, experts = route(logits, bias, "sigmoid", "max", 1, 1, 2, False, 1.0, 0)
     assert experts.tolist() == [[1, 2]]
     torch.testing.assert_close(weights, logits.sigmoid()[:, [1, 2]])
 
 
 @pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("norm", [True, False])
-def test_gradient(scoring_func, norm):
-    rest = torch.randn(12) * 0.1, scoring_func, "top2_sum", 3, 2, 4, norm, 2.5
-    logits, dweights = torch.randn(6, 12, dtype=torch.float64, requires_grad=True), torch.randn(6, 4)
+@pytest.mark.parametrize("shared", [0, 2])
+def test_gradient(scoring_func, norm, shared):
+    rest = torch.randn(12) * 0.1, scoring_func, "top2_sum", 3, 2, 4, norm, 2.5, shared
+    logits, dweights = torch.randn(6, 12, dtype=torch.float64, requires_grad=True), torch.randn(6, 4 + shared)
     logits32 = logits.detach().float().requires_grad_()
     (actual,) = torch.autograd.grad(route(logits32, *rest)[0], logits32, dweights)
     (expected,) = torch.autograd.grad(route_ref(logits, *rest)[0], logits, dweights.double())
@@ -151,7 +165,7 @@ def test_gradient(scoring_func, norm):
 
 
 def test_comparison_is_taken_where_the_tokens_are_known_to_be_few():
-    rest = None, "sigmoid", "max", 1, 1, 2, True, 1.0
+    rest = None, "sigmoid", "max", 1, 1, 2, True, 1.0, 0
     few, many = COMPARE_PAIRS // 16**2, COMPARE_PAIRS // 16**2 + 1
     assert route.choose((torch.ones(few, 16), *rest), compiled=True).provider.name == "compare"
     assert route.choose((torch.ones(many, 16), *rest), compiled=True).provider.name == "reference"
@@ -169,9 +183,10 @@ def test_comparison_is_taken_where_the_tokens_are_known_to_be_few():
         ({4: 3}, ValueError, "want n_group dividing the 8 experts .* got n_group 3 and topk_group 1"),
         ({5: 3}, ValueError, "got n_group 2 and topk_group 3"),
         ({6: 5}, ValueError, "want 1 <= num_experts_per_tok <= 4, the experts of 1 groups, got 5"),
+        ({9: -1}, ValueError, "want n_shared_experts >= 0, got -1"),
     ],
 )
 def test_rejects(change, error, message):
-    args = dict(enumerate([torch.ones(2, 8), torch.ones(8), "sigmoid", "max", 2, 1, 2, True, 1.0])) | change
+    args = dict(enumerate([torch.ones(2, 8), torch.ones(8), "sigmoid", "max", 2, 1, 2, True, 1.0, 0])) | change
     with pytest.raises(error, match=message):
         route(*args.values())

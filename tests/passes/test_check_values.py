@@ -13,17 +13,20 @@ from deepfuse.passes.check_values import TOLERANCES, widest_tolerance
 from deepfuse.passes.pipeline import Pipeline
 from deepfuse.passes.record import Pass
 from deepfuse.passes.runner import Runner
+from deepfuse.passes.splice import call
 from graphs import trace
 
 E4M3 = torch.float8_e4m3fn
 
 
 def scaled(factor, kind):
-    """A pass that makes ``eps`` larger."""
+    """A pass that puts a norm with a larger ``eps`` in the place of each."""
 
     def scale_eps(graph):
         for node in graph.find_nodes(op="call_function", target=rms_norm.overload):
-            node.args = (*node.args[:2], node.args[2] * factor)
+            with graph.inserting_before(node):
+                other = call(graph, node, rms_norm.overload, *node.args[:2], node.args[2] * factor)
+            node.replace_all_uses_with(other)
         return 1
 
     return Pass("scale_eps", "semantic", kind, scale_eps)

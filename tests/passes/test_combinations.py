@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from deepfuse.blocks.fp8 import to_fp8
-from deepfuse.ir.device import device_row
+from deepfuse.ir.device import H200, device_row
 from deepfuse.ir.private import uncompiled_backend
 from deepfuse.ir.verify import verify, verify_types
 from deepfuse.passes.check_values import Rewritten, copied
@@ -70,14 +70,14 @@ def recorded() -> dict[str, tuple[fx.GraphModule, list[Any]]]:
     return dict(zip(GRAPHS, [*serving.graphs, *training.graphs], strict=True))
 
 
-def problem_of(graph: str, passes: tuple[Pass, ...]) -> tuple[int, str | None]:
-    """How often the passes rewrote, and what they broke."""
+def problem_of(graph: str, passes: tuple[Pass, ...], **settings: Any) -> tuple[int, str | None]:
+    """How often the passes rewrote, with these settings in the place of some, and what they broke."""
     before, inputs = recorded()[graph]
     after, rewrites = copied(before.graph), 0
     # as while a graph is compiled: shapes of symbolic sizes come from Python
     with noting([]), enable_python_dispatcher():
         for p in passes:
-            rewrites += p(after.graph, **SETTINGS)
+            rewrites += p(after.graph, **{**SETTINGS, **settings})
             after.graph.eliminate_dead_code()
             verify(after.graph)
             verify_types(after.graph)
@@ -114,3 +114,14 @@ def test_all_together(graph: str) -> None:
     rewrites, problem = problem_of(graph, DEFAULT)
     assert problem is None
     assert rewrites >= sum(problem_of(graph, (p,))[0] for p in active(graph) if p.name.startswith("fuse_quantized"))
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_all_together_as_on_a_gpu(graph: str) -> None:
+    assert problem_of(graph, DEFAULT, device=H200)[1] is None
+
+
+def test_absorbed_attention_as_on_a_gpu() -> None:
+    pair = tuple(p for p in DEFAULT if p.name in ("absorb_mla", "fuse_decode_attention"))
+    # absorbed, and then its query and its values
+    assert problem_of("decode", pair, device=H200) == (3 * CONFIG.num_hidden_layers, None)

@@ -89,6 +89,18 @@ def online(x, a, b, sa, sb):
     return product(a, sa), product(b, sb)
 
 
+def test_weights_in_the_middle_of_memory_are_read_through_the_input_that_begins_there():
+    def after(x, first, a, b):
+        y = linear(x, torch.as_strided(first, [12, K], [K, 1], 6 * K), None)
+        return y[:, :5], y[:, 5:12], first * 2
+
+    first, a, b = torch.randn(18, K).split([6, 5, 7])
+    first = first.view(2, 3, K)
+    gm, count, _ = merged(lambda x, first, a, b: (*two(x, a, b), first * 2), X, first, a, b)
+    assert count == 1
+    assert_same_graph(gm, trace(lambda x, first, a, b: after(x, first, a, b), X, first, a, b))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fn", [weight_only, online])
 def test_fp8_weights_and_their_scales(fn, dtype):
@@ -118,7 +130,7 @@ W5, W7 = torch.randn(5, K), torch.randn(7, K)
     [
         (two, (W5, W7), "each has memory of its own"),
         (two, torch.cat([W5, W5[:1], W7]).split([5, 1, 7])[::2], "it begins 256 elements behind the first one's end"),
-        (two, torch.cat([W5[:1], W5, W7]).split([1, 5, 7])[1:], "the first weight does not begin where its memory does"),
+        (two, torch.cat([W5[:1], W5, W7]).split([1, 5, 7])[1:], "no input begins where the memory of the first weight does"),
         (two, torch.randn(K, 12).t().split([5, 7]), "the rows of its weight lie apart"),
         (lambda x, a, b: (linear(x, a, None), linear(x, b * 2, None)), beside(W5, W7), "its weight is computed"),
         (lambda x, a, b: (linear(x, a, a[:, 0]), linear(x, b, b[:, 0])), beside(W5, W7), "it has a bias"),

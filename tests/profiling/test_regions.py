@@ -11,6 +11,9 @@ from torch._functorch.aot_autograd import aot_function
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import deepfuse.ops.absorb_query
+import deepfuse.ops.mla_decode_project  # noqa: F401 - defines the op
+from decode_arguments import decode_arguments
 from deepfuse.ops.append_latent import append_latent
 from deepfuse.ops.quantize import quantize
 from deepfuse.ops.rms_norm import rms_norm_ref
@@ -139,6 +142,31 @@ def test_a_copy_into_an_input_costs_where_nothing_can_write_there_itself() -> No
     assert regions(lambda x, y: x.copy_(y), X, X.clone()) == [("region", 2 * N)]
     found = regions(lambda x, y, w: x.copy_(y @ w), X, X.clone(), W, weights=(2,))
     assert found == [("matmul", 2 * N), ("region", 2 * N)]
+
+
+def test_of_a_weight_an_op_may_read_a_part() -> None:
+    # kv_b_proj of two heads: the first 8 rows of each are the query's, the others the values'
+    q_latent, q_rope, cache, table, seqlens, scale = decode_arguments([70], 2, 2, 16, 8)
+    weight, cos, sin = torch.randn(2 * (8 + 24), 16), torch.ones(1, 4), torch.zeros(1, 4)
+    ops: Any = torch.ops.deepfuse
+
+    def query(*given: Tensor) -> Any:
+        *tensors, weight = given
+        return ops.absorb_query.triton(*tensors, True, weight, None)
+
+    def attend(*given: Tensor) -> Any:
+        *tensors, weight = given
+        return ops.mla_decode_project.triton(*tensors, scale, weight, None, 24, None, False, True)[0]
+
+    (found,) = counted(query, q_latent[..., :8].contiguous(), q_rope, cos, sin, weight, weights=(4,))
+    assert (found.kind, found.kernels, found.weight_bytes) == ("matmul", 1, 2 * 8 * 16 * F4)
+    # nope and rotary parts, cos and sin; the latter rotated, and the former as wide as the latent
+    assert found.activation_bytes == (2 * 8 + 2 * 8 + 8 + 2 * 8 + 2 * 16) * F4
+    (found,) = counted(attend, q_latent, q_rope, cache, table, seqlens, weight, weights=(5,))
+    # of a product's operands weights are not counted, here as little as where it is a product alone
+    assert (found.kind, found.kernels, found.weight_bytes) == ("attention", 2, 0)
+    # two pages, the query, and the values
+    assert found.activation_bytes == (2 * 64 * 24 + 2 * 16 + 2 * 8 + 2 * 24) * F4
 
 
 def test_what_is_made_of_weights_is_no_activation() -> None:

@@ -208,6 +208,15 @@ def test_verify_takes_what_absorption_does_for_another_rounding() -> None:
     assert build(model, verify=True).report.matches()["absorb_mla"] == 2
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_verify_takes_no_token_at_another_expert_for_a_fault(seed: int) -> None:
+    """These weights send one there, for another rounding in the layer before."""
+    model = random_weights(CONFIG, seed)
+    to_fp8(model)
+    matches = build(model, max_batch_size=2, max_seq_len=64, verify=True, strict=True).report.matches()
+    assert matches["absorb_mla"] > 0
+
+
 def test_random_weights_and_modules() -> None:
     config = replace(CONFIG, num_hidden_layers=1)
     random = load_model(

@@ -19,8 +19,8 @@ from deepfuse.passes.runner import Runner
 from deepfuse.runtime.engine import decode, prefill
 from deepfuse.runtime.weight_layout import lay_side_by_side, layout_key
 
-STEPS = {"prefill": (prefill, 2, 5), "decode": (decode, 2, 1)}
-"""Graph -> its function, sequences, and tokens of each."""
+STEPS = {"prefill": (prefill, 2, 50), "decode": (decode, 2, 1)}
+"""Graph -> its function, sequences, and tokens of each: in a prefill more than in any decode step."""
 CACHED = 4096
 
 
@@ -41,7 +41,7 @@ def rewritten(
             parameter.data = parameter.data.to(dtype)
         if fp8:
             to_fp8(model)
-        lay_side_by_side(model)
+        lay_side_by_side(model, with_experts=True)
         settings = {"providers": {}, "device": H200, "max_seq_len": CACHED, "layout": layout_key(model)}
         runner = Runner((pipeline or default()).without("lower"), settings, strict=True)
         pages = sequences * CACHED // PAGE_SIZE

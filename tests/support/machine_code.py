@@ -108,7 +108,31 @@ def deepseek_v3_arguments() -> dict[str, list[tuple[Any, ...]]]:
     for T in (1, 64, 4096):
         for name, argument_tuples in _deepseek_v3_arguments(T).items():
             found.setdefault(name, []).extend(argument_tuples)
+    for T in (1, 64):
+        for name, argument_tuple in _one_more_expert(T).items():
+            found[name].append(argument_tuple)
     return found
+
+
+def _one_more_expert(T: int) -> dict[str, tuple[Any, ...]]:
+    """Of a decode step whose shared expert is one of the routed ones: 257 experts, nine a token."""
+    D, E, K, F, fp8 = 7168, 257, 9, 2048, torch.float8_e4m3fn
+    M = T * K
+
+    def t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    offsets, experts = t(E, dtype=torch.int32), t(T, K, dtype=torch.int64)
+    inverse, scales = t(M, dtype=torch.int64), t(D // 128, M, dtype=torch.float32).t()
+    up_fp8 = t(E, 2 * F, D, dtype=fp8), t(E, 2 * F // 128, D // 128, dtype=torch.float32)
+    return {
+        "route": (t(T, 256, dtype=torch.float32), None, "sigmoid", "top2_sum", 8, 4, 8, True, 2.5, 1),
+        "expert_permute": (t(T, D), experts, E),
+        "permute_quantize": (t(T, D), experts, E, fp8, False),
+        "grouped_matmul": (t(M, D), t(E, 2 * F, D), offsets),
+        "fp8_grouped_matmul": (t(M, D, dtype=fp8), scales, *up_fp8, offsets, torch.bfloat16),
+        "expert_unpermute": (t(M, D), inverse, inverse, t(T, K, dtype=torch.float32)),
+    }
 
 
 def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
@@ -134,8 +158,14 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
     experts_up, experts_down, offsets = t(E, 2 * F, D), t(E, D, F), i(E, dtype=torch.int32)
     fp8_up = t(E, 2 * F, D, dtype=fp8), f(E, 2 * F // 128, D // 128)
     per_row = (f(T), i(T), f(T), i(T), i(T))
+    # kv_b_proj, [H (N + V), C], in bfloat16 and in FP8
+    kv_b_weights = (t(2 * H * N, C), None), (t(2 * H * N, C, dtype=fp8), f(2 * H * N // 128, C // 128))
     router = ("sigmoid", "top2_sum", 8, 4, K, True, 2.5)
     return {
+        "absorb_query": [
+            (t(T, H, N + R)[..., :N], t(T, H, N + R)[..., N:], f(T, R // 2), f(T, R // 2), True, *kv_b)
+            for kv_b in kv_b_weights
+        ],
         "rms_norm": [(t(T, width), t(width), eps) for width in (D, Q, C)],
         "add_rms_norm": [(t(T, D), t(T, D), t(D), eps)],
         "add_rms_norm_quantize": [(t(T, D), t(T, D), t(D), eps, fp8, False, keep) for keep in (False, True)],
@@ -241,6 +271,13 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
         ],
         "mla_decode": [(t(T, H, C), t(T, H, R), cache, table, i(T, dtype=torch.int32), scale)],
         "mla_decode_fp8": [(t(T, H, C), t(T, H, R), cache_fp8, table, i(T, dtype=torch.int32), scale)],
+        # a weight in bfloat16 and in FP8, quantized or not; few and many splits, heads and sequences
+        "mla_decode_project": [
+            (t(B, H, C), t(B, H, R), to, i(B, pages), i(B, dtype=torch.int32), scale, *kv_b, N, quantized, False, False)
+            for B, pages in ((T, P), (min(T, 8), 1024))
+            for to in (cache, cache_fp8)
+            for kv_b, quantized in ((kv_b_weights[0], None), (kv_b_weights[1], None), (kv_b_weights[1], fp8))
+        ],
         "norm_rope_append": [
             (to, t(T, C + R)[:, :C], t(T, C + R)[:, C:], t(C), f(T, R // 2), f(T, R // 2), i(T), eps, True, keep)
             for to in (cache, cache_fp8)
@@ -269,7 +306,7 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
         "router_logits": [(t(rows, D), t(E, D)) for rows in (T, 2, 4, 8, 16)]
         + [(t(16, D), f(E, D)), (f(16, D), f(E, D))],
         "rotary": [(t(T, heads, R), f(T, R // 2), f(T, R // 2), True) for heads in (H, 1)],
-        "route": [(f(T, E), f(E), *router)],
+        "route": [(f(T, E), f(E), *router, 0)],
         "sample": [(f(T, V), *per_row), (t(T, V), *per_row)],
         "swiglu": [tuple(t(T, 2 * width).chunk(2, -1)) for width in (9 * F, F)],
         "swiglu_quantize": [(*t(T, 2 * width).chunk(2, -1), fp8, False, False) for width in (9 * F, F)],
