@@ -2,7 +2,7 @@
 
     with df.profile(model, "runs/a") as run:
         model.generate("Once upon a time", max_new_tokens=32)
-    print(run.table())
+    print(run)
 
 The first call of each graph is repeated before it is recorded, as warm-up: graphs write what they are given where they
 are told, so that doing it twice changes nothing. Only then is a graph's code copied with clocks in it
