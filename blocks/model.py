@@ -93,8 +93,8 @@ class CausalLM(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """``[R, D]``, normed -> ``[R, vocab_size]`` float32."""
-        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return linear(x, weight, None).float()
+        head = self.lm_head
+        return (linear(x, self.model.embed_tokens.weight, None) if head is None else head(x)).float()
 
     @torch.no_grad()
     def initialize(self, seed: int = 0) -> None:

@@ -4,9 +4,10 @@
 must not pay for them.
 """
 
+import contextlib
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -204,20 +205,95 @@ def capture(
     """Capture and compile ``fn`` for these arguments, ahead of its first call.
 
     The result makes no checks at a call: the caller answers for shapes and dtypes. Sizes marked with
-    :func:`mark_unbacked` are free.
+    :func:`mark_unbacked` are free. What ``node.meta[SITE]`` holds of the nodes stands in comments of Inductor's code.
 
     Returns:
         The compiled function and its bytes for :func:`load_captured`.
     """
     import torch._dynamo
 
-    with torch._dynamo.config.patch(enable_aot_compile=True):
+    with torch._dynamo.config.patch(enable_aot_compile=True), _sites_in_code():
         # checking the sizes of all weights at each call took 5% of a decode step (60M parameters in bfloat16, CPU)
         options = {**options, "size_asserts": False}
         lazy: Any = torch.compile(fn, fullgraph=True, dynamic=False, options=options)
         compiled = lazy.aot_compile((args, {}))
     compiled.disable_guard_check()
     return compiled, type(compiled).serialize(compiled).serialized_data
+
+
+SITE = "deepfuse_site"
+"""Entry of ``node.meta`` in a lowered graph: the number of the node's site."""
+KERNEL = "# deepfuse kernel:"
+"""Begins the comment before each call of a kernel in Inductor's Python: the sites of its parts, ``|`` between them.
+
+A part's own sites, of the nodes it computes into memory, and behind ``/`` those it computes on the way: ``3+4/1+2``.
+"""
+PART = "// deepfuse part"
+"""Stands before each part of a C++ kernel, a nest of loops. It is the same everywhere: equal kernels stay one."""
+
+
+@contextlib.contextmanager
+def _sites_in_code() -> Iterator[None]:
+    """Inside, Inductor writes comments into its code that say which sites a kernel computes."""
+    from torch._inductor import ir
+    from torch._inductor.codegen.cpp import CppScheduling, KernelGroup
+    from torch._inductor.virtualized import V
+
+    finalize, comment = KernelGroup.finalize_kernel, CppScheduling.codegen_comment
+    extern = ir.ExternKernel.codegen_comment
+
+    def finalize_kernel(self: Any, new_kernel: Any, nodes: Any) -> None:
+        self.loops_code.writeline(PART)
+        self.deepfuse_parts = [*getattr(self, "deepfuse_parts", ()), _part_sites([n.node for n in nodes])]
+        finalize(self, new_kernel, nodes)
+
+    def codegen_comment(self: Any, node_schedule: Any, kernel_name: Any = None) -> None:
+        comment(self, node_schedule, kernel_name)
+        grouped = node_schedule is self.kernel_group.scheduled_nodes
+        parts = self.kernel_group.deepfuse_parts if grouped else [_part_sites([n.node for n in node_schedule])]
+        V.graph.wrapper_code.writeline(f"{KERNEL} {'|'.join(parts)}")
+
+    def extern_comment(self: Any, wrapper: Any, kernel_name: Any = None) -> None:
+        extern(self, wrapper, kernel_name)
+        wrapper.writeline(f"{KERNEL} {_part_sites([self])}")
+
+    replaced: tuple[tuple[type, str, Any, Any], ...] = (
+        (KernelGroup, "finalize_kernel", finalize, finalize_kernel),
+        (CppScheduling, "codegen_comment", comment, codegen_comment),
+        (ir.ExternKernel, "codegen_comment", extern, extern_comment),
+    )
+    for owner, name, _, ours in replaced:
+        setattr(owner, name, ours)
+    try:
+        yield
+    finally:
+        for owner, name, theirs, _ in replaced:
+            setattr(owner, name, theirs)
+
+
+def _part_sites(computed: list[Any]) -> str:
+    """Sites of Inductor's nodes: those whose results they are, and the others they have taken in."""
+    from torch._inductor import ir
+
+    own: set[int] = set()
+    origins: set[int] = set()
+    for node in filter(None, computed):
+        numbers = {n.meta[SITE] for n in node.origins if SITE in n.meta}
+        exact = node.get_origin_node()
+        # a result that is no node's own is that of the last node in it
+        own |= {exact.meta[SITE]} if exact is not None and SITE in exact.meta else set(sorted(numbers)[-1:])
+        if isinstance(node, ir.ComputedBuffer):  # others are calls, which take nothing in
+            origins |= numbers
+    return "/".join("+".join(map(str, sorted(numbers))) for numbers in (own, origins - own))
+
+
+def load_code(source: str) -> types.ModuleType:
+    """A module from Inductor's Python, its kernels compiled, where they are not yet."""
+    from torch._inductor import config
+    from torch._inductor.codecache import PyCodeCache
+
+    with config.patch(CPP_FLAGS):
+        return PyCodeCache.load(source)
 
 
 def load_captured(data: bytes) -> Callable[..., Any]:

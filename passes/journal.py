@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from deepfuse.passes.sites import Site
+
 
 @dataclass(slots=True)
 class PassEntry:
@@ -32,6 +34,8 @@ class GraphEntry:
     passes: list[PassEntry] = field(default_factory=list)
     snapshots: dict[str, str] = field(default_factory=dict)
     """``before:PASS`` and ``after:PASS`` -> the graph as runnable Python."""
+    sites: list[Site] = field(default_factory=list)
+    """Where the nodes of the lowered graph come from, by the numbers in its code."""
 
 
 @dataclass(slots=True)
@@ -93,8 +97,14 @@ class Journal:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Journal":
-        graphs = [GraphEntry(g["name"], [PassEntry(**p) for p in g["passes"]], g["snapshots"]) for g in data["graphs"]]
-        return cls(graphs)
+        return cls(
+            [
+                GraphEntry(
+                    g["name"], [PassEntry(**p) for p in g["passes"]], g["snapshots"], [Site(**s) for s in g["sites"]]
+                )
+                for g in data["graphs"]
+            ]
+        )
 
 
 _graph_name: ContextVar[str] = ContextVar("graph_name", default="graph")

@@ -25,6 +25,7 @@ from deepfuse.ir.provider import Choice
 from deepfuse.passes.journal import note
 from deepfuse.passes.mutation import is_mutation, is_of_a_view, mutation_arguments
 from deepfuse.passes.record import graph_pass
+from deepfuse.passes.sites import mark_call
 from deepfuse.passes.splice import Splicer, replace_outputs, values
 
 
@@ -39,6 +40,7 @@ def lower(graph: fx.Graph, *, providers: Mapping[str, str]) -> int:
         if op is None:
             continue
         forced = providers.get(op.name)
+        mark_call(node, op, values(mutation_arguments(node) if mutates else list(node.args)))
         if not mutates:
             choice = op.choose(tuple(values(list(node.args))), compiled=True, forced=forced)
             _replace(node, op, choice, splicer)

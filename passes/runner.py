@@ -21,6 +21,7 @@ from deepfuse.passes.journal import GraphEntry, Journal, PassEntry, graph_name, 
 from deepfuse.passes.pipeline import Pipeline
 from deepfuse.passes.record import Pass
 from deepfuse.passes.rollback import snapshot
+from deepfuse.passes.sites import number_sites
 
 HOOKS: Mapping[str, tuple[str, ...]] = {
     "joint": ("semantic", "quantize"),
@@ -111,6 +112,8 @@ class Runner:
         for p in self.pipeline.of_stages(*HOOKS[hook]):
             passed, text = self._run_pass(p, graph, text, entry.snapshots, known)
             entry.passes.append(passed)
+        if hook == "last":
+            entry.sites = number_sites(graph)
 
     def _entry(self, hook: str) -> GraphEntry:
         # a training step has a joint graph, then a forward and a backward one; the first hook opens the entry

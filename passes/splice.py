@@ -19,6 +19,7 @@ PROVENANCE = (
     "original_aten",
     "seq_nr",
     "fwd_nn_module_stack",
+    "deepfuse_call",
 )
 """Entries of ``node.meta`` that say where a node comes from; a new node inherits them from the one it replaces."""
 

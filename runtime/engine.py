@@ -8,6 +8,7 @@ compiles nothing.
 Dims: T tokens, B sequences, P pages a sequence, R rows.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
@@ -146,6 +147,17 @@ class Engine:
         if self.device.type == "cpu":
             mark_unbacked(block_table, 1)
         return step, block_table
+
+    @contextlib.contextmanager
+    def wrapped(self, wrap: Callable[[str, Graph], Graph]) -> Iterator[None]:
+        """Inside, each graph is what ``wrap`` makes of its name and of itself."""
+        prefill, decode = self._prefill, self._decode
+        self._prefill = wrap("prefill", prefill)
+        self._decode = {b: wrap(f"decode_{b}", graph) for b, graph in decode.items()}
+        try:
+            yield
+        finally:
+            self._prefill, self._decode = prefill, decode
 
     # whatever the caller's mode, as graphs are made for this one
     @torch.inference_mode(False)

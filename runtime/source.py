@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-import deepfuse
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.fp8 import E4M3, FP8Experts, FP8Linear
 from deepfuse.blocks.model import CausalLM
@@ -14,7 +13,7 @@ from deepfuse.runtime.config_json import read_config
 from deepfuse.runtime.requirements import check_device
 from deepfuse.runtime.tokenizer import Tokenizer
 
-SHIPPED = Path(deepfuse.__file__).parent / "models"
+SHIPPED = Path(__file__).parents[1] / "models"
 """Presets whose weights come with the library lie here, by name."""
 
 

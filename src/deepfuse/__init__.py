@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from deepfuse.ir.op import OPS
     from deepfuse.passes.fusion import fusion
     from deepfuse.passes.record import graph_pass
+    from deepfuse.profiling.profile import profile
+    from deepfuse.profiling.run import Run
     from deepfuse.runtime.backend import backend_journal
     from deepfuse.runtime.build import build
     from deepfuse.runtime.model import Model
@@ -39,8 +41,10 @@ _HOMES = {
     "Model": "deepfuse.runtime.model",
     "OPS": "deepfuse.ir.op",
     "PRESETS": "deepfuse.blocks.presets",
+    "profile": "deepfuse.profiling.profile",
     "Report": "deepfuse.runtime.report",
     "RopeScaling": "deepfuse.blocks.config",
+    "Run": "deepfuse.profiling.run",
     "Trainer": "deepfuse.runtime.trainer",
     "Training": "deepfuse.runtime.trainer",
 }
@@ -53,6 +57,7 @@ __all__ = [
     "Model",
     "Report",
     "RopeScaling",
+    "Run",
     "Trainer",
     "Training",
     "backend_journal",
@@ -60,6 +65,7 @@ __all__ = [
     "fusion",
     "graph_pass",
     "passes",
+    "profile",
 ]
 
 

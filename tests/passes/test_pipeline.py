@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ import torch
 
 import deepfuse as df
 from deepfuse.ir.device import CPU
+from deepfuse.ir.op import OPS
 from deepfuse.ir.printer import run_text
 from deepfuse.ops.rms_norm import rms_norm
+from deepfuse.ops.sample import sample
 from deepfuse.passes.journal import Journal, naming, note
 from deepfuse.passes.pipeline import DEFAULT, Pipeline, default, pipeline_of
 from deepfuse.passes.record import STAGES, Pass, graph_pass
@@ -129,6 +132,17 @@ def run_hooks(runner, gm, name):
         for hook in HOOKS:
             runner.run(gm.graph, hook)
     gm.recompile()
+
+
+def test_the_order_in_which_ops_were_imported_is_no_part_of_the_key(monkeypatch):
+    before = default().key("a")
+    monkeypatch.setattr("deepfuse.ir.op.OPS", dict(reversed(OPS.items())))
+    assert default().key("a") == before
+    # nor is whether all of ours were; one of somebody else's is
+    monkeypatch.setattr("deepfuse.ir.op.OPS", {name: op for name, op in OPS.items() if op is not sample})
+    assert default().key("a") == before
+    monkeypatch.setattr("deepfuse.ir.op.OPS", OPS | {"theirs": replace(sample, reference=pytest.approx)})
+    assert default().key("a") != before
 
 
 def test_helpers_of_passes_and_costs_are_part_of_the_key(monkeypatch):

@@ -82,9 +82,17 @@ def test_a_damaged_report_is_none(root, damage):
 
 
 def test_a_report_of_another_form_is_none():
-    graph = {"name": "prefill", "passes": [], "snapshots": {}}
+    graph = {"name": "prefill", "passes": [], "snapshots": {}, "sites": []}
     assert kept_journal({"graphs": [graph]}, 1).graphs[0].name == "prefill"
-    for report in (None, [], {}, {"graphs": None}, {"graphs": [{}]}, {"graphs": [{**graph, "passes": [{"a": 1}]}]}):
+    for report in (
+        None,
+        [],
+        {},
+        {"graphs": None},
+        {"graphs": [{}]},
+        {"graphs": [{**graph, "passes": [{"a": 1}]}]},
+        {"graphs": [{**graph, "sites": [{}]}]},
+    ):
         assert kept_journal(report, 1) is None, report
     # a graph is missing, or one too many
     assert kept_journal({"graphs": [graph]}, 2) is None and kept_journal({"graphs": [graph] * 2}, 1) is None

@@ -1,0 +1,104 @@
+"""Where each node of a lowered graph comes from: the module of the model, the op, and what the op should cost.
+
+A site is one call of one op in one module: ``layers.3.self_attn.q_a_proj.linear``. :mod:`deepfuse.passes.lower` says
+which op a node was lowered from (later rewrites may have left ``original_aten`` behind), Dynamo in which module it was
+called. Nodes carry the number of their site, and so does the code that Inductor makes of them
+(:func:`deepfuse.ir.private.capture`); the table of sites stands in the journal, which is kept with the graphs.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from deepfuse.ir.op import Op
+from deepfuse.ir.private import SITE
+
+CALL = "deepfuse_call"
+"""Entry of ``node.meta``: the :class:`OpCall` a node was lowered from."""
+
+_FRAME = re.compile(r'File "(?:.*/)?(\w+)/(\w+)\.py", line \d+, in (\w+)')
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpCall:
+    """One call of one of our ops; its costs as text, in the free sizes of the graph, ``None`` where they are unknown."""
+
+    op: str
+    dtype: str
+    flops: str | None
+    bytes: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One call of one op in one module."""
+
+    number: int
+    """In the order of the graph."""
+    module: str
+    """``layers.3.self_attn``; empty for what the model itself calls, outside of all its parts."""
+    op: str
+    dtype: str = ""
+    """Of its first tensor of floats, where it is one of our ops."""
+    flops: str | None = None
+    bytes: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.op}" if self.module else self.op
+
+
+def mark_call(node: fx.Node, op: Op, args: Iterable[Any]) -> None:
+    """Note that ``node`` is a call of ``op`` with these values, for the nodes that will stand in its place."""
+    args = tuple(args)
+    floats = [a.dtype for a in args if isinstance(a, Tensor) and a.dtype.is_floating_point]
+    dtype = str(floats[0]).removeprefix("torch.") if floats else ""
+    try:
+        cost = op.cost(*args)
+        flops, size = str(cost.flops), str(cost.bytes)
+    except Exception:  # noqa: BLE001 - sizes that depend on data may raise anything; the time is measured all the same
+        flops, size = None, None
+    node.meta[CALL] = OpCall(op.name, dtype, flops, size)
+
+
+def number_sites(graph: fx.Graph) -> list[Site]:
+    """All sites of a lowered graph, in its order; their numbers are written into ``node.meta``."""
+    sites: list[Site] = []
+    numbers: dict[tuple[Any, ...], int] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        call, module = node.meta.get(CALL), module_of(node)
+        name = _op_name(node) if call is None else call.op
+        key = (module, name) if call is None else (call,)
+        if key not in numbers:
+            numbers[key] = len(sites)
+            costs = {} if call is None else {"dtype": call.dtype, "flops": call.flops, "bytes": call.bytes}
+            sites.append(Site(len(sites), module, name, **costs))
+        node.meta[SITE] = numbers[key]
+    return sites
+
+
+def module_of(node: fx.Node) -> str:
+    """Path of the module a node was called in, without the model's own name and without ``model.``, its decoder.
+
+    Where the model itself called it, the function that did: ``norm.add``, in the file ``norm.py`` of the blocks.
+    """
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    path = re.sub(r"^L\['\w+'\]\.?", "", list(stack.values())[-1][0]) if stack else ""
+    path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).removeprefix("model.").strip(".")
+    if path and path != "model":
+        return path
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if f[0] not in ("ir", "ops")]
+    return "" if not frames or frames[-1][2] == "forward" else ".".join(frames[-1][1:])
+
+
+def _op_name(node: fx.Node) -> str:
+    origin = node.meta.get("original_aten") or node.target
+    if isinstance(origin, torch._ops.OpOverload):
+        return origin._opname
+    return getattr(origin, "__name__", str(origin))

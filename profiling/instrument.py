@@ -1,0 +1,226 @@
+"""Inductor's code with clocks in it: when each part of each kernel began and ended, without another build.
+
+What a build keeps is Inductor's Python, with the C++ of its kernels, and comments that say which sites a kernel computes
+(:func:`deepfuse.ir.private.capture`). On a CPU a decode step may be one kernel of many parts, so that clocks around the
+calls of kernels say little. Here a copy of the code is made, in which
+
+- a clock stands before and after each call of a kernel in the Python,
+- the main thread writes the time down before each part of a C++ kernel, and at its end, into an array it is given;
+- the graph's free sizes are noted.
+
+Parts end at a barrier, so that the main thread's time is that of all. Kernels of the copy are compiled once and kept in
+Inductor's cache. The original does not change: it costs nothing while nobody profiles. For as long as somebody does, its
+``call`` calls the copy's.
+"""
+
+import re
+import sys
+import time
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepfuse.ir.private import KERNEL, PART, load_code
+from deepfuse.profiling.timeline import Span
+from deepfuse.runtime.compile_cache import inductor_cache
+
+CLOCK = """#include <ctime>
+static inline int64_t deepfuse_now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+"""
+"""The clock of ``time.perf_counter_ns`` on Linux."""
+_DEFINITION = re.compile(r"^(\w+) = async_compile\.cpp_pybinding\(\[(.*?)\], r'''(.*?)'''\)$", re.MULTILINE | re.DOTALL)
+_SIZE = re.compile(r"^(\s+)([su]\d+) = ")
+_CALLED = re.compile(r"(?:= |^)([\w.]+)\(")
+
+
+Readings = list[tuple[int, list[int]]]
+
+
+@dataclass(slots=True)
+class Kernel:
+    """One call of a kernel in a graph's code."""
+
+    name: str
+    """``cpp_fused_rms_norm_0``, ``extern_kernels.mm``, ``torch.ops.deepfuse.mla_attention.torch``."""
+    parts: list[tuple[tuple[int, ...], tuple[int, ...]]]
+    """Of each part, the numbers of the sites whose results it writes, and of those it computes on the way."""
+    clocked: bool
+    """Whether its parts have clocks of their own; else the call is one part."""
+
+
+class Instrumented:
+    """The copy of one graph's code, and what its clocks said."""
+
+    def __init__(self, source: str):
+        """``source``: Inductor's Python."""
+        text, self.kernels = instrument(source)
+        with inductor_cache():
+            self.module = load_code(text)
+        self._marks = [torch.zeros(len(k.parts) + 1, dtype=torch.int64) if k.clocked else None for k in self.kernels]
+        self._log: list[tuple[int, int, int]] = []
+        self.sizes: dict[str, int] = {}
+        vars(self.module).update(
+            deepfuse_now=time.perf_counter_ns,
+            deepfuse_log=self._log.append,
+            deepfuse_marks=self._marks,
+            deepfuse_sizes=self.sizes,
+        )
+        self._call: Callable[[Any], Any] = self.module.call
+        self.began = self.ended = 0
+
+    def __call__(self, args: Any) -> Any:
+        self._log.clear()
+        self.began = time.perf_counter_ns()
+        result = self._call(args)
+        self.ended = time.perf_counter_ns()
+        return result
+
+    def readings(self) -> Readings:
+        """Of the last call, each kernel's number and its times: the beginning of each part, and the end."""
+        marks = self._marks
+        return [
+            (number, [began, ended] if marks[number] is None else marks[number].tolist())  # type: ignore[union-attr]
+            for number, began, ended in self._log
+        ]
+
+
+def spans_of(readings: Readings) -> list[Span]:
+    """In order. Not between the steps: a thousand objects would be in the way of the next one's caches."""
+    return [Span(number, i, *between) for number, times in readings for i, between in enumerate(pairwise(times))]
+
+
+def instrument(source: str) -> tuple[str, list[Kernel]]:
+    """Inductor's Python with clocks, and its calls of kernels in order.
+
+    Raises:
+        ValueError: nothing in it says which sites a kernel computes.
+    """
+    clocks = {name: code.count(PART) for name, _, code in _DEFINITION.findall(source)}
+    kernels: list[Kernel] = []
+    lines: list[str] = []
+    rest = iter(_DEFINITION.sub(_with_clocks, source).splitlines())
+    for line in rest:
+        lines.append(line)
+        size = _SIZE.match(line)
+        if size is not None:
+            lines.append(f'{size[1]}deepfuse_sizes["{size[2]}"] = {size[2]}')
+        if not line.lstrip().startswith(KERNEL):
+            continue
+        indent, statement = _statement(rest)
+        name = _called(statement)
+        parts = [_sites(part) for part in line.split(KERNEL)[1].strip().split("|")]
+        clocked = clocks.get(name, 0) == len(parts)
+        number = len(kernels)
+        if name in clocks:
+            marks = f"deepfuse_marks[{number}]" if clocked else "deepfuse_unread"
+            statement = f"{statement[: statement.rindex(')')]}, {marks})"
+        if not clocked:
+            parts = [(_once(own for own, _ in parts), _once(others for _, others in parts))]
+        kernels.append(Kernel(name, parts, clocked))
+        lines.append(f"{indent}deepfuse_began = deepfuse_now()")
+        lines.append(f"{indent}{statement}")
+        lines.append(f"{indent}deepfuse_log(({number}, deepfuse_began, deepfuse_now()))")
+    if not kernels:
+        raise ValueError("profile: want code of a graph that this version of deepfuse built, got code without sites")
+    unread = f"import torch\ndeepfuse_unread = torch.zeros({max(clocks.values(), default=0) + 1}, dtype=torch.int64)\n"
+    return unread + "\n".join(lines) + "\n", kernels
+
+
+def _with_clocks(definition: re.Match[str]) -> str:
+    """A C++ kernel that takes one more argument, an array, and writes the beginning of each part and its end there."""
+    name, types_, code = definition.groups()
+    head, opening, body = code.partition(")\n{")
+    body, closing, tail = body.rpartition("}")
+    pieces = body.split(PART)
+    mark = "#pragma omp master\n    {{ deepfuse_marks[{}] = deepfuse_now(); }}\n"
+    marked = pieces[0] + "".join(mark.format(i) + piece for i, piece in enumerate(pieces[1:]))
+    end = f"    deepfuse_marks[{len(pieces) - 1}] = deepfuse_now();\n"
+    head = head.replace('extern "C"', f'{CLOCK}extern "C"', 1) + ", int64_t* deepfuse_marks"
+    return f"{name} = async_compile.cpp_pybinding([{types_}, 'int64_t*'], r'''{head}{opening}{marked}{end}{closing}{tail}''')"
+
+
+def _once(numbers: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(n for several in numbers for n in several))
+
+
+def _statement(rest: Iterator[str]) -> tuple[str, str]:
+    """The next statement, in one line, and its indentation."""
+    line = next(rest)
+    while not line.strip() or line.lstrip().startswith("#"):
+        line = next(rest)
+    indent = line[: len(line) - len(line.lstrip())]
+    statement = line.strip()
+    while statement.count("(") > statement.count(")"):
+        statement += " " + next(rest).strip()
+    return indent, statement
+
+
+def _called(statement: str) -> str:
+    found = _CALLED.search(statement)
+    return statement if found is None else found[1]
+
+
+def _sites(part: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    own, _, others = part.partition("/")
+    return tuple(map(int, filter(None, own.split("+")))), tuple(map(int, filter(None, others.split("+"))))
+
+
+def code_called_by(fn: Callable[[], Any]) -> tuple[dict[str, Any], str]:
+    """The module of Inductor's code whose ``call`` the function reaches, its names, and its text.
+
+    Raises:
+        ValueError: it calls no such code, or it is being profiled already.
+    """
+    found: list[types.CodeType] = []
+    owners: list[dict[str, Any]] = []
+
+    def look(frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code.co_name == "call" and "extern_kernels" in frame.f_globals:
+            found.append(frame.f_code)
+            owners.append(frame.f_globals)
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        fn()
+    finally:
+        sys.setprofile(before)
+    if not found:
+        raise ValueError("profile: want a model compiled for a CPU, got one whose graphs call no code of Inductor's")
+    if "deepfuse_call" in owners[0] or "deepfuse_log" in owners[0]:
+        raise ValueError("profile: want one profile at a time, got one of a model that is being profiled")
+    return owners[0], Path(found[0].co_filename).read_text()
+
+
+@contextmanager
+def replaced(owner: dict[str, Any], call: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, the code of that module passes its calls on."""
+    method: Any = owner["call"]
+    original: Any = getattr(method, "__func__", method)
+    stand_in = _call_of_a_method if isinstance(method, types.MethodType) else _call
+    # who calls it holds the function, so that its code changes and not its name
+    kept, owner["deepfuse_call"] = original.__code__, call
+    original.__code__ = stand_in.__code__
+    try:
+        yield
+    finally:
+        original.__code__ = kept
+        del owner["deepfuse_call"]
+
+
+def _call(args: Any) -> Any:
+    return deepfuse_call(args)  # type: ignore[name-defined]  # noqa: F821 - of the module it is put into
+
+
+def _call_of_a_method(self: Any, args: Any) -> Any:
+    return deepfuse_call(args)  # type: ignore[name-defined]  # noqa: F821

@@ -1,0 +1,115 @@
+"""Every node of a lowered graph says from which module and op it comes, and what that op should cost."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import fx, nn
+
+import deepfuse as df
+from deepfuse.ir.private import SITE
+from deepfuse.ops.grouped_matmul import grouped_matmul
+from deepfuse.ops.rms_norm import rms_norm
+from deepfuse.passes.journal import Journal
+from deepfuse.passes.lower import lower
+from deepfuse.passes.sites import Site, module_of, number_sites
+from graphs import trace
+from tiny_model import tiny_model
+
+
+def sites_of(name):
+    return next(g.sites for g in tiny_model().report.journal.graphs if g.name == name)
+
+
+def places(name):
+    return {site.name for site in sites_of(name)}
+
+
+def test_modules_and_ops_of_a_model():
+    wanted = {
+        "embed_tokens.embedding",
+        "layers.0.input_layernorm.rms_norm",
+        "layers.0.self_attn.q_b_proj.linear",
+        "layers.0.mlp.down_proj.linear",
+        "layers.1.mlp.gate.route",
+        "layers.1.mlp.experts.grouped_matmul",
+        "layers.1.mlp.shared_experts.swiglu",
+        "lm_head.linear",
+    }
+    assert wanted | {"layers.1.self_attn.mla_attention"} <= places("prefill")
+    # absorbed: the products beside the attention, too
+    assert wanted | {"layers.1.self_attn.head_matmul", "layers.1.self_attn.mla_decode"} <= places("decode_1")
+
+
+def test_what_a_fusion_made_is_named_by_its_own_op():
+    # norm, rotary embedding and cache write, of which the pass made one op
+    assert "layers.0.self_attn.norm_rope_append" in places("decode_1")
+    assert "layers.0.self_attn.append_latent" not in places("decode_1")
+
+
+def test_costs_are_those_of_the_op_in_free_sizes():
+    norm = next(s for s in sites_of("prefill") if s.name == "layers.0.input_layernorm.rms_norm")
+    x, weight = torch.empty(7, 32), torch.empty(32)
+    cost = df.OPS["rms_norm"].cost(x, weight, 1e-6)
+    assert norm.dtype == "float32"
+    assert eval(norm.bytes, {"u0": 7}) == cost.bytes and eval(norm.flops, {"u0": 7}) == cost.flops
+
+
+def test_calls_of_one_op_in_one_module_are_sites_of_their_own():
+    graph = trace(lambda x, w: rms_norm(rms_norm(x, w, 1e-6), w, 1e-6), torch.randn(3, 8), torch.ones(8)).graph
+    lower(graph, providers={})
+    sites = number_sites(graph)
+    assert [s.op for s in sites] == ["rms_norm", "rms_norm"]
+    # the reference's nodes stand in the place of each
+    computed = [n for n in graph.nodes if n.op == "call_function"]
+    assert [n.meta[SITE] for n in computed] == sorted(n.meta[SITE] for n in computed)
+    assert len(computed) > 2 and {n.meta[SITE] for n in computed} == {0, 1}
+
+
+def test_a_kernel_that_stays_a_call_has_its_costs():
+    x, weight, offsets = torch.randn(6, 8), torch.randn(2, 4, 8), torch.tensor([2, 6], dtype=torch.int32)
+    graph = trace(grouped_matmul, x, weight, offsets).graph
+    lower(graph, providers={})
+    (site,) = number_sites(graph)
+    cost = df.OPS["grouped_matmul"].cost(x, weight, offsets)
+    assert site == Site(0, "", "grouped_matmul", "float32", str(cost.flops), str(cost.bytes))
+
+
+def node_at(stack, trace=""):
+    node = fx.Graph().call_function(torch.sin)
+    node.meta = {"nn_module_stack": {path: (path, nn.Module) for path in stack}, "stack_trace": trace}
+    return node
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        ("L['model'].model.layers.3.self_attn.q_a_proj", "layers.3.self_attn.q_a_proj"),
+        ("L['self'].model.layers[2].mlp", "layers.2.mlp"),
+        ("L['model'].lm_head", "lm_head"),
+        ("L['model']", ""),
+        ("L['model'].model", ""),
+    ],
+)
+def test_paths_without_the_name_of_the_model(path, wanted):
+    assert module_of(node_at([path])) == wanted
+
+
+def test_what_the_model_calls_itself_has_the_name_of_the_function():
+    frames = [
+        '  File "/a/runtime/engine.py", line 3, in decode\n    return model(x)\n',
+        '  File "/a/blocks/model.py", line 9, in forward\n    return self.norm.add(x, h)\n',
+        '  File "/a/blocks/norm.py", line 7, in add\n    return add_rms_norm(x, h)\n',
+        '  File "/a/ir/op.py", line 5, in __call__\n    return self.overload(*args)\n',
+    ]
+    assert module_of(node_at(["L['model']"], "".join(frames))) == "norm.add"
+    # in the model's own forward: the bare name of the model says nothing
+    assert module_of(node_at(["L['model']"], "".join(frames[:2]))) == ""
+    assert module_of(node_at(["L['model']"])) == ""
+
+
+def test_the_journal_keeps_them():
+    journal = tiny_model().report.journal
+    kept = Journal.from_json(journal.to_json())
+    assert kept.graphs[0].sites == journal.graphs[0].sites
+    assert Site(**asdict(kept.graphs[0].sites[0])) == kept.graphs[0].sites[0]

@@ -1,0 +1,166 @@
+"""A profiled generation: every kernel has module and op, from a kept build too, and nothing of it stays behind."""
+
+import gzip
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import deepfuse as df
+from deepfuse.__main__ import main
+from deepfuse.profiling.roofline import roofline
+from deepfuse.profiling.run import Run
+from tiny_model import CONFIG, ONE_LAYER, build, write_checkpoint
+
+PROMPT = [5, 6, 7]
+ONE_OF_EXPERTS = replace(CONFIG, num_hidden_layers=1, first_k_dense_replace=0)
+
+
+def generate(model, tokens=6):
+    return model.generate(PROMPT, max_new_tokens=tokens, stop_token_ids=())
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The same model from an empty cache, and from what the first build left there."""
+    root = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPFUSE_CACHE_DIR", str(root))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(root / "inductor"))
+        folder = write_checkpoint(root / "model", config=ONE_OF_EXPERTS)
+        cold, warm = (build(folder, compile=True) for _ in range(2))
+        assert not cold.report.warm and warm.report.warm
+        yield cold, warm
+
+
+@pytest.fixture
+def model(compiled):
+    return compiled[0]
+
+
+@pytest.mark.compile
+def test_kernels_of_prefill_and_decode_have_module_and_op(compiled, tmp_path):
+    runs = []
+    for name, model in zip(("cold", "warm"), compiled, strict=True):
+        expected = generate(model)
+        with df.profile(model, tmp_path / name) as run:
+            assert generate(model) == expected
+        runs.append(run)
+        assert run.graphs == ["prefill", "decode_1"] and len(run.steps_of("decode_1")) == 5
+        assert run.attributed() >= 0.95
+        for step in run.steps:
+            assert step.spans and step.began <= step.code_began <= step.code_ended <= step.ended
+            ends = [step.code_began, *(t for s in step.spans for t in (s.began, s.ended)), step.code_ended]
+            assert ends == sorted(ends), "spans lie in the code, one after the other"
+            assert step.wrapper_ns > 0 and step.guard_ns > 0
+        places = {row.name for row in run.rows("place") if row.graph == "decode_1"}
+        assert {
+            "layers.0.self_attn.mla_decode",
+            "layers.0.mlp.gate.route",
+            "lm_head.linear",
+            "(wrapper)",
+            "(guards)",
+        } <= places
+        assert Run.read(tmp_path / name) == run
+        # a prompt of 3 tokens: free sizes in the code are those of the costs
+        bounds = {row.name: row for row in roofline(run, "place") if row.graph == "prefill"}
+        norm = bounds["layers.0.input_layernorm.rms_norm"]
+        cost = df.OPS["rms_norm"].cost(torch.empty(3, 32), torch.empty(32), 1e-6)
+        assert (norm.flops, norm.bytes) == (cost.flops, cost.bytes)
+        events = json.loads(gzip.decompress((tmp_path / name / "trace.json.gz").read_bytes()))["traceEvents"]
+        assert {"lm_head.linear", "layers.0.mlp", "prefill"} <= {event["name"] for event in events}
+    # names survive in what is kept
+    assert runs[0].parts == runs[1].parts
+    # the cache's free size, in pages
+    assert {tuple(step.sizes.values()) for step in runs[0].steps_of("decode_1")} == {(1,)}
+
+
+@pytest.mark.compile
+def test_steps_are_limited_and_nothing_stays_behind(model):
+    with df.profile(model, steps=2) as run:
+        before = generate(model)
+    assert len(run.steps_of("decode_1")) == 2 and len(run.steps_of("prefill")) == 1
+    assert type(model.engine._prefill).__name__ != "_Recorder"
+    recorded = len(run.steps)
+    assert generate(model) == before and len(run.steps) == recorded
+    # again, with the code that is there
+    with df.profile(model) as again:
+        assert generate(model) == before
+    assert again.parts == run.parts
+
+
+@pytest.mark.compile
+def test_a_block_that_fails_leaves_the_model_as_it_was(model, tmp_path):
+    expected = generate(model)
+    with pytest.raises(RuntimeError, match="mine"), df.profile(model, tmp_path / "run"):
+        generate(model)
+        raise RuntimeError("mine")
+    assert generate(model) == expected and not (tmp_path / "run").exists()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    ("out", "options", "error", "message"),
+    [
+        ("run", {}, ValueError, "want a step of the model inside the block, got none"),
+        ("", {}, FileExistsError, "want a run directory that is not there yet, got "),
+        ("file/run", {}, OSError, "want a run directory that can be made, got .*: Not a directory"),
+        ("run", {"warmup": 0}, ValueError, "want warmup as an integer >= 1, got 0"),
+        ("run", {"steps": 0}, ValueError, "want steps as an integer >= 1 or None, got 0"),
+    ],
+)
+def test_what_cannot_be_profiled(model, tmp_path, out, options, error, message):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(error, match=f"profile: {message}"), df.profile(model, tmp_path / out, **options):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.compile
+def test_one_profile_at_a_time(model):
+    expected = generate(model)
+    with pytest.raises(ValueError, match="want one profile at a time"), df.profile(model):
+        generate(model)
+        with df.profile(model):
+            generate(model)
+    assert generate(model) == expected
+
+
+@pytest.mark.compile
+def test_the_command(model, monkeypatch, tmp_path, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["deepfuse", "profile", "tiny", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        main()
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(df, "build", lambda *_, **__: model)
+    table = run("--prompt", "the fox", "--steps", 3, "--out", tmp_path / "run", "--by", "block")
+    assert "layers.0.self_attn" in table and "(wrapper)" in table and "lost us" in table
+    assert len(Run.read(tmp_path / "run").steps_of("decode_1")) == 3
+    data = json.loads(run("--prompt", "the fox", "--steps", 1, "--json"))
+    assert data["attributed"] >= 0.95 and data["rows"]["op"]
+    assert {row["limit"] for row in data["roofline"]} >= {"memory"} and data["roofline"][0]["lost_us"] is not None
+
+    def refused(*arguments):
+        # before anything is built
+        monkeypatch.setattr(df, "build", None)
+        with pytest.raises(SystemExit):
+            run(*arguments)
+        return capsys.readouterr().err
+
+    assert "want a run directory that is not there yet" in refused("--prompt", "a", "--out", tmp_path / "run")
+    assert "want --steps >= 1, got 0" in refused("--prompt", "a", "--steps", 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (lambda: build(ONE_LAYER), ValueError, "want a compiled model, got one built with compile=False"),
+        (dict, TypeError, "want a Model, as deepfuse.build returns it for generation, got dict"),
+    ],
+)
+def test_models_without_inductors_code(model, error, message):
+    with pytest.raises(error, match=message), df.profile(model()):
+        pass
