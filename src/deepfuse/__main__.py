@@ -1,6 +1,7 @@
 """The command line: ``deepfuse generate | chat | build | profile | quantize | ops | kernels | passes | explain | cache``.
 
-Each command takes ``--help``. What is printed is for people; ``--json`` prints one JSON object for programs.
+Each command takes ``--help``. What is printed is for people; ``--json`` prints one JSON object for programs. Long, as it
+has all commands: each is its arguments and a call.
 """
 
 import json
