@@ -2,7 +2,8 @@
 
 An exact pass must give the same bits. A reassociating one may differ by ``atol + rtol * max |expected|`` of the narrowest
 dtype computed in, for each result and each call that was there before: the graphs run in lockstep (:mod:`.lockstep`).
-Between two such calls rewrites err independently: n of them by sqrt(n) times as much. Where the graph rounds to FP8, a
+Between two such calls rewrites err independently: n of them by sqrt(n) times as much. Results are judged without lockstep
+too, but where the graph rounds to FP8 or takes decisions, which amplify what one rounding changed. Where the graph rounds to FP8, a
 last place before a rounding may decide which way it goes, and ``absorb_mla`` leaves a rounding out: a number then moves
 by up to a unit of the 4-bit significand, an eighth of it; terms of a sum err independently, so that the sum errs by no
 larger share of its size. The bytes of a latent cache in FP8 are compared as the numbers they stand for, one of whose
@@ -45,31 +46,39 @@ class Rewritten:
 
     def problem(self, inputs: Sequence[Any]) -> str | None:
         """How results, calls that both have, or what is written to inputs differ; ``None`` where they do not."""
-        ours, theirs = _cloned(inputs), _cloned(inputs)
         widest = widest_tolerance(self.before.graph)
-        if self.kind == "exact":
-            with torch.no_grad():
-                want, got, problem = _leaves(self.before(*ours)), _leaves(self.after(*theirs)), None
-        else:
-            compare = partial(self._difference, tolerance=widest)
-            want, got, problem = run_in_lockstep(self.before, self.after, (ours, theirs), compare)
-        if problem:
-            return problem
+        if self.kind == "reassociating":
+            ours, theirs = _cloned(inputs), _cloned(inputs)
+            compare = partial(self._difference, widest)
+            found = run_in_lockstep(self.before, self.after, (ours, theirs), compare)
+            together = self._of_results(widest, found.distance, (found.want, ours), (found.got, theirs))
+            if found.problem or together:
+                return found.problem or together
+            if _rounds_to_fp8(widest) or _decides(self.before.graph):
+                return None
+        # where nothing amplifies a rounding, results are judged as well: errors of one sign add up on the way there
+        ours, theirs = _cloned(inputs), _cloned(inputs)
+        with torch.no_grad():
+            want, got = _leaves(self.before(*ours)), _leaves(self.after(*theirs))
+        return self._of_results(widest, self.rewrites, (want, ours), (got, theirs))
+
+    def _of_results(
+        self, widest: Tolerance, rewrites: int, want: tuple[list[Any], list[Any]], got: tuple[list[Any], list[Any]]
+    ) -> str | None:
+        """The same of results and of inputs, as they were left."""
         caches = caches_in_fp8(self.before.graph)
-        for i, (a, b) in enumerate(zip([*got, *theirs], [*want, *ours], strict=True)):
+        for i, (a, b) in enumerate(zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True)):
             tolerance = widest
-            # inputs, as they were left, come last
-            rank = caches.get(i - len(want))
+            rank = caches.get(i - len(want[0]))
             if rank is not None and self.kind == "reassociating":
                 a, b = (torch.cat(unpacked_rows(cache, rank, torch.float32), -1) for cache in (a, b))
                 tolerance = ONE_FLOAT8_STEP[torch.float8_e4m3fn]
-            if isinstance(b, Tensor):
-                problem = self._difference(a, b, tolerance)
-                if problem:
-                    return f"result {i} of {len(want) + len(inputs)}: {problem}"
+            problem = self._difference(tolerance, a, b, rewrites) if isinstance(b, Tensor) else None
+            if problem:
+                return f"result {i} of {len(want[0]) + len(want[1])}: {problem}"
         return None
 
-    def _difference(self, got: Tensor, want: Tensor, tolerance: Tolerance) -> str | None:
+    def _difference(self, tolerance: Tolerance, got: Tensor, want: Tensor, rewrites: int) -> str | None:
         if got.shape != want.shape or got.dtype != want.dtype:
             return f"want {want.dtype} {list(want.shape)}, got {got.dtype} {list(got.shape)}"
         if torch.equal(_bits(got), _bits(want)):
@@ -77,12 +86,31 @@ class Rewritten:
         if self.kind == "exact" or not want.is_floating_point():
             return f"want the same bits, got {int((_bits(got) != _bits(want)).sum())} that differ"
         got, want = got.double(), want.double()
-        if not torch.equal(got.isfinite(), want.isfinite()):
-            return "want infinities and NaN where they were, got others"
         finite = want.isfinite()
+        signs = [x.nan_to_num(0.0, 1.0, -1.0)[~finite] for x in (got, want)]
+        if not torch.equal(got.isfinite(), finite) or not torch.equal(*signs):
+            return "want infinities and NaN where they were, got others"
+        if not finite.any():
+            return None
         error, size = (got - want)[finite].abs().max().item(), want[finite].abs().max().item()
-        bound = (tolerance.atol + tolerance.rtol * size) * math.sqrt(max(self.rewrites, 1))
+        bound = (tolerance.atol + tolerance.rtol * size) * math.sqrt(max(rewrites, 1))
         return None if error <= bound else f"want errors up to {bound:.2e}, got {error:.2e} (values up to {size:.2e})"
+
+
+def _rounds_to_fp8(widest: Tolerance) -> bool:
+    return widest.rtol >= TOLERANCES[torch.float8_e4m3fn].rtol
+
+
+def _decides(graph: fx.Graph) -> bool:
+    """Whether a call makes whole numbers or truth values of floating-point ones, as ``route`` does."""
+
+    def is_floating(n: fx.Node) -> list[bool]:
+        return [v.is_floating_point() for v in _leaves(n.meta.get("val")) if isinstance(v, Tensor)]
+
+    return any(
+        n.op == "call_function" and not all(is_floating(n)) and any(any(is_floating(b)) for b in n.all_input_nodes)
+        for n in graph.nodes
+    )
 
 
 def copied(graph: fx.Graph) -> fx.GraphModule:

@@ -60,7 +60,8 @@ def cases_of(declared: type, name: str, anchor: Any, free: Sequence[str]) -> tup
             getattr(declared, what + suffix, getattr(declared, what)) for what in ("replacement", "samples")
         )
         case = Case(getattr(declared, "pattern" + suffix), replacement, tuple(samples))
-        cases.append(replace(case, ops=_check(name, anchor, free, case)))
+        checked = samples[:1] if declared.__module__.startswith(__package__ + ".") else samples
+        cases.append(replace(case, ops=_check(name, anchor, free, case, checked)))
     return tuple(cases)
 
 
@@ -70,11 +71,14 @@ def no_anchor(name: str, anchor: Any, ops: list[str]) -> ValueError:
     return ValueError(f"{name}: want a pattern with an anchor to search for, {wanted}, got the ops {ops}")
 
 
-def _check(name: str, anchor: Any, free: Sequence[str], case: Case) -> frozenset[str]:
+def _check(
+    name: str, anchor: Any, free: Sequence[str], case: Case, checked: Sequence[tuple[Any, ...]]
+) -> frozenset[str]:
     """What a registration refuses; on real zeros: torch imports for seconds before its first meta tensor.
 
-    Shapes and dtypes are those of the first sample: every process that imports the rule pays for it. The test over all
-    samples checks them for each.
+    Args:
+        checked: the samples whose shapes and dtypes are compared. Of our own rules, which every process imports, it is
+            the first, and all in their test.
 
     Returns:
         The names of the ops of ours in the pattern.
@@ -88,22 +92,24 @@ def _check(name: str, anchor: Any, free: Sequence[str], case: Case) -> frozenset
     for sample in case.samples:
         if len(sample) != len(case.parameters):
             raise ValueError(f"{name}: want samples of {case.parameters}, got {sample}")
-    sample = case.samples[0]
-    arguments = materialized(sample, zeros=True)
-    for parameter in set(free) & set(case.parameters):
-        if type(value := arguments[case.parameters.index(parameter)]) is not int:
-            raise ValueError(f"{name}: want free parameters that are ints, got {parameter} = {value}")
-    want = _shapes(case.replacement(*arguments))
-    with _Recorded() as seen:
-        got = _shapes(case.pattern(*arguments))
-    if anchor is None and seen.names <= COMMON:
-        raise no_anchor(name, anchor, sorted(seen.names - {"get"}))
-    if got != want:
-        raise ValueError(
-            f"{name}: want a replacement that gives what the {case.pattern.__name__} gives, {got}, got "
-            f"{want}, for {sample}"
-        )
-    return frozenset(seen.ours)
+    ours: set[str] = set()
+    for sample in checked:
+        arguments = materialized(sample, zeros=True)
+        for parameter in set(free) & set(case.parameters):
+            if type(value := arguments[case.parameters.index(parameter)]) is not int:
+                raise ValueError(f"{name}: want free parameters that are ints, got {parameter} = {value}")
+        want = _shapes(case.replacement(*arguments))
+        with _Recorded() as seen:
+            got = _shapes(case.pattern(*arguments))
+        if anchor is None and seen.names <= COMMON:
+            raise no_anchor(name, anchor, sorted(seen.names - {"get"}))
+        if got != want:
+            raise ValueError(
+                f"{name}: want a replacement that gives what the {case.pattern.__name__} gives, {got}, got "
+                f"{want}, for {sample}"
+            )
+        ours |= seen.ours
+    return frozenset(ours)
 
 
 class _Recorded(TorchFunctionMode):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from deepfuse.ir.device import CPU, Device
+from deepfuse.ir.device import Device
 from deepfuse.ir.op import Op
 from deepfuse.ir.printer import where
 from deepfuse.ops.absorb_query import absorb_query
@@ -38,8 +38,8 @@ from deepfuse.passes.record import graph_pass
 from deepfuse.passes.splice import call, replace_outputs, values
 
 aten = torch.ops.aten
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 DECODES = (mla_decode.overload, mla_decode_fp8.overload)
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 @graph_pass(
@@ -50,7 +50,7 @@ VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 def fuse_decode_attention(graph: fx.Graph, *, device: Device) -> int:
     """Rewrite in place; returns the number of halves, two of each attention."""
     decodes = [node for node in graph.nodes if node.target in DECODES]
-    if not decodes or device.name.startswith(CPU.name):
+    if not decodes or device.kind == "cpu":
         note("nothing to do: " + ("on a CPU the ops stay apart" if decodes else "the graph has no absorbed attention"))
         return 0
     halves: tuple[tuple[str, Callable[..., str | None]], ...] = (("query", _fuse_query), ("values", _fuse_values))
@@ -126,7 +126,7 @@ def _weight_rows(part: Any) -> Any:
     if part.target is not aten.slice.Tensor or len(part.args) != 4 or part.args[1] != 1:
         return None
     per_head, _, begin, end = part.args
-    if per_head.target not in VIEWS:
+    if per_head.target not in RESHAPES:
         return None
     weight, shape = per_head.args[0], per_head.meta["val"].shape
     if list(weight.meta["val"].shape) != [shape[0] * shape[1], shape[2]]:
@@ -150,14 +150,14 @@ def _readers(node: Any) -> list[Any]:
     """What reads a node, also in another shape."""
     found: list[Any] = []
     for user in node.users:
-        found += _readers(user) if user.target in VIEWS else [user]
+        found += _readers(user) if user.target in RESHAPES else [user]
     return found
 
 
 def _erase_dead(node: Any) -> None:
     """A node that nobody reads, but for views that nobody reads: what is left of a site must not be found again."""
     for user in list(node.users):
-        if user.target in VIEWS:
+        if user.target in RESHAPES:
             _erase_dead(user)
     if not node.users:
         node.graph.erase_node(node)

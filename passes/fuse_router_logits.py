@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepfuse.ops.linear import linear
 from deepfuse.ops.router_logits import router_logits
-from deepfuse.passes.fusion import fusion
+from deepfuse.passes.fusion import Site, fusion
 
 
 @fusion(
@@ -30,6 +30,10 @@ class FuseRouterLogits:
     @staticmethod
     def replacement(x: Tensor, weight: Tensor) -> Tensor:
         return router_logits(x, weight)
+
+    @staticmethod
+    def guard(site: Site) -> str | None:
+        return None if site.x.ndim == 2 else f"x has {site.x.ndim} dimensions, rule wants 2"
 
     samples = [
         (f"{x}[3, 32]", f"{weight}[8, 32]")

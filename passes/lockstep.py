@@ -2,27 +2,34 @@
 
 A difference is then seen where it is made, and goes no further: a number that is rounded otherwise early in a model may
 send a token to another expert, after which all results differ, though nothing is wrong.
+
+Neither compared nor taken over is what lies in an input's memory, bytes (of a cache in FP8, which only its readers know
+how to compare), and what gives no tensor. Whole numbers are taken over, and compared where nothing before them was
+rewritten: what a rewritten number decides, a rounding may decide.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from deepfuse.ir.op import NAMESPACE
 from deepfuse.ir.private import storage_id
 
 _leaves = torch.utils._pytree.tree_leaves
-Compare = Callable[[Tensor, Tensor], str | None]
-"""What is wrong with the first beside the second; ``None`` where nothing is."""
+Compare = Callable[[Tensor, Tensor, int], str | None]
+"""What is wrong with the first beside the second, which so many new calls led to; ``None`` where nothing is."""
 
 
 class Recorded(fx.Interpreter):
     """A run whose calls are remembered, by name, with their values."""
 
     def __init__(self, gm: fx.GraphModule):
-        super().__init__(gm, garbage_collect_values=False)
-        self.calls: dict[str, tuple[fx.Node, Any]] = {}
+        super().__init__(gm)
+        self.calls: dict[str, fx.Node] = {n.name: n for n in gm.graph.nodes if n.op == "call_function"}
+        self.values: dict[str, Any] = {}
 
     def run(self, *inputs: Any) -> Any:  # type: ignore[override]
         # what lies in an input's memory is written to there, and is no value of its own
@@ -31,12 +38,13 @@ class Recorded(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.op == "call_function" and all(self._can_stand_in(leaf) for leaf in _leaves(value)):
-            self.calls[n.name] = n, value
+        # what is made of inputs alone, as weights in another dtype, is made again rather than kept: a model would be
+        of_inputs = all(before.op == "placeholder" for before in n.all_input_nodes)
+        if n.op == "call_function" and not of_inputs and all(self._can_stand_in(leaf) for leaf in _leaves(value)):
+            self.values[n.name] = value
         return value
 
     def _can_stand_in(self, leaf: Any) -> bool:
-        # bytes are those of a cache in FP8, which only its readers know how to compare
         return isinstance(leaf, Tensor) and leaf.dtype != torch.uint8 and storage_id(leaf) not in self._of_inputs
 
 
@@ -47,39 +55,53 @@ class Lockstep(fx.Interpreter):
         super().__init__(gm)
         self.before, self.compare = before, compare
         self.problem: str | None = None
-        self._same: set[fx.Node] = {n for n in gm.graph.nodes if n.op == "placeholder"}
+        self.distance: dict[fx.Node, int] = {}
+        """0 of a value that is the other run's; else how many calls of ours, at least 1, have led to it since such values."""
 
     def run_node(self, n: fx.Node) -> Any:
-        known, had = self.before.calls.get(n.name, (None, None))
-        if known is None or known.target != n.target:
+        known, had = self.before.calls.get(n.name), self.before.values.get(n.name)
+        rewritten = self.distance[n] = max((self.distance[before] for before in n.all_input_nodes), default=0)
+        if n.op != "call_function":
             return super().run_node(n)
-        self._same.add(n)
-        untouched = str((n.args, n.kwargs)) == str((known.args, known.kwargs))
-        if untouched and self._same.issuperset(n.all_input_nodes):
-            return had
+        if known is None or known.target != n.target:
+            ours = getattr(n.target, "namespace", "") == NAMESPACE
+            self.distance[n] = rewritten + 1 if ours else max(rewritten, 1)
+            return super().run_node(n)
+        touched = rewritten > 0 or str((n.args, n.kwargs)) != str((known.args, known.kwargs))
+        if not touched:
+            return super().run_node(n) if had is None else had
         value = super().run_node(n)
-        for got, want in _pairs(value, had):
-            problem = self.compare(got, want)
+        if had is None:
+            self.distance[n] = max(rewritten, 1)
+            return value
+        for got, want in zip(_leaves(value), _leaves(had), strict=True):
+            decided = rewritten > 0 and not want.is_floating_point()
+            problem = None if decided else self.compare(got, want, max(rewritten, 1))
             if problem and self.problem is None:
                 self.problem = f"{n.name}: {problem}"
+        self.distance[n] = 0
         return had
 
 
-def _pairs(got: Any, want: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(_leaves(got), _leaves(want), strict=True)
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What two runs gave."""
+
+    want: list[Any]
+    got: list[Any]
+    problem: str | None
+    """What was wrong with the first call that both have and whose inputs were touched."""
+    distance: int
+    """Calls of ours that led to a result, or to what was written, since calls that both have; at least 1."""
 
 
 def run_in_lockstep(
     before: fx.GraphModule, after: fx.GraphModule, inputs: Sequence[Sequence[Any]], compare: Compare
-) -> tuple[list[Any], list[Any], str | None]:
-    """Run two graphs, each on inputs of its own, equal in value.
-
-    Returns:
-        The results of both, flat, and what was wrong with the first call that both have and whose inputs were touched.
-    """
+) -> Comparison:
+    """Run two graphs, each on inputs of its own, equal in value."""
     recorded = Recorded(before)
     with torch.no_grad():
         want = recorded.run(*inputs[0])
         beside = Lockstep(after, recorded, compare)
         got = beside.run(*inputs[1])
-    return _leaves(want), _leaves(got), beside.problem
+    return Comparison(_leaves(want), _leaves(got), beside.problem, max((1, *beside.distance.values())))

@@ -148,7 +148,9 @@ def _site(unpermute: Any) -> _Site:
 def _expect(node: Any, target: Any) -> Any:
     found = getattr(node, "target", None)
     if found is not target:
-        raise _Apart(f"{op_name(found)} stands where {op_name(target)} does in a mixture of experts")
+        raise _Apart(
+            f"{'nothing' if found is None else op_name(found)} stands where {op_name(target)} does in a mixture of experts"
+        )
     return node
 
 

@@ -280,10 +280,14 @@ class _Counting:
             provider = next(p for p in op.providers if p.name == (target._overloadname or ""))
             kind: Kind = "matmul" if name in OUR_MATMULS else "attention" if name in OUR_ATTENTIONS else "kernel"
             bytes_moved = int(op.cost(*args).bytes)
+            if weights:
+                # it may read a part of a weight, as of a cache: what the cost has grows by it with the width of the numbers
+                part = int(op.cost(*_called(node, weights)[1]).bytes) - bytes_moved
+                # the cost of experts' products has their weights by the width of the rows
+                of_weights = min(of_weights, part) if part else of_weights
             if kind == "attention":
-                # operands of a product that it does as well, and no more counted than those of one by itself. It may read
-                # a part of a weight, as of a cache: what the cost has grows by it with the width of the numbers
-                bytes_moved -= int(op.cost(*_called(node, weights)[1]).bytes) - bytes_moved
+                # operands of a product that it does as well, and no more counted than those of one by itself
+                bytes_moved -= of_weights
                 of_weights = 0
             opaque = provider.name == "reference" or kind == "matmul" and provider.name == "torch"
             kernels = 1 if opaque else len(count_kernels(provider.fn, args))

@@ -126,7 +126,9 @@ class Report:
 def condensed(notes: list[str], rewrites: int) -> list[str]:
     """Lines that differ only in the site they speak of, put together with their number; of a rule's sites, the numbers."""
     if notes and all(map(_SITE.match, notes)):
-        return [f"{rewrites} of {len(notes)} sites"]
+        # one site of merged products may be several rewrites
+        found = f"{rewrites} of" if rewrites <= len(notes) else f"{rewrites} rewrites at"
+        return [f"{found} {len(notes)} sites"]
     counts: dict[str, int] = {}
     for note in notes:
         site, _, rest = note.partition(": ")

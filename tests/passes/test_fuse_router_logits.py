@@ -95,3 +95,11 @@ def test_training_keeps_the_wide_operands():
     router(x).sum().backward()
     (graph,) = {line for line in router.explain("fuse_router_logits").splitlines() if "linear at" in line}
     assert "users" in graph
+
+
+@pytest.mark.parametrize("shape", [(32,), (2, 3, 32)])
+def test_rows_of_other_dimensions_stay(shape):
+    args = torch.randn(shape).to(BF16), torch.randn(8, 32).to(BF16)
+    fused, count, notes = rewritten(logits_of, *args)
+    assert count == 0 and notes[0].endswith(f"x has {len(shape)} dimensions, rule wants 2")
+    assert torch.equal(fused(*args), logits_of(*args))

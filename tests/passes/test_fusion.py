@@ -286,6 +286,10 @@ def declare(**members):
         ({"replacement": lambda x, residual, weight, eps: (x, x[:1])}, r"gives, .*\[3, 16\].*got .*\[1, 16\]"),
         ({"replacement": lambda x, residual, weight, eps: (x, x.double())}, "got .*float64"),
         ({"replacement": lambda x, residual, weight, eps: x}, "want a replacement that gives what the pattern gives"),
+        (
+            {"replacement": lambda x, residual, weight, eps: (x.float(), x)},
+            "got .*float32.*for .*bfloat16",
+        ),
         ({"replacement": lambda x, residual, weight: (x, x)}, r"want <lambda> with the parameters \['x', 'residual'"),
         ({"pattern": lambda x, residual, weight, eps: (x + residual, (x * weight).t().t())}, "want a pattern with an anchor"),
         ({"samples": []}, "got no samples"),
@@ -296,7 +300,7 @@ def declare(**members):
         ({"samples": [("floaty[3]", "float32[3]", "float32[3]", 1e-6)]}, r"want tensors as 'bfloat16\[3, 128\]', got 'floaty"),
     ],
     ids=[
-        "shape", "dtype", "results", "parameters", "anchor", "samples", "replacement without pattern",
+        "shape", "dtype", "results", "dtype of a later sample", "parameters", "anchor", "samples", "replacement without pattern",
         "samples without pattern", "free", "arity", "sample",
     ],
 )  # fmt: skip

@@ -1,11 +1,19 @@
 """A rewritten graph beside the one before: differences are seen where they are made, and go no further."""
 
-import torch
-from torch import Tensor
+from typing import Any
 
+import pytest
+import torch
+from torch import Tensor, fx
+
+from deepfuse.ops.dequantize import dequantize
+from deepfuse.ops.quantize import quantize
 from deepfuse.ops.rms_norm import rms_norm
 from deepfuse.passes.check_values import Rewritten, copied
+from deepfuse.passes.lockstep import Recorded
 from graphs import trace
+
+E4M3 = torch.float8_e4m3fn
 
 X, WEIGHT = torch.ones(4, 16), torch.ones(16)
 BORDER = rms_norm(X, WEIGHT, 1.0)[:, :1]
@@ -43,6 +51,72 @@ def test_what_a_rounding_decides_is_no_difference() -> None:
 def test_a_difference_is_named_where_it_is_made() -> None:
     # the norm itself is another node: its first reader is what both graphs have
     assert str(rewritten(1.5).problem((X, WEIGHT, BORDER))).startswith("slice_1: want errors up to")
+
+
+def changed(fn: Any, change: Any, *args: Any, rewrites: int = 1) -> str | None:
+    """What is said of a pass that did ``change`` to the graph of a function."""
+    graph = trace(fn, *args).graph
+    before = copied(graph)
+    change(graph)
+    return Rewritten("changed", "reassociating", rewrites, before, copied(graph)).problem(args)
+
+
+@pytest.mark.parametrize("other", [float("inf"), float("nan")])
+def test_an_infinity_of_the_other_sign_is_a_difference(other: float) -> None:
+    def masked(x: Tensor, live: Tensor) -> Tensor:
+        return torch.where(live, x.exp(), float("-inf")).exp()
+
+    def turn(graph: fx.Graph) -> None:
+        where = next(node for node in graph.nodes if node.target == torch.ops.aten.where.self)
+        with graph.inserting_before(where):
+            full = graph.call_function(torch.ops.aten.full_like.default, (where.args[1], other))
+            full.meta["val"] = where.args[1].meta["val"]
+        where.args = (*where.args[:2], full)
+
+    live = torch.arange(16).expand(4, 16) < 5
+    assert "want infinities and NaN where they were" in str(changed(masked, turn, X, live))
+    # rows of nothing else have no largest number
+    assert "want infinities and NaN where they were" in str(changed(masked, turn, X, live & False))
+
+
+def test_many_rewrites_leave_no_more_room_to_each() -> None:
+    def layers(x: Tensor, weight: Tensor) -> Tensor:
+        for _ in range(70):
+            x = dequantize(*quantize(rms_norm(x, weight, 1e-6) * 2, E4M3, 1, 128, False), 1, 128, torch.float32)
+        return x
+
+    def nothing(graph: fx.Graph) -> None:
+        for norm in [node for node in graph.nodes if node.target == rms_norm.overload]:
+            with graph.inserting_after(norm):
+                zero = graph.call_function(torch.ops.aten.mul.Tensor, (norm, 0.0))
+                zero.meta["val"] = norm.meta["val"]
+            norm.replace_all_uses_with(zero, delete_user_cb=lambda user, zero=zero: user is not zero)
+
+    assert "want errors up to" in str(changed(layers, nothing, torch.randn(2, 128), torch.ones(128), rewrites=70))
+
+
+def test_errors_of_one_sign_add_up_in_the_results() -> None:
+    def stack(x: Tensor, weight: Tensor) -> Tensor:
+        for _ in range(16):
+            x = x + rms_norm(x, weight, 1e-6)
+        return x
+
+    def more(graph: fx.Graph) -> None:
+        for norm in [node for node in graph.nodes if node.target == rms_norm.overload]:
+            with graph.inserting_after(norm):
+                larger = graph.call_function(torch.ops.aten.mul.Tensor, (norm, 1.5))
+                larger.meta["val"] = norm.meta["val"]
+            norm.replace_all_uses_with(larger, delete_user_cb=lambda user, larger=larger: user is not larger)
+
+    x, weight = torch.ones(2, 16, dtype=torch.bfloat16), torch.full((16,), 0.02, dtype=torch.bfloat16)
+    assert str(changed(stack, more, x, weight, rewrites=16)).startswith("result 0")
+
+
+def test_weights_in_another_dtype_are_not_kept() -> None:
+    gm = trace(lambda x, w: x.exp() @ w.float().t(), X, torch.ones(16, 16, dtype=torch.bfloat16))
+    recorded = Recorded(gm)
+    recorded.run(X, torch.ones(16, 16, dtype=torch.bfloat16))
+    assert not any("to_copy" in name or "exp" in name for name in recorded.values) and recorded.values
 
 
 def test_an_exact_pass_is_judged_by_its_results() -> None:

@@ -162,6 +162,11 @@ def test_of_a_weight_an_op_may_read_a_part() -> None:
     assert (found.kind, found.kernels, found.weight_bytes) == ("matmul", 1, 2 * 8 * 16 * F4)
     # nope and rotary parts, cos and sin; the latter rotated, and the former as wide as the latent
     assert found.activation_bytes == (2 * 8 + 2 * 8 + 8 + 2 * 8 + 2 * 16) * F4
+    # of many tokens, whose numbers are more than the weight's
+    many = torch.randn(64, 2, 8), torch.randn(64, 2, 8), torch.ones(64, 4), torch.zeros(64, 4)
+    (found,) = counted(query, *many, weight, weights=(4,))
+    assert found.weight_bytes == 2 * 8 * 16 * F4
+    assert found.activation_bytes == 64 * (2 * 8 + 2 * 8 + 8 + 2 * 8 + 2 * 16) * F4
     (found,) = counted(attend, q_latent, q_rope, cache, table, seqlens, weight, weights=(5,))
     # of a product's operands weights are not counted, here as little as where it is a product alone
     assert (found.kind, found.kernels, found.weight_bytes) == ("attention", 2, 0)

@@ -47,6 +47,7 @@ def reported() -> Any:
         (["rms_norm at model.norm: matched", "rms_norm at layers.0.norm: 2 users"], 1, ["1 of 2 sites"]),
         # a pass may call a rewrite what it likes
         (["linear at a.q and a.kv: merged", "linear at b.q: apart: it has a bias"], 1, ["1 of 2 sites"]),
+        (["linear at a.q and a.kv and a.z: merged"], 2, ["2 rewrites at 1 sites"]),
         (["layers.0.self_attn: absorbed", "layers.1.self_attn: absorbed"], 2, ["2 sites: absorbed"]),
         ([], 0, []),
     ],
