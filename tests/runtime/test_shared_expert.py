@@ -42,8 +42,7 @@ def rewrites(model: Any) -> dict[str, int]:
 @pytest.mark.usefixtures("on_a_gpus_row")
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"quantize": "fp8"}], ids=str)
 def test_decode_merges_and_prefill_does_not(folder: Path, options: dict[str, Any]) -> None:
-    # in FP8 a rounding that absorb_mla leaves out sends a token of so small a model to another expert
-    model = build(folder, verify="quantize" not in options, **options)
+    model = build(folder, verify=True, **options)
     assert rewrites(model) == {"prefill": 0, "decode_1": 1}
     assert "tokens are not known to be at most 64" in model.explain("merge_shared_expert")
     apart = build(folder, passes=default().without("merge_shared_expert"), **options)
@@ -97,7 +96,9 @@ def test_compiled_graphs_read_weights_beyond_the_first(
     folder: Path, quantize: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DEEPFUSE_CACHE_DIR", str(tmp_path))
-    options: dict[str, Any] = {"quantize": quantize, "max_seq_len": 64}
+    # Inductor is not given the references of a GPU's decode attention, which a CPU would run here
+    passes = default().without("fuse_decode_attention")
+    options: dict[str, Any] = {"quantize": quantize, "max_seq_len": 64, "passes": passes}
     model, other = build(folder, compile=True, **options), build(folder, **options)
     assert rewrites(model) == rewrites(other) == {"prefill": 0, "decode_1": 1}
     answers = [m.generate(PROMPT, max_new_tokens=6, temperature=0.0, stop_token_ids=()) for m in (model, other)]
