@@ -7,9 +7,9 @@ Why: a launch and a read of x saved for each product that went, and one product 
 two would leave half empty one after the other. Weights are inputs of the graph, so that the runtime must have laid them
 out: putting them together here would copy them at every call.
 Requires: weights in one storage, one behind the other, and an input of the graph at its beginning; no biases. FP8
-weights: their scales lie likewise, and all but the last have a multiple of 128 rows, for scales of 128 x 128 know no other
-borders. Never in training, where the optimizer owns the weights. ``layout`` is the caller's word that the graph will only be called with
-weights that lie as they do now; it enters the key of the compile cache.
+weights: their scales lie likewise, and all but the last have a multiple of 128 rows, for scales of 128 x 128 know no
+other borders. Never in training, where the optimizer owns the weights. ``layout`` is the caller's word that the graph
+will only be called with weights that lie as they do now; it enters the key of the compile cache.
 Numerics: reassociating; the same sums, but a product of another width may take them in another order.
 """
 

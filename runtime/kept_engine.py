@@ -14,7 +14,7 @@ from deepfuse.runtime.latent_cache import LatentCache
 def kept_engine(
     causal_lm: CausalLM, cache: LatentCache, runner: Runner, max_batch_size: int, folder: BuildFolder | None
 ) -> Engine:
-    """Graphs and their report are kept together: where one is missing or damaged, both are made again."""
+    """The engine of a model, its graphs read from ``folder`` where they are there whole, else made and written there."""
     graphs = 1 + len(list(buckets(max_batch_size)))
     kept = None if folder is None else kept_journal(folder.read_report(), graphs)
     if folder is not None and kept is None:
