@@ -1,5 +1,6 @@
 """A rewritten graph beside the one before: differences are seen where they are made, and go no further."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -61,6 +62,15 @@ def changed(fn: Any, change: Any, *args: Any, rewrites: int = 1) -> str | None:
     return Rewritten("changed", "reassociating", rewrites, before, copied(graph)).problem(args)
 
 
+def scale_norms(graph: fx.Graph, factor: float) -> None:
+    """Let all readers of a norm read ``factor`` times its result."""
+    for norm in [node for node in graph.nodes if node.target == rms_norm.overload]:
+        with graph.inserting_after(norm):
+            scaled = graph.call_function(torch.ops.aten.mul.Tensor, (norm, factor))
+            scaled.meta["val"] = norm.meta["val"]
+        norm.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)
+
+
 @pytest.mark.parametrize("other", [float("inf"), float("nan")])
 def test_an_infinity_of_the_other_sign_is_a_difference(other: float) -> None:
     def masked(x: Tensor, live: Tensor) -> Tensor:
@@ -85,14 +95,9 @@ def test_many_rewrites_leave_no_more_room_to_each() -> None:
             x = dequantize(*quantize(rms_norm(x, weight, 1e-6) * 2, E4M3, 1, 128, False), 1, 128, torch.float32)
         return x
 
-    def nothing(graph: fx.Graph) -> None:
-        for norm in [node for node in graph.nodes if node.target == rms_norm.overload]:
-            with graph.inserting_after(norm):
-                zero = graph.call_function(torch.ops.aten.mul.Tensor, (norm, 0.0))
-                zero.meta["val"] = norm.meta["val"]
-            norm.replace_all_uses_with(zero, delete_user_cb=lambda user, zero=zero: user is not zero)
-
-    assert "want errors up to" in str(changed(layers, nothing, torch.randn(2, 128), torch.ones(128), rewrites=70))
+    assert "want errors up to" in str(
+        changed(layers, partial(scale_norms, factor=0.0), torch.randn(2, 128), torch.ones(128), rewrites=70)
+    )
 
 
 def test_errors_of_one_sign_add_up_in_the_results() -> None:
@@ -101,15 +106,8 @@ def test_errors_of_one_sign_add_up_in_the_results() -> None:
             x = x + rms_norm(x, weight, 1e-6)
         return x
 
-    def more(graph: fx.Graph) -> None:
-        for norm in [node for node in graph.nodes if node.target == rms_norm.overload]:
-            with graph.inserting_after(norm):
-                larger = graph.call_function(torch.ops.aten.mul.Tensor, (norm, 1.5))
-                larger.meta["val"] = norm.meta["val"]
-            norm.replace_all_uses_with(larger, delete_user_cb=lambda user, larger=larger: user is not larger)
-
     x, weight = torch.ones(2, 16, dtype=torch.bfloat16), torch.full((16,), 0.02, dtype=torch.bfloat16)
-    assert str(changed(stack, more, x, weight, rewrites=16)).startswith("result 0")
+    assert str(changed(stack, partial(scale_norms, factor=1.5), x, weight, rewrites=16)).startswith("result 0")
 
 
 def test_weights_in_another_dtype_are_not_kept() -> None:

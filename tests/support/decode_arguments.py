@@ -19,14 +19,7 @@ def decode_arguments(
         for page, first in zip(pages, range(0, length, PAGE_SIZE), strict=False):
             size = min(length - first, PAGE_SIZE)
             cache[page, :size] = torch.randn(size, C + R, dtype=dtype)
-    return (
-        torch.randn(B, H, C, dtype=dtype),
-        torch.randn(B, H, R, dtype=dtype),
-        cache,
-        table,
-        torch.tensor(seqlens, dtype=torch.int32),
-        (C + R) ** -0.5,
-    )
+    return *_queries(B, H, C, R, dtype), cache, table, torch.tensor(seqlens, dtype=torch.int32), (C + R) ** -0.5
 
 
 def decode_arguments_fp8(
@@ -39,11 +32,9 @@ def decode_arguments_fp8(
     for pages, length in zip(table, seqlens, strict=True):
         slots = (pages[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[:length]
         append_latent_fp8(cache, torch.randn(length, C), torch.randn(length, R), slots)
-    return (
-        torch.randn(B, H, C, dtype=dtype),
-        torch.randn(B, H, R, dtype=dtype),
-        cache,
-        table,
-        torch.tensor(seqlens, dtype=torch.int32),
-        (C + R) ** -0.5,
-    )
+    return *_queries(B, H, C, R, dtype), cache, table, torch.tensor(seqlens, dtype=torch.int32), (C + R) ** -0.5
+
+
+def _queries(B: int, H: int, C: int, R: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[B, H, C]`` and ``[B, H, R]``."""
+    return torch.randn(B, H, C, dtype=dtype), torch.randn(B, H, R, dtype=dtype)
