@@ -17,7 +17,7 @@ import re
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -61,14 +61,15 @@ class Kernel:
 class Instrumented:
     """The copy of one graph's code, and what its clocks said."""
 
-    def __init__(self, source: str):
-        """``source``: Inductor's Python."""
+    def __init__(self, source: str, owner: Mapping[str, Any] | None = None):
+        """``source``: Inductor's Python; ``owner``: the names of its module, of which ours are those of the copy too."""
         text, self.kernels = instrument(source)
         with inductor_cache():
             self.module = load_code(text)
         self._marks = [torch.zeros(len(k.parts) + 1, dtype=torch.int64) if k.clocked else None for k in self.kernels]
         self._log: list[tuple[int, int, int]] = []
         self.sizes: dict[str, int] = {}
+        vars(self.module).update({k: v for k, v in (owner or {}).items() if k.startswith("deepfuse_")})
         vars(self.module).update(
             deepfuse_now=time.perf_counter_ns,
             deepfuse_log=self._log.append,
