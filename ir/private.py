@@ -72,6 +72,21 @@ def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
+def named_size(name: str) -> Any:
+    """A symbol of sympy's for a size."""
+    import sympy  # type: ignore[import-untyped]
+
+    return sympy.Dummy(name, integer=True, positive=True)
+
+
+def value_of_expression(expression: Any, symbols: Mapping[Any, Any]) -> Any:
+    """A size (an expression of sympy's), computed by Python's operators from the values of its symbols."""
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    return sympy_interp(PythonReferenceAnalysis, dict(symbols), expression)
+
+
 CPP_FLAGS: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
 """A product and its sum in one instruction, as on GPUs: decode on a CPU is 15 to 25% faster (60M parameters, AVX-512)."""
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from deepfuse.ir.op import Op
 from deepfuse.ir.private import SITE
+from deepfuse.ir.sizes import known_size
 
 CALL = "deepfuse_call"
 """Entry of ``node.meta``: the :class:`OpCall` a node was lowered from."""
@@ -57,11 +58,9 @@ def mark_call(node: fx.Node, op: Op, args: Iterable[Any]) -> None:
     args = tuple(args)
     floats = [a.dtype for a in args if isinstance(a, Tensor) and a.dtype.is_floating_point]
     dtype = str(floats[0]).removeprefix("torch.") if floats else ""
-    try:
-        cost = op.cost(*args)
-        flops, size = str(cost.flops), str(cost.bytes)
-    except Exception:  # noqa: BLE001 - sizes that depend on data may raise anything; the time is measured all the same
-        flops, size = None, None
+    # where it is not known the time is measured all the same
+    cost = known_size(lambda: op.cost(*args))
+    flops, size = (None, None) if cost is None else (str(cost.flops), str(cost.bytes))
     node.meta[CALL] = OpCall(op.name, dtype, flops, size)
 
 
