@@ -252,10 +252,11 @@ def _sites_in_code() -> Iterator[None]:
     """Inside, Inductor writes comments into its code that say which sites a kernel computes."""
     from torch._inductor import ir
     from torch._inductor.codegen.cpp import CppScheduling, KernelGroup
+    from torch._inductor.codegen.triton import TritonScheduling
     from torch._inductor.virtualized import V
 
     finalize, comment = KernelGroup.finalize_kernel, CppScheduling.codegen_comment
-    extern = ir.ExternKernel.codegen_comment
+    triton, extern = TritonScheduling.codegen_comment, ir.ExternKernel.codegen_comment
 
     def finalize_kernel(self: Any, new_kernel: Any, nodes: Any) -> None:
         self.loops_code.writeline(PART)
@@ -268,6 +269,12 @@ def _sites_in_code() -> Iterator[None]:
         parts = self.kernel_group.deepfuse_parts if grouped else [_part_sites([n.node for n in node_schedule])]
         V.graph.wrapper_code.writeline(f"{KERNEL} {'|'.join(parts)}")
 
+    def triton_comment(self: Any, node_schedule: Any, kernel_name: Any = None) -> None:
+        triton(self, node_schedule, kernel_name)
+        # between the nodes stand marks, of where a reduction begins and ends; a combined kernel has nodes of nodes
+        nodes = [leaf for node in node_schedule if hasattr(node, "get_nodes") for leaf in node.get_nodes()]
+        V.graph.wrapper_code.writeline(f"{KERNEL} {_part_sites([n.node for n in nodes])}")
+
     def extern_comment(self: Any, wrapper: Any, kernel_name: Any = None) -> None:
         extern(self, wrapper, kernel_name)
         wrapper.writeline(f"{KERNEL} {_part_sites([self])}")
@@ -275,6 +282,7 @@ def _sites_in_code() -> Iterator[None]:
     replaced: tuple[tuple[type, str, Any, Any], ...] = (
         (KernelGroup, "finalize_kernel", finalize, finalize_kernel),
         (CppScheduling, "codegen_comment", comment, codegen_comment),
+        (TritonScheduling, "codegen_comment", triton, triton_comment),
         (ir.ExternKernel, "codegen_comment", extern, extern_comment),
     )
     for owner, name, _, ours in replaced:
