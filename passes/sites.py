@@ -4,6 +4,9 @@ A site is one call of one op in one module: ``layers.3.self_attn.q_a_proj.linear
 which op a node was lowered from (later rewrites may have left ``original_aten`` behind), Dynamo in which module it was
 called. Nodes carry the number of their site, and so does the code that Inductor makes of them
 (:func:`deepfuse.ir.private.capture`); the table of sites stands in the journal, which is kept with the graphs.
+
+Collectives (``torch.distributed._functional_collectives``) have a site each, however often a module calls them, and so
+have the waits for them, which know their start.
 """
 
 import re
@@ -14,11 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from deepfuse.ir.cost import tensor_bytes
 from deepfuse.ir.op import Op
-from deepfuse.ir.private import SITE
+from deepfuse.ir.private import COLLECTIVES, SITE
 
 CALL = "deepfuse_call"
 """Entry of ``node.meta``: the :class:`OpCall` a node was lowered from."""
+
+WAIT = "wait_tensor"
+"""Op that ends a collective."""
+_OF_NO_GROUP = {WAIT, "wait_tensors", "isend", "irecv", "batch_p2p_ops"}
+"""Beside collectives: waits, and messages between two processes."""
 
 _FRAME = re.compile(r'File "(?:.*/)?(\w+)/(\w+)\.py", line \d+, in (\w+)')
 
@@ -46,6 +55,12 @@ class Site:
     """Of its first tensor of floats, where it is one of our ops."""
     flops: str | None = None
     bytes: str | None = None
+    group: str = ""
+    """Of what starts a collective: the name of its process group."""
+    message: str | None = None
+    """Bytes that this process brings to it, as text."""
+    start: int | None = None
+    """Of a wait: the number of the site that started the collective."""
 
     @property
     def name(self) -> str:
@@ -74,13 +89,39 @@ def number_sites(graph: fx.Graph) -> list[Site]:
             continue
         call, module = node.meta.get(CALL), module_of(node)
         name = _op_name(node) if call is None else call.op
-        key = (module, name) if call is None else (call,)
+        key: tuple[Any, ...] = (module, name) if call is None else (call,)
+        known = {} if call is None else {"dtype": call.dtype, "flops": call.flops, "bytes": call.bytes}
+        if getattr(node.target, "namespace", "") == COLLECTIVES:
+            name, key, known = node.target._opname, (node,), _collective(node)  # type: ignore[union-attr]
         if key not in numbers:
             numbers[key] = len(sites)
-            costs = {} if call is None else {"dtype": call.dtype, "flops": call.flops, "bytes": call.bytes}
-            sites.append(Site(len(sites), module, name, **costs))
+            sites.append(Site(len(sites), module, name, **known))
         node.meta[SITE] = numbers[key]
     return sites
+
+
+def _collective(node: fx.Node) -> dict[str, Any]:
+    """What the site of a collective, or of a wait for one, knows of it."""
+    target: Any = node.target
+    if target._opname == WAIT:
+        waited: Any = node.args[0]
+        # one of the tensors of several, or a view
+        while waited.op == "call_function" and getattr(waited.target, "namespace", "") != COLLECTIVES:
+            waited = waited.args[0]
+        return {"start": waited.meta.get(SITE)}
+    if target._opname in _OF_NO_GROUP:
+        return {}
+    names = [argument.name for argument in target._schema.arguments]
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    first = given[names[0]]
+    brought = [n.meta["val"] for n in (first if isinstance(first, list | tuple) else [first])]
+    group = given["group_name"]
+    return {
+        "dtype": str(brought[0].dtype).removeprefix("torch.") if brought else "",
+        # newer versions of torch have the group itself there
+        "group": str(getattr(group, "group_name", group)),
+        "message": str(tensor_bytes(*brought)),
+    }
 
 
 def module_of(node: fx.Node) -> str:
@@ -93,7 +134,7 @@ def module_of(node: fx.Node) -> str:
     path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).removeprefix("model.").strip(".")
     if path and path != "model":
         return path
-    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if f[0] not in ("ir", "ops")]
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if f[0] not in ("ir", "ops", "distributed")]
     return "" if not frames or frames[-1][2] == "forward" else ".".join(frames[-1][1:])
 
 
