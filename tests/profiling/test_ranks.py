@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from deepfuse.__main__ import main
 from deepfuse.profiling.clock_offset import Clock, Offset
 from deepfuse.profiling.rank_run import in_time_of, rank_folder
 from deepfuse.profiling.rank_session import merge, merge_where_all_are_there
@@ -150,6 +151,27 @@ def test_the_merged_json(tmp_path):
     assert data == json.loads(json.dumps(ranks.json()))
     assert [p["host"] for p in data["processes"]] == ["here", "here"] and data["lacking"] == []
     assert data["ranks"][1]["last"] == 2 * STEPS and data["collectives"][0]["name"] == ALL_TO_ALL
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["deepfuse", "profile", "merge", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        main()
+        return capsys.readouterr().out
+
+    folder = write(tmp_path / "run", pair())
+    table = run(folder)
+    assert "collectives, the most exposed first" in table and "rank 1 (3 of 3)" in table
+    assert (folder / "ranks.json").exists() and (folder / "trace.json.gz").exists()
+    assert json.loads(run(folder, "--json")) == json.loads((folder / "ranks.json").read_text())
+    for arguments, message in (
+        ((folder, folder), "want one directory, with rank0, rank1, ... in it, got 2"),
+        ((tmp_path,), "want a directory with the runs rank0, rank1, ..., got none in"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*arguments)
+        assert message in capsys.readouterr().err
 
 
 def other_session(runs):
