@@ -17,17 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from deepfuse.ir.cost import tensor_bytes
 from deepfuse.ir.op import Op
-from deepfuse.ir.private import COLLECTIVES, SITE
+from deepfuse.ir.private import SITE
+from deepfuse.passes.collective_call import collective_call
 
 CALL = "deepfuse_call"
 """Entry of ``node.meta``: the :class:`OpCall` a node was lowered from."""
-
-WAIT = "wait_tensor"
-"""Op that ends a collective."""
-_OF_NO_GROUP = {WAIT, "wait_tensors", "isend", "irecv", "batch_p2p_ops"}
-"""Beside collectives: waits, and messages between two processes."""
 
 _FRAME = re.compile(r'File "(?:.*/)?(\w+)/(\w+)\.py", line \d+, in (\w+)')
 
@@ -91,37 +86,14 @@ def number_sites(graph: fx.Graph) -> list[Site]:
         name = _op_name(node) if call is None else call.op
         key: tuple[Any, ...] = (module, name) if call is None else (call,)
         known = {} if call is None else {"dtype": call.dtype, "flops": call.flops, "bytes": call.bytes}
-        if getattr(node.target, "namespace", "") == COLLECTIVES:
-            name, key, known = node.target._opname, (node,), _collective(node)  # type: ignore[union-attr]
+        collective = collective_call(node)
+        if collective is not None:
+            name, key, known = collective["op"], (node,), collective
         if key not in numbers:
             numbers[key] = len(sites)
-            sites.append(Site(len(sites), module, name, **known))
+            sites.append(Site(len(sites), module, **{"op": name, **known}))
         node.meta[SITE] = numbers[key]
     return sites
-
-
-def _collective(node: fx.Node) -> dict[str, Any]:
-    """What the site of a collective, or of a wait for one, knows of it."""
-    target: Any = node.target
-    if target._opname == WAIT:
-        waited: Any = node.args[0]
-        # one of the tensors of several, or a view
-        while waited.op == "call_function" and getattr(waited.target, "namespace", "") != COLLECTIVES:
-            waited = waited.args[0]
-        return {"start": waited.meta.get(SITE)}
-    if target._opname in _OF_NO_GROUP:
-        return {}
-    names = [argument.name for argument in target._schema.arguments]
-    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    first = given[names[0]]
-    brought = [n.meta["val"] for n in (first if isinstance(first, list | tuple) else [first])]
-    group = given["group_name"]
-    return {
-        "dtype": str(brought[0].dtype).removeprefix("torch.") if brought else "",
-        # newer versions of torch have the group itself there
-        "group": str(getattr(group, "group_name", group)),
-        "message": str(tensor_bytes(*brought)),
-    }
 
 
 def module_of(node: fx.Node) -> str:

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from deepfuse.passes.sites import WAIT, Site
+from deepfuse.passes.collective_call import WAIT
+from deepfuse.passes.sites import Site
 from deepfuse.profiling.intervals import Interval
 from deepfuse.profiling.run import Run
 from deepfuse.profiling.size_expression import evaluated

@@ -49,6 +49,9 @@ def activities(run: Run) -> list[Activity]:
         until(step.began, BETWEEN)
         # an empty one, so that there is a last
         done.append((step.began, step.began, GUARDS))
+        if not run.parts[step.graph]:  # no compiled graph, as the optimizer's part of a training step
+            until(step.ended, f"({step.graph})")
+            continue
         until(step.code_began, GUARDS)
         for span in step.spans:
             until(span.began, WRAPPER)

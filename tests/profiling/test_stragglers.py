@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from deepfuse.profiling.collectives import collectives_of, matched
 from deepfuse.profiling.run import GUARDS, WRAPPER
 from deepfuse.profiling.stragglers import BEFORE, BETWEEN, activities, done_between, met_before, straggler
+from deepfuse.profiling.timeline import Step
 from hand_made_ranks import COMBINE, GROUP, MATMUL, SHARED, made_run
 
 WAITING = "layers.0.mlp.wait_tensor"
@@ -36,6 +37,13 @@ def test_activities_have_no_gaps():
         (60, 63, WRAPPER),
         (63, 66, GUARDS),
     ]
+
+
+def test_a_part_of_a_step_that_is_not_compiled():
+    run = made_run([("matmul", 0, 5)])
+    run.parts["optimizer"] = []
+    run.steps.append(Step("optimizer", 7, 9, 7, 9, [], {}))
+    assert activities(run)[1:] == [(5, 7, BETWEEN), (7, 9, "(optimizer)")]
 
 
 @given(st.lists(st.integers(0, 9), min_size=3, max_size=12), st.integers(-5, 60), st.integers(0, 60))

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from deepfuse.passes.sites import WAIT, Site
+from deepfuse.passes.collective_call import WAIT
+from deepfuse.passes.sites import Site
 from deepfuse.profiling.clock_offset import Clock, Offset
 from deepfuse.profiling.rank_run import Process
 from deepfuse.profiling.run import Run
