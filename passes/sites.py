@@ -85,13 +85,13 @@ def number_sites(graph: fx.Graph) -> list[Site]:
         call, module = node.meta.get(CALL), module_of(node)
         name = _op_name(node) if call is None else call.op
         key: tuple[Any, ...] = (module, name) if call is None else (call,)
-        known = {} if call is None else {"dtype": call.dtype, "flops": call.flops, "bytes": call.bytes}
+        facts = {} if call is None else {"dtype": call.dtype, "flops": call.flops, "bytes": call.bytes}
         collective = collective_call(node)
         if collective is not None:
-            name, key, known = collective["op"], (node,), collective
+            name, key, facts = collective["op"], (node,), collective
         if key not in numbers:
             numbers[key] = len(sites)
-            sites.append(Site(len(sites), module, **{"op": name, **known}))
+            sites.append(Site(len(sites), module, **{"op": name, **facts}))
         node.meta[SITE] = numbers[key]
     return sites
 
