@@ -55,7 +55,9 @@ def lower(graph: fx.Graph, *, providers: Mapping[str, str]) -> int:
     for line, count in sorted(chosen.items()):
         note(f"{count} x {line}")
     for name, provider in sorted(unused.items()):
-        note(f"0 x {name} -> {provider}: the model has no {name} here, or a pass before has put another op in its place")
+        note(
+            f"0 x {name} -> {provider}: the model has no {name} here, or a pass before has put another op in its place"
+        )
     return chosen.total()
 
 
