@@ -243,6 +243,8 @@ KERNEL = "# deepfuse kernel:"
 
 A part's own sites, of the nodes it computes into memory, and behind ``/`` those it computes on the way: ``3+4/1+2``.
 """
+COLLECTIVES = "_c10d_functional"
+"""Namespace of the collectives that stand in graphs."""
 PART = "// deepfuse part"
 """Stands before each part of a C++ kernel, a nest of loops. It is the same everywhere: equal kernels stay one."""
 
@@ -301,8 +303,17 @@ def _part_sites(computed: list[Any]) -> str:
     own: set[int] = set()
     origins: set[int] = set()
     for node in filter(None, computed):
-        numbers = {n.meta[SITE] for n in node.origins if SITE in n.meta}
+        known = [n for n in node.origins if SITE in n.meta]
         exact = node.get_origin_node()
+        # a wait claims the tensor it waits for: what started the collective, and a loop that wrote it in place
+        if isinstance(node, ir._CollectiveKernel):
+            name = getattr(node.op_overload, "_opname", "").rstrip("_")  # in place it ends in _
+            known = [n for n in known if getattr(n.target, "_opname", "") == name] or known
+            exact = max(known, key=lambda n: n.meta[SITE], default=None)
+        elif exact is not None and getattr(exact.target, "namespace", "") == COLLECTIVES:
+            known = [n for n in known if getattr(n.target, "namespace", "") != COLLECTIVES] or known
+            exact = None
+        numbers = {n.meta[SITE] for n in known}
         # a result that is no node's own is that of the last node in it
         own |= {exact.meta[SITE]} if exact is not None and SITE in exact.meta else set(sorted(numbers)[-1:])
         if isinstance(node, ir.ComputedBuffer):  # others are calls, which take nothing in
@@ -333,3 +344,10 @@ def load_captured(data: bytes) -> Callable[..., Any]:
         compiled = AOTCompiledFunction.deserialize(data)
     compiled.disable_guard_check()
     return compiled
+
+
+def process_group(name: str) -> Any:
+    """The process group of that name, as graphs have it."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)  # type: ignore[arg-type]
