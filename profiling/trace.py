@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepfuse.profiling.run import Run
-from deepfuse.profiling.timeline import Step
+from deepfuse.profiling.timeline import Part, Step
 
 ROWS = {1: "graphs", 2: "blocks", 3: "kernels"}
 
@@ -31,13 +31,14 @@ def trace_events(run: Run) -> Iterator[dict[str, Any]]:
     for number, step in enumerate(run.steps):
         arguments = {"step": number, **step.sizes}
         yield _event(1, step.graph, step.began, step.ended, origin, arguments)
-        yield from _kernels(run, step, origin)
+        yield from kernel_events(run.parts[step.graph], step, origin)
 
 
-def _kernels(run: Run, step: Step, origin: int) -> Iterator[dict[str, Any]]:
+def kernel_events(parts: list[list[Part]], step: Step, origin: int) -> Iterator[dict[str, Any]]:
+    """Blocks and parts of kernels of one step; ``origin`` is the clock's time at 0."""
     block, began, ended = "", 0, 0
     for span in step.spans:
-        part = run.parts[step.graph][span.kernel][span.part]
+        part = parts[span.kernel][span.part]
         arguments: dict[str, Any] = {"kernel": part.kernel, "blocks": list(part.blocks)}
         if part.taken_in:
             arguments["with"] = list(dict.fromkeys(site.name for site in part.taken_in))
