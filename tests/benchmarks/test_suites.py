@@ -96,7 +96,7 @@ def test_cpu(small: list[str]) -> None:
 @pytest.mark.parametrize("suite", [cpu, model])
 def test_what_is_committed_are_its_parts_and_what_it_lacks_is_listed(suite: ModuleType) -> None:
     name = Path(suite.__file__ or "").stem
-    bench = Bench(Results(suite=name, command="", device={"kind": "cpu"}, versions={}), only="none of them")
+    bench = Bench(bench_of(name).results, only="none of them")
     suite.suite(bench)
     found = committed(name)
     assert (
