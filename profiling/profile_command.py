@@ -14,12 +14,12 @@ from deepfuse.runtime.build_options import BuildOptions
 @dataclass(kw_only=True)
 class Profile:
     """Show where the time of a generation goes, by block, layer and op, and how much of it the device asks for;
-    compare two runs."""
+    compare two runs; merge those of several processes."""
 
     model: Positional[str]
-    """Checkpoint directory or preset; or the word diff."""
+    """Checkpoint directory or preset; or one of the words diff and merge."""
     runs: Positional[tuple[str, ...]] = ()
-    """Of diff: two directories that --out made."""
+    """Of diff: two directories that --out made; of merge: one, with the runs of several processes."""
     prompt: str | None = None
     """Text to continue; read from standard input where it is not given."""
     steps: int = 32
@@ -34,6 +34,9 @@ class Profile:
     def run(self) -> None:
         if self.model == "diff":
             self._diff()
+            return
+        if self.model == "merge":
+            self._merge()
             return
         if self.runs:
             raise ValueError(f"profile: want one model, got {self.model} and {', '.join(self.runs)}")
@@ -53,6 +56,19 @@ class Profile:
             from rich.console import Console
 
             Console().print(difference_table(rows))
+
+    def _merge(self) -> None:
+        from deepfuse.profiling.rank_session import merge
+
+        if len(self.runs) != 1:
+            raise ValueError(f"profile merge: want one directory, with rank0, rank1, ... in it, got {len(self.runs)}")
+        ranks = merge(self.runs[0])
+        if self.json:
+            print(json.dumps(ranks.json()))
+        else:
+            from rich.console import Console
+
+            Console().print(*ranks.tables())
 
     def _profile(self) -> None:
         from deepfuse.profiling.profile import check_out, profile

@@ -52,6 +52,6 @@ def _once(fn: Callable[[], object]) -> float:
 
 
 def summary(values: list[float]) -> Timing:
-    """Of at least two measurements."""
+    """Of at least two times of one thing, in seconds."""
     low, median, high = statistics.quantiles(values, n=4)
     return Timing(median, low, high)
