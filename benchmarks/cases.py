@@ -7,7 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class Case:
     make: Callable[[], Work]
 
 
+T = TypeVar("T")
 Part = tuple[str, float, Callable[[Bench], None]]
 """Name, seconds that it takes, generously, and what it does."""
 
@@ -104,10 +105,9 @@ def measure(
         if bench.seconds_left < SPARE_SECONDS:
             bench.leave_out(case.name, "the budget is spent")
             continue
-        try:
-            work = case.make()
-        except Exception as error:  # noqa: BLE001 - out of memory, or whatever it is made with
-            bench.leave_out(case.name, one_line(error))
+        work, error = attempt(case.make, device)
+        if work is None:
+            bench.leave_out(case.name, error)
             continue
         able = dict(_able(bench, case.name, work, device))
         times = _rounds(able, rounds, device)
@@ -171,6 +171,17 @@ def first_dtype(args: Iterable[Any]) -> torch.dtype:
     return next(a.dtype for a in args if isinstance(a, Tensor))
 
 
+def attempt(make: Callable[[], T], device: torch.device) -> tuple[T | None, str]:
+    """What is made, or ``None`` and the error.
+
+    Raises:
+        DeviceLost: nothing can be made any more.
+    """
+    made: list[T] = []
+    error = first_error(lambda: made.append(make()), device)
+    return (made[0], "") if error is None else (None, error)
+
+
 def _able(bench: Bench, name: str, work: Work, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     """The alternatives that come through a first call, in which kernels are compiled."""
     for label, fn in work.alternatives.items():
@@ -182,6 +193,8 @@ def _able(bench: Bench, name: str, work: Work, device: torch.device) -> Iterator
             yield label, fn
         else:
             bench.leave_out(left_out, error)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def _rounds(alternatives: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> int:

@@ -19,7 +19,7 @@ from unittest import mock
 
 from attention import decode, prompts
 from canary import refused
-from cases import SPARE_SECONDS, Part, ceilings, measure, run_parts
+from cases import SPARE_SECONDS, Part, attempt, ceilings, measure, run_parts
 from fusions import fusions
 from products import dense, grouped
 from v2_lite import STEPS, Ours, Transformers
@@ -28,7 +28,7 @@ import deepfuse as df
 from deepfuse.blocks.presets import v2_lite
 from deepfuse.profiling.bench import Bench
 from deepfuse.profiling.bench_suites import run_script
-from deepfuse.profiling.device_timing import DeviceLost, first_error, one_line
+from deepfuse.profiling.device_timing import first_error
 
 DEVICE = "cuda"
 BUDGET = 540.0
@@ -64,7 +64,7 @@ class Sizes:
 def suite(bench: Bench, sizes: Sizes = Sizes()) -> None:
     # a compile cache of its own: a build is cold once, whatever ran before
     with (
-        tempfile.TemporaryDirectory(prefix="deepfuse-bench-") as cache,
+        tempfile.TemporaryDirectory(prefix="deepfuse-bench-", ignore_cleanup_errors=True) as cache,
         mock.patch.dict(os.environ, {"DEEPFUSE_CACHE_DIR": cache}),
     ):
         run_parts(bench, Gpu(bench, sizes).parts())
@@ -79,10 +79,10 @@ class Gpu:
 
     def parts(self) -> Iterator[Part]:
         sizes = self.sizes
-        yield "FP8 products", 90, lambda _: self.cases(dense, {**sizes.dense, "refused": self.refused()})
+        yield "dense products", 90, lambda _: self.cases(dense, {**sizes.dense, "refused": self.refused()})
         yield "model", 200, self.models
         yield "attention", 40, lambda _: self.cases(decode, sizes.decode, prompts, sizes.prompts)
-        yield "grouped FP8 products", 40, lambda _: self.cases(grouped, {**sizes.grouped, "refused": self.refused()})
+        yield "grouped products", 40, lambda _: self.cases(grouped, {**sizes.grouped, "refused": self.refused()})
         yield "fusions", 20, lambda _: self.cases(fusions, sizes.fusions)
         yield "build, filled cache", 40, self.warm_build
         yield "transformers compiled", 90, self.compiled_peer
@@ -175,13 +175,10 @@ class Gpu:
 
     def attempt(self, name: str, make: Callable[[], Any]) -> Any:
         """What is made, or ``None``, and the error is kept."""
-        try:
-            return make()
-        except DeviceLost:
-            raise
-        except Exception as error:  # noqa: BLE001 - of a model that is one of several
-            self.bench.leave_out(name, one_line(error))
-            return None
+        made, error = attempt(make, self.device)
+        if made is None:
+            self.bench.leave_out(name, error)
+        return made
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from deepfuse.profiling.bench import Bench
 from deepfuse.profiling.bench_results import Results
 from deepfuse.profiling.bench_suites import run_script
-from deepfuse.profiling.device_timing import DeviceLost, device_timing, first_error, one_line
+from deepfuse.profiling.device_timing import device_timing, first_error
 
 DEVICE = "cuda"
 BUDGET = 540.0
@@ -71,12 +71,9 @@ def tune(kernel: str, sizes: Mapping[str, Mapping[str, Any]], rounds: int, bench
             if bench.seconds_left < SPARE_SECONDS:
                 bench.leave_out(f"{case.name}, {provider}", "the budget is spent")
                 continue
-            try:
-                _tune(bench, kernel, case, rounds)
-            except DeviceLost:
-                raise
-            except Exception as error:  # noqa: BLE001 - of one case, such as memory that it does not find
-                bench.leave_out(f"{case.name}, {provider}", one_line(error))
+            error = first_error(partial(_tune, bench, kernel, case, rounds), device)
+            if error is not None:
+                bench.leave_out(f"{case.name}, {provider}", error)
 
 
 def _tune(bench: Bench, kernel: str, case: Case, rounds: int) -> None:

@@ -85,6 +85,13 @@ def test_nothing_is_run_on_a_device_that_is_lost():
     assert bench.results.left_out == {"a": "DeviceLost: it hangs", "b": "the device was lost in a"}
 
 
+def test_a_device_lost_in_a_case_ends_the_part(monkeypatch):
+    monkeypatch.setattr(cases, "first_error", lambda fn, device: (_ for _ in ()).throw(DeviceLost("it hangs")))
+    bench = new_bench()
+    cases.run_parts(bench, [("a", 1, lambda bench: cases.measure(bench, [case("x"), case("y")], CPU_ROW))])
+    assert bench.results.left_out == {"a": "DeviceLost: it hangs"}
+
+
 def test_no_case_begins_beyond_the_budget():
     bench = new_bench(budget=cases.SPARE_SECONDS / 2)
     cases.measure(bench, [cases.Case("a", raises)], CPU_ROW)
@@ -107,8 +114,8 @@ def test_the_canary_wants_a_provider(name, why):
 def test_the_canary_sees_wrong_results(monkeypatch):
     canary = sys.modules["canary"]
     canary.check("fp8_matmul.triton", CPU)
-    monkeypatch.setattr(canary, "providers", lambda op, args, device: {"triton": lambda: op.reference(*args) + 1})
-    with pytest.raises(ValueError, match=r"want fp8_matmul.triton to give the reference's results, got 1 beside it"):
+    monkeypatch.setattr(canary, "providers", lambda op, args, device: {"triton": lambda: op.reference(*args) * 2})
+    with pytest.raises(ValueError, match=r"want fp8_matmul.triton to give the reference's results, got others by 1 of"):
         canary.check("fp8_matmul.triton", CPU)
 
 

@@ -117,7 +117,6 @@ def test_a_model_that_fails_is_left_out_beside_the_others(monkeypatch, tried):
 
     bench = new_bench()
     monkeypatch.setattr(gpu, "Transformers", broken)
-    monkeypatch.setattr(gpu, "first_error", lambda fn, device: None)
     monkeypatch.setattr(gpu.Gpu, "ours", lambda self, dtype: broken() if dtype == "fp8" else Still())
     monkeypatch.setattr(gpu.Gpu, "build_row", lambda *args: None)
     gpu.suite(bench, replace(SIZES, dense={"rows": ()}, grouped={"groups": ()}, decode={"steps": ()}))
@@ -145,7 +144,7 @@ class Still:
 def test_what_failed_in_its_own_process_is_not_run_here(monkeypatch):
     monkeypatch.setattr(gpu, "refused", lambda names, device: {"fp8_matmul.triton": "it hangs"})
     without_clock(monkeypatch, cases)
-    bench = new_bench(only="FP8 products")
+    bench = new_bench(only="dense")
     gpu.suite(bench, SIZES)
     assert bench.results.left_out["fp8_matmul.triton"] == "it hangs"
     assert list(bench.results.row("fp8_matmul 1 x 32 x 256").figures) == ["reference", "bfloat16"]
