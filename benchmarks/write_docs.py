@@ -1,4 +1,4 @@
-"""Tables of README.md and docs/, made from the results in `benchmarks/results/`: ``make docs``.
+"""Tables and figures of README.md and docs/, made from the results in `benchmarks/results/`: ``make docs``.
 
     python benchmarks/write_docs.py      writes them anew; fails where that changed one, and says which
 
@@ -13,16 +13,19 @@ from typing import Any
 
 from sections import table, with_section
 
+from deepfuse.profiling.bench_plot import bar_chart
 from deepfuse.profiling.bench_results import Figure, Results, Row, words
 from deepfuse.profiling.bench_suites import suites
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 EAGER, COMPILED = "transformers eager", "transformers compiled"
+FIGURES = ("cpu",)
+"""Suites whose figure stands in `docs/performance.md`."""
 
 
 def texts() -> dict[Path, str]:
-    """Each text as the results have it."""
+    """Each text and figure as the results have it."""
     found = {suite: Results.read(path) for suite in suites() if (path := RESULTS / f"{suite}.json").exists()}
     ngram = json.loads((RESULTS / "ngram.json").read_text())
     by_text: dict[str, dict[str, str]] = {
@@ -30,7 +33,7 @@ def texts() -> dict[Path, str]:
         "docs/fp8.md": {"quality": fp8_quality(found["model"]), "memory": fp8_memory(found["model"])},
         "docs/performance.md": {"suites": performance(found)},
     }
-    out = {}
+    out = {ROOT / "docs" / "figures" / f"{suite}.svg": bar_chart(found[suite]) for suite in FIGURES}
     for name, sections in by_text.items():
         text = (ROOT / name).read_text()
         for section, content in sections.items():
@@ -49,6 +52,8 @@ def performance(found: dict[str, Results]) -> str:
             continue
         results = found[name]
         lines += [f"Device: {words(results.device)}. Versions: {words(results.versions)}.", ""]
+        if name in FIGURES:
+            lines += [f"![{name}](figures/{name}.svg)", ""]
         for part, rows in itertools.groupby(results.rows, key=lambda row: row.part):
             lines += part_of(name, part, list(rows))
         if results.left_out:
@@ -194,7 +199,7 @@ def _shell(command: str) -> list[str]:
 
 def main() -> None:
     wanted = texts()
-    changed = [path for path, text in wanted.items() if path.read_text() != text]
+    changed = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     for path, text in wanted.items():
         path.write_text(text)
     if changed:

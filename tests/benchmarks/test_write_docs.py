@@ -11,12 +11,13 @@ from deepfuse.profiling.bench import Bench
 from deepfuse.profiling.bench_results import Results
 
 docs = load_script("write_docs")
+TEXTS = ("README.md", "docs/fp8.md", "docs/performance.md", "docs/figures/cpu.svg")
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The texts and the results, to be changed."""
-    for name in ("README.md", "docs/fp8.md", "docs/performance.md", "benchmarks/results"):
+    for name in (*TEXTS, "benchmarks/results"):
         target = tmp_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if "." not in name else shutil.copy)(docs.ROOT / name, target)
@@ -25,7 +26,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/fp8.md", "docs/performance.md"])
+@pytest.mark.parametrize("name", TEXTS)
 def test_tables_are_those_of_the_results(name: str) -> None:
     path = docs.ROOT / name
     assert docs.texts()[path] == path.read_text(), "run make docs"
@@ -38,7 +39,10 @@ def test_a_figure_that_changed_is_written_and_reported(checkout: Path) -> None:
     assert row is not None
     figures = {**row.figures, "deepfuse": (4321.0, 4300.0, 4400.0)}
     results.with_row(replace(row, figures=figures)).write(path)
-    with pytest.raises(SystemExit, match=r"README\.md, docs/performance\.md: not what the results say; written anew"):
+    with pytest.raises(
+        SystemExit,
+        match=r"docs/figures/cpu\.svg, README\.md, docs/performance\.md: not what the results say; written anew",
+    ):
         docs.main()
     assert "| decode, context 64 | float32 | 4321.00 |" in (checkout / "README.md").read_text()
     performance = (checkout / "docs" / "performance.md").read_text()
