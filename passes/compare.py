@@ -47,7 +47,7 @@ def _row(left: str, mark: str, right: str, column: int) -> list[str]:
 
 
 def _short(line: str) -> str:
-    return line.strip().replace("torch.ops.", "")
+    return line.strip().replace("torch.ops.", "").replace("__import__('operator', fromlist=['']).", "")
 
 
 def _broken(line: str, column: int) -> list[str]:

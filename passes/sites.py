@@ -4,6 +4,9 @@ A site is one call of one op in one module: ``layers.3.self_attn.q_a_proj.linear
 which op a node was lowered from (later rewrites may have left ``original_aten`` behind), Dynamo in which module it was
 called. Nodes carry the number of their site, and so does the code that Inductor makes of them
 (:func:`deepfuse.ir.private.capture`); the table of sites stands in the journal, which is kept with the graphs.
+
+Collectives (``torch.distributed._functional_collectives``) have a site each, however often a module calls them, and so
+have the waits for them, which know their start.
 """
 
 import re
@@ -16,6 +19,8 @@ from torch import Tensor, fx
 
 from deepfuse.ir.op import Op
 from deepfuse.ir.private import SITE
+from deepfuse.ir.sizes import known_size
+from deepfuse.passes.collective_call import collective_call
 
 CALL = "deepfuse_call"
 """Entry of ``node.meta``: the :class:`OpCall` a node was lowered from."""
@@ -46,6 +51,12 @@ class Site:
     """Of its first tensor of floats, where it is one of our ops."""
     flops: str | None = None
     bytes: str | None = None
+    group: str = ""
+    """Of what starts a collective: the name of its process group."""
+    message: str | None = None
+    """Bytes that this process brings to it, as text."""
+    start: int | None = None
+    """Of a wait: the number of the site that started the collective."""
 
     @property
     def name(self) -> str:
@@ -57,11 +68,9 @@ def mark_call(node: fx.Node, op: Op, args: Iterable[Any]) -> None:
     args = tuple(args)
     floats = [a.dtype for a in args if isinstance(a, Tensor) and a.dtype.is_floating_point]
     dtype = str(floats[0]).removeprefix("torch.") if floats else ""
-    try:
-        cost = op.cost(*args)
-        flops, size = str(cost.flops), str(cost.bytes)
-    except Exception:  # noqa: BLE001 - sizes that depend on data may raise anything; the time is measured all the same
-        flops, size = None, None
+    # where it is not known the time is measured all the same
+    cost = known_size(lambda: op.cost(*args))
+    flops, size = (None, None) if cost is None else (str(cost.flops), str(cost.bytes))
     node.meta[CALL] = OpCall(op.name, dtype, flops, size)
 
 
@@ -74,11 +83,14 @@ def number_sites(graph: fx.Graph) -> list[Site]:
             continue
         call, module = node.meta.get(CALL), module_of(node)
         name = _op_name(node) if call is None else call.op
-        key = (module, name) if call is None else (call,)
+        key: tuple[Any, ...] = (module, name) if call is None else (call,)
+        facts = {} if call is None else {"dtype": call.dtype, "flops": call.flops, "bytes": call.bytes}
+        collective = collective_call(node)
+        if collective is not None:
+            name, key, facts = collective["op"], (node,), collective
         if key not in numbers:
             numbers[key] = len(sites)
-            costs = {} if call is None else {"dtype": call.dtype, "flops": call.flops, "bytes": call.bytes}
-            sites.append(Site(len(sites), module, name, **costs))
+            sites.append(Site(len(sites), module, **{"op": name, **facts}))
         node.meta[SITE] = numbers[key]
     return sites
 
@@ -93,7 +105,7 @@ def module_of(node: fx.Node) -> str:
     path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).removeprefix("model.").strip(".")
     if path and path != "model":
         return path
-    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if f[0] not in ("ir", "ops")]
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if f[0] not in ("ir", "ops", "distributed")]
     return "" if not frames or frames[-1][2] == "forward" else ".".join(frames[-1][1:])
 
 

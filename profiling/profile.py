@@ -12,7 +12,7 @@ are told, so that doing it twice changes nothing. Only then is a graph's code co
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from deepfuse.ir.device import Device, measured_cpu
 from deepfuse.passes.sites import Site
 from deepfuse.profiling.instrument import Instrumented, Readings, code_called_by, replaced, spans_of
+from deepfuse.profiling.model_ranges import ranged
 from deepfuse.profiling.page import write_page
 from deepfuse.profiling.roofline import limits_of
 from deepfuse.profiling.run import Run
@@ -42,6 +43,7 @@ def profile(
     warmup: int = 2,
     steps: int | None = None,
     device: Device | None = None,
+    nvtx: bool = False,
     shapes: bool = False,
     memory: bool = False,
     stacks: bool = False,
@@ -56,6 +58,8 @@ def profile(
         warmup: how often the first call of each graph is repeated before it counts.
         steps: how many calls of each graph are recorded; ``None`` for all.
         device: whose limits the roofline is drawn with; this CPU's are measured where it is ``None``, in a second.
+        nvtx: whether kernels have NVTX ranges by block and op, for a tool such as Nsight Systems. Without ``out`` ranges are
+            all there is: nothing is recorded, and the model may be on any device, and uncompiled.
         shapes, memory, stacks: of operands, each allocation, and of Python, in TensorBoard's traces, which are of further
             steps (:mod:`deepfuse.profiling.torch_trace`).
         tensorboard: whether scalars and text are written for it; ``None``: where the package is here.
@@ -66,21 +70,28 @@ def profile(
     Raises:
         TypeError, ValueError: the model is none that can be profiled, a number is out of range, or nothing ran inside.
         FileExistsError, OSError: ``out`` is there already, or cannot be made.
+        RuntimeError: neither the package nvtx nor PyTorch's own ranges are there.
     """
-    _check(model, warmup, steps)
+    _check(model, warmup, steps, recorded=out is not None or not nvtx)
+    if out is None and (shapes or memory or stacks or tensorboard):
+        raise ValueError("profile: want a directory for shapes, memory, stacks or tensorboard, got none")
     if tensorboard:
         check_installed("tensorboard")
+    ranges = ranged(model) if nvtx else nullcontext()
+    if nvtx and out is None:
+        with ranges:
+            yield Run(model=model.report.model, dtype=model.report.dtype, **_machine())
+        return
     folder = None if out is None else Path(out)
     if folder is not None:
         check_out(folder)
         _make(folder)
-    elif shapes or memory or stacks or tensorboard:
-        raise ValueError("profile: want a directory for shapes, memory, stacks or tensorboard, got none")
     traces = None if folder is None else TorchTraces(shapes=shapes, memory=memory, stacks=stacks)
     run = Run(model=model.report.model, dtype=model.report.dtype, **_machine())
     try:
         recorded: list[Recorded] = []
         with (
+            ranges,
             ExitStack() as clocks,
             model.engine.wrapped(
                 lambda name, graph: _Recorder(name, graph, model, run, recorded, clocks, warmup, steps, traces)
@@ -105,14 +116,14 @@ def profile(
             write_log(run, folder)
 
 
-def _check(model: Any, warmup: Any, steps: Any) -> None:
+def _check(model: Any, warmup: Any, steps: Any, *, recorded: bool) -> None:
     if not isinstance(model, Model):
         raise TypeError(
             f"profile: want a Model, as deepfuse.build returns it for generation, got {type(model).__name__}"
         )
-    if not model.report.compiled:
+    if recorded and not model.report.compiled:
         raise ValueError("profile: want a compiled model, got one built with compile=False")
-    if model.engine.device.type != "cpu":
+    if recorded and model.engine.device.type != "cpu":
         raise ValueError(f"profile: want a model on the CPU, got one on {model.engine.device}")
     if not isinstance(warmup, int) or warmup < 1:
         raise ValueError(f"profile: want warmup as an integer >= 1, got {warmup!r}")
@@ -205,7 +216,7 @@ class _Recorder:
 
     def _with_clocks(self, args: tuple[Any, ...]) -> Instrumented:
         owner, source = code_called_by(lambda: self.graph(*args))
-        code = Instrumented(source)
+        code = Instrumented(source, owner)
         sites = next(g.sites for g in self.model.report.journal.graphs if g.name == self.name)
         self.run.parts[self.name] = [
             [_part(kernel.name, own, taken_in, sites) for own, taken_in in kernel.parts] for kernel in code.kernels

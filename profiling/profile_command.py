@@ -14,12 +14,13 @@ from deepfuse.runtime.build_options import BuildOptions
 @dataclass(kw_only=True)
 class Profile:
     """Show where the time of a generation goes, by block, layer and op, and how much of it the device asks for;
-    compare two runs; show one in TensorBoard."""
+    compare two runs; merge those of several processes; show one in TensorBoard."""
 
     model: Positional[str]
-    """Checkpoint directory or preset; or the word diff, or open."""
+    """Checkpoint directory or preset; or one of the words diff, merge and open."""
     runs: Positional[tuple[str, ...]] = ()
-    """Of diff: two directories that --out made; of open: one, or the one above several."""
+    """Of diff: two directories that --out made; of merge: one, with the runs of several processes; of open: one, or the one
+    above several."""
     prompt: str | None = None
     """Text to continue; read from standard input where it is not given."""
     steps: int = 32
@@ -42,6 +43,9 @@ class Profile:
     def run(self) -> None:
         if self.model == "diff":
             self._diff()
+            return
+        if self.model == "merge":
+            self._merge()
             return
         if self.model == "open":
             self._open()
@@ -71,6 +75,19 @@ class Profile:
         if len(self.runs) != 1:
             raise ValueError(f"profile open: want one run directory, got {len(self.runs)}")
         serve(Path(self.runs[0]))
+
+    def _merge(self) -> None:
+        from deepfuse.profiling.rank_session import merge
+
+        if len(self.runs) != 1:
+            raise ValueError(f"profile merge: want one directory, with rank0, rank1, ... in it, got {len(self.runs)}")
+        ranks = merge(self.runs[0])
+        if self.json:
+            print(json.dumps(ranks.json()))
+        else:
+            from rich.console import Console
+
+            Console().print(*ranks.tables())
 
     def _profile(self) -> None:
         from deepfuse.profiling.profile import check_out, profile

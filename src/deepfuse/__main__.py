@@ -1,4 +1,4 @@
-"""The command line: ``deepfuse generate | chat | build | profile | quantize | ops | kernels | passes | explain | cache``.
+"""The command line: ``deepfuse generate | chat | build | profile | bench | quantize | ops | kernels | passes | ...``.
 
 Each command takes ``--help``. What is printed is for people; ``--json`` prints one JSON object for programs. Long, as it
 has all commands: each is its arguments and a call.
@@ -20,6 +20,7 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"deepfuse: the command line wants the package tyro, which is not here ({error})") from None
 
+from deepfuse.profiling.bench_command import Bench
 from deepfuse.profiling.profile_command import Profile
 from deepfuse.runtime.build_options import BuildOptions
 
@@ -344,6 +345,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "chat": Chat,
     "build": Build,
     "profile": Profile,
+    "bench": Bench,
     "quantize": Quantize,
     "ops": Ops,
     "kernels": Kernels,
