@@ -3,23 +3,28 @@
 A site is one call of one op in one module: ``layers.3.self_attn.q_a_proj.linear``. :mod:`deepfuse.passes.lower` says
 which op a node was lowered from (later rewrites may have left ``original_aten`` behind), Dynamo in which module it was
 called. Nodes carry the number of their site, and so does the code that Inductor makes of them
-(:func:`deepfuse.ir.private.capture`); the table of sites stands in the journal, which is kept with the graphs.
+(:func:`deepfuse.ir.private.capture`), together with the sites themselves. They stand in the journal as well.
 """
 
+import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from deepfuse.ir.op import Op
-from deepfuse.ir.private import SITE
+from deepfuse.ir.cost import Cost, tensor_bytes
+from deepfuse.ir.op import NAMESPACE, Op
+from deepfuse.ir.private import SITE, SITE_TEXT
 
 CALL = "deepfuse_call"
 """Entry of ``node.meta``: the :class:`OpCall` a node was lowered from."""
 
+aten = torch.ops.aten
+MATMULS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
+"""ATen's products, which gradients are made of: their costs are known without an op of ours."""
 _FRAME = re.compile(r'File "(?:.*/)?(\w+)/(\w+)\.py", line \d+, in (\w+)')
 
 
@@ -55,8 +60,8 @@ class Site:
 def mark_call(node: fx.Node, op: Op, args: Iterable[Any]) -> None:
     """Note that ``node`` is a call of ``op`` with these values, for the nodes that will stand in its place."""
     args = tuple(args)
-    floats = [a.dtype for a in args if isinstance(a, Tensor) and a.dtype.is_floating_point]
-    dtype = str(floats[0]).removeprefix("torch.") if floats else ""
+    floats = [a for a in args if isinstance(a, Tensor) and a.dtype.is_floating_point]
+    dtype = _dtype(floats[0]) if floats else ""
     try:
         cost = op.cost(*args)
         flops, size = str(cost.flops), str(cost.bytes)
@@ -66,21 +71,43 @@ def mark_call(node: fx.Node, op: Op, args: Iterable[Any]) -> None:
 
 
 def number_sites(graph: fx.Graph) -> list[Site]:
-    """All sites of a lowered graph, in its order; their numbers are written into ``node.meta``."""
-    sites: list[Site] = []
+    """All sites of a lowered graph, in its order; their numbers and texts are written into ``node.meta``."""
     numbers: dict[tuple[Any, ...], int] = {}
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        call, module = node.meta.get(CALL), module_of(node)
+    named: list[tuple[str, str]] = []
+    costs: list[dict[str, str | None]] = []
+    modules: dict[fx.Node, str] = {}
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    for node in nodes:
+        call, modules[node] = node.meta.get(CALL), _module(node, modules)
         name = _op_name(node) if call is None else call.op
-        key = (module, name) if call is None else (call,)
+        key = (modules[node], name) if call is None else (call,)
         if key not in numbers:
-            numbers[key] = len(sites)
-            costs = {} if call is None else {"dtype": call.dtype, "flops": call.flops, "bytes": call.bytes}
-            sites.append(Site(len(sites), module, name, **costs))
+            numbers[key] = len(named)
+            named.append((modules[node], name))
+            costs.append({} if call is None else {"dtype": call.dtype, "flops": call.flops, "bytes": call.bytes})
         node.meta[SITE] = numbers[key]
+    products: dict[int, Cost] = {}
+    for node in nodes:
+        if CALL not in node.meta and _is_matmul(node):
+            known = products.get(node.meta[SITE], Cost(0, 0))
+            products[node.meta[SITE]] = known + _matmul_cost(node)
+            costs[node.meta[SITE]]["dtype"] = _dtype(node.meta["val"])
+    for number, cost in products.items():
+        costs[number] |= {"flops": str(cost.flops), "bytes": str(cost.bytes)}
+    sites = [Site(i, *name, **cost) for i, (name, cost) in enumerate(zip(named, costs, strict=True))]  # type: ignore[arg-type]
+    for node in nodes:
+        node.meta[SITE_TEXT] = json.dumps(asdict(sites[node.meta[SITE]]))
     return sites
+
+
+def _module(node: fx.Node, modules: Mapping[fx.Node, str]) -> str:
+    """Where it was called; where nobody did (gradients of several readers are added up, a buffer is written back), the
+    module of what was computed last of what it reads."""
+    found = module_of(node)
+    if found or node.meta.get("stack_trace") and node.meta.get("partitioner_tag") != "is_backward":
+        return found
+    before = [n for n in modules if n in node.all_input_nodes and modules[n]]
+    return modules[before[-1]] if before else ""
 
 
 def module_of(node: fx.Node) -> str:
@@ -98,7 +125,27 @@ def module_of(node: fx.Node) -> str:
 
 
 def _op_name(node: fx.Node) -> str:
-    origin = node.meta.get("original_aten") or node.target
+    forward = node.meta.get("fwd_source_fn_stack")
+    if forward:  # a part of the gradient of what stands here
+        of = forward[-1][1]
+        if isinstance(of, torch._ops.OpOverload) and of.namespace == NAMESPACE:
+            return f"{of._opname}_backward"
+    # of a product and the sum it was fused into, the product says more
+    origin = node.target if _is_matmul(node) else node.meta.get("original_aten") or node.target
     if isinstance(origin, torch._ops.OpOverload):
         return origin._opname
     return getattr(origin, "__name__", str(origin))
+
+
+def _is_matmul(node: fx.Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) in MATMULS
+
+
+def _matmul_cost(node: fx.Node) -> Cost:
+    left, out = node.args[-2], node.meta["val"]
+    flops = 2 * out.numel() * left.meta["val"].shape[-1]  # type: ignore[union-attr]
+    return Cost(flops, tensor_bytes(*(n.meta["val"] for n in node.all_input_nodes), out))
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
