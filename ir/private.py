@@ -72,6 +72,21 @@ def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
+def named_size(name: str) -> Any:
+    """A symbol of sympy's for a size."""
+    import sympy  # type: ignore[import-untyped]
+
+    return sympy.Dummy(name, integer=True, positive=True)
+
+
+def value_of_expression(expression: Any, symbols: Mapping[Any, Any]) -> Any:
+    """A size (an expression of sympy's), computed by Python's operators from the values of its symbols."""
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    return sympy_interp(PythonReferenceAnalysis, dict(symbols), expression)
+
+
 CPP_FLAGS: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
 """A product and its sum in one instruction, as on GPUs: decode on a CPU is 15 to 25% faster (60M parameters, AVX-512)."""
 
@@ -234,6 +249,8 @@ KERNEL = "# deepfuse kernel:"
 
 A part's own sites, of the nodes it computes into memory, and behind ``/`` those it computes on the way: ``3+4/1+2``.
 """
+COLLECTIVES = "_c10d_functional"
+"""Namespace of the collectives that stand in graphs."""
 PART = "// deepfuse part"
 """Stands before each part of a C++ kernel, a nest of loops. It is the same everywhere: equal kernels stay one."""
 
@@ -243,10 +260,11 @@ def _sites_in_code() -> Iterator[None]:
     """Inside, Inductor writes comments into its code that say which sites a kernel computes."""
     from torch._inductor import ir
     from torch._inductor.codegen.cpp import CppScheduling, KernelGroup
+    from torch._inductor.codegen.triton import TritonScheduling
     from torch._inductor.virtualized import V
 
     finalize, comment = KernelGroup.finalize_kernel, CppScheduling.codegen_comment
-    extern = ir.ExternKernel.codegen_comment
+    triton, extern = TritonScheduling.codegen_comment, ir.ExternKernel.codegen_comment
 
     def finalize_kernel(self: Any, new_kernel: Any, nodes: Any) -> None:
         self.loops_code.writeline(PART)
@@ -259,6 +277,12 @@ def _sites_in_code() -> Iterator[None]:
         parts = self.kernel_group.deepfuse_parts if grouped else [[n.node for n in node_schedule]]
         _write_sites(V.graph.wrapper_code, parts)
 
+    def triton_comment(self: Any, node_schedule: Any, kernel_name: Any = None) -> None:
+        triton(self, node_schedule, kernel_name)
+        # between the nodes stand marks, of where a reduction begins and ends; a combined kernel has nodes of nodes
+        nodes = [leaf for node in node_schedule if hasattr(node, "get_nodes") for leaf in node.get_nodes()]
+        _write_sites(V.graph.wrapper_code, [[n.node for n in nodes]])
+
     def extern_comment(self: Any, wrapper: Any, kernel_name: Any = None) -> None:
         extern(self, wrapper, kernel_name)
         _write_sites(wrapper, [[self]])
@@ -266,6 +290,7 @@ def _sites_in_code() -> Iterator[None]:
     replaced: tuple[tuple[type, str, Any, Any], ...] = (
         (KernelGroup, "finalize_kernel", finalize, finalize_kernel),
         (CppScheduling, "codegen_comment", comment, codegen_comment),
+        (TritonScheduling, "codegen_comment", triton, triton_comment),
         (ir.ExternKernel, "codegen_comment", extern, extern_comment),
     )
     for owner, name, _, ours in replaced:
@@ -295,8 +320,17 @@ def _part_sites(computed: list[Any]) -> str:
     own: set[int] = set()
     origins: set[int] = set()
     for node in filter(None, computed):
-        numbers = {n.meta[SITE] for n in node.origins if SITE in n.meta}
+        known = [n for n in node.origins if SITE in n.meta]
         exact = node.get_origin_node()
+        # a wait claims the tensor it waits for: what started the collective, and a loop that wrote it in place
+        if isinstance(node, ir._CollectiveKernel):
+            name = getattr(node.op_overload, "_opname", "").rstrip("_")  # in place it ends in _
+            known = [n for n in known if getattr(n.target, "_opname", "") == name] or known
+            exact = max(known, key=lambda n: n.meta[SITE], default=None)
+        elif exact is not None and getattr(exact.target, "namespace", "") == COLLECTIVES:
+            known = [n for n in known if getattr(n.target, "namespace", "") != COLLECTIVES] or known
+            exact = None
+        numbers = {n.meta[SITE] for n in known}
         # a result that is no node's own is that of the last node in it
         own |= {exact.meta[SITE]} if exact is not None and SITE in exact.meta else set(sorted(numbers)[-1:])
         if isinstance(node, ir.ComputedBuffer):  # others are calls, which take nothing in
@@ -327,3 +361,10 @@ def load_captured(data: bytes) -> Callable[..., Any]:
         compiled = AOTCompiledFunction.deserialize(data)
     compiled.disable_guard_check()
     return compiled
+
+
+def process_group(name: str) -> Any:
+    """The process group of that name, as graphs have it."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)  # type: ignore[arg-type]

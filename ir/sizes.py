@@ -20,3 +20,13 @@ def check_value(condition: Any, message: Callable[[], str]) -> None:
         torch._check_value(condition, message)
     elif not condition:
         raise ValueError(message())
+
+
+def known_size(compute: Callable[[], Any]) -> Any:
+    """What ``compute`` gives; ``None`` where it asks something of a size that only the data decide."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    try:
+        return compute()
+    except GuardOnDataDependentSymNode:
+        return None

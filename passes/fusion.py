@@ -27,18 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from deepfuse.ir.op import NAMESPACE, Op
 from deepfuse.ir.printer import source_line, where
-from deepfuse.ir.private import inductor_decompositions
 from deepfuse.ir.tolerance import Tolerance
 from deepfuse.passes.declaration import COMMON, Case, cases_of, no_anchor
 from deepfuse.passes.journal import note
 from deepfuse.passes.match import VIEWS, Found, Miss, Traced, match, op_name
 from deepfuse.passes.record import Kind, Pass, Stage, check_declaration
-from deepfuse.passes.samples import materialized
+from deepfuse.passes.samples import dtypes_of, materialized
 from deepfuse.passes.splice import Splicer, fake_mode_of
+from deepfuse.passes.trace import trace
 
 aten = torch.ops.aten
 
@@ -89,17 +89,24 @@ class Rule:
         self.anchor = anchor.overload if isinstance(anchor, Op) else anchor
         self.shared = frozenset(op.overload if isinstance(op, Op) else op for op in getattr(declared, "shared", ()))
         self.cases = cases_of(declared, name, self.anchor, self.free)
-        self._forms: list[_Form] | None = None
+        self._made: dict[tuple[Any, int], _Form] = {}
 
     @property
     def forms(self) -> list[_Form]:
         """The patterns, traced for each sample when they are first needed; the largest first."""
-        if self._forms is None:
-            made = [self._form(case, sample) for case in self.cases for sample in case.samples]
-            # samples that differ in sizes only have one form
-            distinct = {f"{f.case.pattern} {_graph_key(f.traced)} {f.dtypes} {f.constants}": f for f in made}
-            self._forms = sorted(distinct.values(), key=lambda f: (-len(f.traced.calls), len(f.traced.outputs)))
-        return self._forms
+        return self._forms(lambda case: case.samples)
+
+    def _forms(self, samples: Callable[[Case], Sequence[tuple[Any, ...]]]) -> list[_Form]:
+        made = [self._form(case, sample) for case in self.cases for sample in samples(case)]
+        # samples that differ in sizes only have one form
+        distinct = {f"{f.case.pattern} {_graph_key(f.traced)} {f.dtypes} {f.constants}": f for f in made}
+        return sorted(distinct.values(), key=lambda f: (-len(f.traced.calls), len(f.traced.outputs)))
+
+    def _forms_for(self, graph: fx.Graph) -> list[_Form]:
+        """Those of dtypes that the graph has; all of a case that has none such, to say what it wants."""
+        values = (value for node in graph.nodes for value in tree_leaves(node.meta.get("val")))
+        there = {value.dtype for value in values if isinstance(value, Tensor)}
+        return self._forms(lambda case: [s for s in case.samples if dtypes_of(s) <= there] or case.samples)
 
     def rewrite(self, graph: fx.Graph) -> int:
         """Replace every site, and say of every node with the anchor's op what became of it."""
@@ -107,7 +114,8 @@ class Rule:
         if lacking:
             note(f"nothing to do: the graph has no {lacking}")
             return 0
-        targets = list(dict.fromkeys(form.traced.anchor.target for form in self.forms))
+        forms = self._forms_for(graph)
+        targets = list(dict.fromkeys(form.traced.anchor.target for form in forms))
         anchors = [node for node in graph.nodes if node.op == "call_function" and node.target in targets]
         splicer, traced, count = Splicer(graph, share=False), {}, 0  # type: ignore[var-annotated]
         gone: set[fx.Node] = set()
@@ -115,7 +123,7 @@ class Rule:
             if anchor in gone:
                 continue
             at = f"{op_name(anchor.target)} at {_place(anchor)}"
-            site = self.find(anchor, traced)
+            site = self._find(anchor, forms, traced)
             problem = site if isinstance(site, str) else self._replace(site, splicer)
             if problem is None:
                 assert isinstance(site, Site)
@@ -131,14 +139,14 @@ class Rule:
         lacking = [sorted(case.ops - there) for case in self.cases]
         return " and no ".join(lacking[0]) if all(lacking) else ""
 
-    def find(self, anchor: fx.Node, traced: dict[str, Traced] | None = None) -> Site | str:
+    def _find(self, anchor: fx.Node, forms: Sequence[_Form], traced: dict[str, Traced]) -> Site | str:
         """The site at a node with the anchor's op, or how far the match got and why it stopped.
 
         Args:
             traced: keeps patterns traced for the arguments of a site, for the next site like it.
         """
         best: tuple[float, str] = (-1.0, "")
-        for form in self.forms:
+        for form in forms:
             if form.traced.anchor.target is not anchor.target:
                 continue
             found = match(form.traced, anchor, {}, exact=False)
@@ -147,7 +155,7 @@ class Rule:
                 far = f"{found.reached} of {found.wanted} nodes match; " if partly else ""
                 best = max(best, (found.reached / found.wanted, far + found.reason), key=lambda b: b[0])
                 continue
-            site = self._site(form, found, anchor, {} if traced is None else traced)
+            site = self._site(form, found, anchor, traced)
             if isinstance(site, Site):
                 return site
             best = max(best, site, key=lambda b: b[0])
@@ -209,12 +217,15 @@ class Rule:
         return None
 
     def _form(self, case: Case, sample: tuple[Any, ...]) -> _Form:
-        with FakeTensorMode() as mode:
-            arguments = dict(zip(case.parameters, materialized(sample), strict=True))
-        dtypes = {name: value.dtype for name, value in arguments.items() if isinstance(value, Tensor)}
-        bound = (*dtypes, *self.free)
-        constants = {n: v for n, v in arguments.items() if n not in bound and not isinstance(v, float)}
-        return _Form(case, self._trace(case, arguments, mode, self.free), dtypes, constants)
+        key = (case.pattern, id(sample))
+        if key not in self._made:
+            with FakeTensorMode() as mode:
+                arguments = dict(zip(case.parameters, materialized(sample), strict=True))
+            dtypes = {name: value.dtype for name, value in arguments.items() if isinstance(value, Tensor)}
+            bound = (*dtypes, *self.free)
+            constants = {n: v for n, v in arguments.items() if n not in bound and not isinstance(v, float)}
+            self._made[key] = _Form(case, self._trace(case, arguments, mode, self.free), dtypes, constants)
+        return self._made[key]
 
     def _trace(self, case: Case, arguments: Mapping[str, Any], mode: Any, free: Sequence[str]) -> Traced:
         """``free``: ints whose place in the pattern is looked for; else they are part of it."""
@@ -231,12 +242,10 @@ class Rule:
         def on_tensors(*given: Tensor) -> Any:
             return case.pattern(**{**arguments, **numbers, **dict(zip(tensors, given, strict=True))})
 
-        with mode:
-            given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors.values()]
-            gm = traced(on_tensors, given)
-        calls = tuple(node for node in gm.graph.nodes if node.op not in ("placeholder", "output"))
-        inputs = dict(zip(tensors, (n for n in gm.graph.nodes if n.op == "placeholder"), strict=True))
-        (result,) = next(n for n in gm.graph.nodes if n.op == "output").args
+        graph = trace(on_tensors, list(tensors.values()), mode)
+        calls = tuple(node for node in graph.nodes if node.op not in ("placeholder", "output"))
+        inputs = dict(zip(tensors, (n for n in graph.nodes if n.op == "placeholder"), strict=True))
+        (result,) = next(n for n in graph.nodes if n.op == "output").args
         outputs = tuple(result) if isinstance(result, list | tuple) else (result,)
         for name, node in inputs.items():
             node.target = name
@@ -282,18 +291,6 @@ def fusion(*, stage: Stage, saves: str, kind: Kind = "exact") -> Callable[[Any],
         return Pass(name, stage, kind, rule.rewrite, saves, rule)
 
     return declare
-
-
-def traced(fn: Callable[..., Any], given: Sequence[Tensor]) -> fx.GraphModule:
-    """The graph of a function as passes see it: functional, and after Inductor's decompositions."""
-    gm = make_fx(fn, decomposition_table=dict(inductor_decompositions()))(*given)
-    for node in gm.graph.nodes:
-        # torch writes some of its own functions in place; a graph that is compiled has been made functional
-        if isinstance(node.target, torch._ops.OpOverload) and re.search("[^_]_$", node.target._opname):
-            packet = getattr(getattr(torch.ops, node.target.namespace), node.target._opname.rstrip("_"))
-            node.target = getattr(packet, node.target._overloadname)
-    gm.graph.eliminate_dead_code()
-    return gm
 
 
 def _place(node: fx.Node) -> str:

@@ -33,6 +33,7 @@ from deepfuse.passes.splice import Splicer, replace_outputs, values
 def lower(graph: fx.Graph, *, providers: Mapping[str, str]) -> int:
     """Rewrite in place; ``providers`` forces one by op name. Returns the number of ops sent to a provider."""
     chosen: Counter[str] = Counter()
+    unused = dict(providers)
     splicer = Splicer(graph)
     for node in list(graph.nodes):
         mutates = is_mutation(node)
@@ -40,6 +41,7 @@ def lower(graph: fx.Graph, *, providers: Mapping[str, str]) -> int:
         if op is None:
             continue
         forced = providers.get(op.name)
+        unused.pop(op.name, None)
         mark_call(node, op, values(mutation_arguments(node) if mutates else list(node.args)))
         if not mutates:
             choice = op.choose(tuple(values(list(node.args))), compiled=True, forced=forced)
@@ -52,6 +54,10 @@ def lower(graph: fx.Graph, *, providers: Mapping[str, str]) -> int:
         chosen[f"{op.name} -> {choice.provider.name}{_refusals(choice, forced)}"] += 1
     for line, count in sorted(chosen.items()):
         note(f"{count} x {line}")
+    for name, provider in sorted(unused.items()):
+        note(
+            f"0 x {name} -> {provider}: the model has no {name} here, or a pass before has put another op in its place"
+        )
     return chosen.total()
 
 

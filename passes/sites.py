@@ -4,6 +4,9 @@ A site is one call of one op in one module: ``layers.3.self_attn.q_a_proj.linear
 which op a node was lowered from (later rewrites may have left ``original_aten`` behind), Dynamo in which module it was
 called. Nodes carry the number of their site, and so does the code that Inductor makes of them
 (:func:`deepfuse.ir.private.capture`), together with the sites themselves. They stand in the journal as well.
+
+Collectives (``torch.distributed._functional_collectives``) have a site each, however often a module calls them, and so
+have the waits for them, which know their start.
 """
 
 import json
@@ -18,6 +21,8 @@ from torch import Tensor, fx
 from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import NAMESPACE, Op
 from deepfuse.ir.private import SITE, SITE_TEXT
+from deepfuse.ir.sizes import known_size
+from deepfuse.passes.collective_call import collective_call
 
 CALL = "deepfuse_call"
 """Entry of ``node.meta``: the :class:`OpCall` a node was lowered from."""
@@ -51,6 +56,12 @@ class Site:
     """Of its first tensor of floats, where it is one of our ops."""
     flops: str | None = None
     bytes: str | None = None
+    group: str = ""
+    """Of what starts a collective: the name of its process group."""
+    message: str | None = None
+    """Bytes that this process brings to it, as text."""
+    start: int | None = None
+    """Of a wait: the number of the site that started the collective."""
 
     @property
     def name(self) -> str:
@@ -62,49 +73,55 @@ def mark_call(node: fx.Node, op: Op, args: Iterable[Any]) -> None:
     args = tuple(args)
     floats = [a for a in args if isinstance(a, Tensor) and a.dtype.is_floating_point]
     dtype = _dtype(floats[0]) if floats else ""
-    try:
-        cost = op.cost(*args)
-        flops, size = str(cost.flops), str(cost.bytes)
-    except Exception:  # noqa: BLE001 - sizes that depend on data may raise anything; the time is measured all the same
-        flops, size = None, None
+    # where it is not known the time is measured all the same
+    cost = known_size(lambda: op.cost(*args))
+    flops, size = (None, None) if cost is None else (str(cost.flops), str(cost.bytes))
     node.meta[CALL] = OpCall(op.name, dtype, flops, size)
 
 
 def number_sites(graph: fx.Graph) -> list[Site]:
     """All sites of a lowered graph, in its order; their numbers and texts are written into ``node.meta``."""
     numbers: dict[tuple[Any, ...], int] = {}
-    named: list[tuple[str, str]] = []
-    costs: list[dict[str, str | None]] = []
+    found: list[dict[str, Any]] = []
     modules: dict[fx.Node, str] = {}
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     for node in nodes:
-        call, modules[node] = node.meta.get(CALL), _module(node, modules)
+        call, module = node.meta.get(CALL), _module(node, modules)
+        modules[node] = module
         name = _op_name(node) if call is None else call.op
-        key = (modules[node], name) if call is None else (call,)
+        key: tuple[Any, ...] = (module, name) if call is None else (call,)
+        facts = {} if call is None else {"dtype": call.dtype, "flops": call.flops, "bytes": call.bytes}
+        collective = collective_call(node)
+        if collective is not None:
+            name, key, facts = collective["op"], (node,), collective
         if key not in numbers:
-            numbers[key] = len(named)
-            named.append((modules[node], name))
-            costs.append({} if call is None else {"dtype": call.dtype, "flops": call.flops, "bytes": call.bytes})
+            numbers[key] = len(found)
+            found.append({"module": module, "op": name, **facts})
         node.meta[SITE] = numbers[key]
-    products: dict[int, Cost] = {}
-    for node in nodes:
-        if CALL not in node.meta and _is_matmul(node):
-            known = products.get(node.meta[SITE], Cost(0, 0))
-            products[node.meta[SITE]] = known + _matmul_cost(node)
-            costs[node.meta[SITE]]["dtype"] = _dtype(node.meta["val"])
-    for number, cost in products.items():
-        costs[number] |= {"flops": str(cost.flops), "bytes": str(cost.bytes)}
-    sites = [Site(i, *name, **cost) for i, (name, cost) in enumerate(zip(named, costs, strict=True))]  # type: ignore[arg-type]
+    for number, (cost, dtype) in _products(nodes).items():
+        found[number] |= {"flops": str(cost.flops), "bytes": str(cost.bytes), "dtype": dtype}
+    sites = [Site(number, **facts) for number, facts in enumerate(found)]
     for node in nodes:
         node.meta[SITE_TEXT] = json.dumps(asdict(sites[node.meta[SITE]]))
     return sites
+
+
+def _products(nodes: Iterable[fx.Node]) -> dict[int, tuple[Cost, str]]:
+    """Number of a site -> the costs of all products of ATen's in it, and their dtype."""
+    products: dict[int, tuple[Cost, str]] = {}
+    for node in nodes:
+        if CALL not in node.meta and _is_matmul(node):
+            before, _ = products.get(node.meta[SITE], (Cost(0, 0), ""))
+            products[node.meta[SITE]] = (before + _matmul_cost(node), _dtype(node.meta["val"]))
+    return products
 
 
 def _module(node: fx.Node, modules: Mapping[fx.Node, str]) -> str:
     """Where it was called; where nobody did (gradients of several readers are added up, a buffer is written back), the
     module of what was computed last of what it reads."""
     found = module_of(node)
-    if found or node.meta.get("stack_trace") and node.meta.get("partitioner_tag") != "is_backward":
+    nobody = node.meta.get("partitioner_tag") == "is_backward" or node.target is aten.copy_.default
+    if found or not nobody:
         return found
     before = [n for n in modules if n in node.all_input_nodes and modules[n]]
     return modules[before[-1]] if before else ""
@@ -120,7 +137,7 @@ def module_of(node: fx.Node) -> str:
     path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).removeprefix("model.").strip(".")
     if path and path != "model":
         return path
-    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if f[0] not in ("ir", "ops")]
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if f[0] not in ("ir", "ops", "distributed")]
     return "" if not frames or frames[-1][2] == "forward" else ".".join(frames[-1][1:])
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from deepfuse.ir.private import inductor_decompositions
+from deepfuse.passes.trace import trace
 
 PROVENANCE = (
     "nn_module_stack",
@@ -64,7 +63,7 @@ class Splicer:
         """``share``: whether equal nodes are inserted once; else calls may come in any order."""
         self.graph, self.share = graph, share
         self._fake_mode = fake_mode_of(graph)
-        self._traced: dict[tuple[Any, ...], fx.GraphModule] = {}
+        self._traced: dict[tuple[Any, ...], fx.Graph] = {}
         self._inserted: dict[tuple[Any, str], fx.Node] = {}
 
     def splice(self, node: fx.Node, fn: Callable[..., Any], args: Sequence[Any], like: fx.Node | None = None) -> Any:
@@ -87,27 +86,22 @@ class Splicer:
 
     def _trace(
         self, fn: Callable[..., Any], places: list[int | None], scalars: list[Any], given: list[Tensor]
-    ) -> fx.GraphModule:
+    ) -> fx.Graph:
         def on_tensors(*tensors: Tensor) -> Any:
             return fn(*(s if p is None else tensors[p] for p, s in zip(places, scalars, strict=True)))
 
-        with self._fake_mode:
-            # equal calls share nodes' values no more than their inputs: one tensor given twice would be one input
-            given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in given]
-            return make_fx(on_tensors, decomposition_table=inductor_decompositions())(*given)
+        return trace(on_tensors, given, self._fake_mode)
 
-    def _insert(self, traced: fx.GraphModule, node: fx.Node, inputs: list[fx.Node], like: fx.Node) -> Any:
-        env = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs, strict=True))
+    def _insert(self, traced: fx.Graph, node: fx.Node, inputs: list[fx.Node], like: fx.Node) -> Any:
+        env = dict(zip((n for n in traced.nodes if n.op == "placeholder"), inputs, strict=True))
         result: Any = None
         with self.graph.inserting_before(node), self._fake_mode:
-            for inner in traced.graph.nodes:
+            for inner in traced.nodes:
                 if inner.op == "output":
                     result = fx.map_arg(inner.args[0], lambda n: env[n])
                 elif _takes_all(inner):
                     # torch 2.11's Inductor cannot tell that a slice of a free size takes all of it
                     env[inner] = env[inner.args[0]]
-                elif inner.op == "get_attr":
-                    raise ValueError(f"splice: want a function without tensor constants, got {inner.target}")
                 elif inner.op != "placeholder":
                     args, kwargs = fx.map_arg((inner.args, inner.kwargs), lambda n: env[n])
                     key = (inner.target, f"{args} {kwargs}")

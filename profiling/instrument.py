@@ -18,7 +18,7 @@ import re
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 
-from deepfuse.ir.private import KERNEL, NOTED, PART, load_code
+from deepfuse.ir.private import NOTED, PART, load_code
 from deepfuse.passes.sites import Site
+from deepfuse.profiling.kernel_calls import Sites, kernel_calls
 from deepfuse.profiling.timeline import Span
 from deepfuse.runtime.compile_cache import inductor_cache
 
@@ -41,8 +42,7 @@ static inline int64_t deepfuse_now() {
 """
 """The clock of ``time.perf_counter_ns`` on Linux."""
 _DEFINITION = re.compile(r"^(\w+) = async_compile\.cpp_pybinding\(\[(.*?)\], r'''(.*?)'''\)$", re.MULTILINE | re.DOTALL)
-_SIZE = re.compile(r"^(\s+)([su]\d+) = ")
-_CALLED = re.compile(r"(?:= |^)([\w.]+)\(")
+_SIZE = re.compile(r"^([ ]+)([su]\d+) = .*$", re.MULTILINE)
 
 
 Readings = list[tuple[int, list[int]]]
@@ -54,7 +54,7 @@ class Kernel:
 
     name: str
     """``cpp_fused_rms_norm_0``, ``extern_kernels.mm``, ``torch.ops.deepfuse.mla_attention.torch``."""
-    parts: list[tuple[tuple[int, ...], tuple[int, ...]]]
+    parts: list[Sites]
     """Of each part, the numbers of the sites whose results it writes, and of those it computes on the way."""
     clocked: bool
     """Whether its parts have clocks of their own; else the call is one part."""
@@ -63,8 +63,8 @@ class Kernel:
 class Instrumented:
     """The copy of one graph's code, and what its clocks said."""
 
-    def __init__(self, source: str):
-        """``source``: Inductor's Python."""
+    def __init__(self, source: str, owner: Mapping[str, Any] | None = None):
+        """``source``: Inductor's Python; ``owner``: the names of its module, of which ours are those of the copy too."""
         text, self.kernels = instrument(source)
         self.sites = sites_in(source)
         with inductor_cache():
@@ -72,6 +72,7 @@ class Instrumented:
         self._marks = [torch.zeros(len(k.parts) + 1, dtype=torch.int64) if k.clocked else None for k in self.kernels]
         self._log: list[tuple[int, int, int]] = []
         self.sizes: dict[str, int] = {}
+        vars(self.module).update({k: v for k, v in (owner or {}).items() if k.startswith("deepfuse_")})
         vars(self.module).update(
             deepfuse_now=time.perf_counter_ns,
             deepfuse_log=self._log.append,
@@ -109,34 +110,29 @@ def instrument(source: str) -> tuple[str, list[Kernel]]:
         ValueError: nothing in it says which sites a kernel computes.
     """
     clocks = {name: code.count(PART) for name, _, code in _DEFINITION.findall(source)}
+    lines = _DEFINITION.sub(_with_clocks, source).splitlines()
     kernels: list[Kernel] = []
-    lines: list[str] = []
-    rest = iter(_DEFINITION.sub(_with_clocks, source).splitlines())
-    for line in rest:
-        lines.append(line)
-        size = _SIZE.match(line)
-        if size is not None:
-            lines.append(f'{size[1]}deepfuse_sizes["{size[2]}"] = {size[2]}')
-        if not line.lstrip().startswith(KERNEL):
-            continue
-        indent, statement = _statement(rest)
-        name = _called(statement)
-        parts = [_sites(part) for part in line.split(KERNEL)[1].strip().split("|")]
-        clocked = clocks.get(name, 0) == len(parts)
-        number = len(kernels)
-        if name in clocks:
+    # the last first, so that the lines of the others keep their numbers
+    for number, call in reversed([*enumerate(kernel_calls(lines))]):
+        first = lines[call.first]
+        indent = first[: len(first) - len(first.lstrip())]
+        statement = " ".join(line.strip() for line in lines[call.first : call.last + 1])
+        parts = list(call.parts)
+        clocked = clocks.get(call.name, 0) == len(parts)
+        if call.name in clocks:
             marks = f"deepfuse_marks[{number}]" if clocked else "deepfuse_unread"
             statement = f"{statement[: statement.rindex(')')]}, {marks})"
         if not clocked:
             parts = [(_once(own for own, _ in parts), _once(others for _, others in parts))]
-        kernels.append(Kernel(name, parts, clocked))
-        lines.append(f"{indent}deepfuse_began = deepfuse_now()")
-        lines.append(f"{indent}{statement}")
-        lines.append(f"{indent}deepfuse_log(({number}, deepfuse_began, deepfuse_now()))")
-    if not kernels:
-        raise ValueError("profile: want code of a graph that this version of deepfuse built, got code without sites")
+        kernels.append(Kernel(call.name, parts, clocked))
+        lines[call.first : call.last + 1] = [
+            f"{indent}deepfuse_began = deepfuse_now()",
+            f"{indent}{statement}",
+            f"{indent}deepfuse_log(({number}, deepfuse_began, deepfuse_now()))",
+        ]
+    text = _SIZE.sub(r'\g<0>\n\1deepfuse_sizes["\2"] = \2', "\n".join(lines))
     unread = f"import torch\ndeepfuse_unread = torch.zeros({max(clocks.values(), default=0) + 1}, dtype=torch.int64)\n"
-    return unread + "\n".join(lines) + "\n", kernels
+    return f"{unread}{text}\n", kernels[::-1]
 
 
 def sites_in(source: str) -> dict[int, Site]:
@@ -161,28 +157,6 @@ def _with_clocks(definition: re.Match[str]) -> str:
 
 def _once(numbers: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(n for several in numbers for n in several))
-
-
-def _statement(rest: Iterator[str]) -> tuple[str, str]:
-    """The next statement, in one line, and its indentation."""
-    line = next(rest)
-    while not line.strip() or line.lstrip().startswith("#"):
-        line = next(rest)
-    indent = line[: len(line) - len(line.lstrip())]
-    statement = line.strip()
-    while statement.count("(") > statement.count(")"):
-        statement += " " + next(rest).strip()
-    return indent, statement
-
-
-def _called(statement: str) -> str:
-    found = _CALLED.search(statement)
-    return statement if found is None else found[1]
-
-
-def _sites(part: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    own, _, others = part.partition("/")
-    return tuple(map(int, filter(None, own.split("+")))), tuple(map(int, filter(None, others.split("+"))))
 
 
 def code_called_by(fn: Callable[[], Any]) -> tuple[dict[str, Any], str, Any]:

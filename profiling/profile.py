@@ -11,13 +11,14 @@ parts: ``copy_weights``, ``forward``, ``backward`` and ``optimizer``, of which t
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deepfuse.ir.device import Device, measured_cpu
+from deepfuse.profiling.model_ranges import ranged
 from deepfuse.profiling.recorder import Recorder, Recording, WholeRecorder
 from deepfuse.profiling.roofline import limits_of
 from deepfuse.profiling.run import Run
@@ -34,6 +35,7 @@ def profile(
     warmup: int = 2,
     steps: int | None = None,
     device: Device | None = None,
+    nvtx: bool = False,
 ) -> Iterator[Run]:
     """Record what the graphs of a model, or of its training, do inside.
 
@@ -45,6 +47,8 @@ def profile(
             the first ``1 + warmup`` steps do not count.
         steps: how many calls of each graph are recorded; ``None`` for all.
         device: whose limits the roofline is drawn with; this CPU's are measured where it is ``None``, in a second.
+        nvtx: whether kernels have NVTX ranges by block and op, for a tool such as Nsight Systems. Without ``out`` ranges are
+            all there is: nothing is recorded, and the model may be on any device, and uncompiled.
 
     Yields:
         The :class:`Run`, which is complete when the block ends.
@@ -52,15 +56,21 @@ def profile(
     Raises:
         TypeError, ValueError: the model is none that can be profiled, a number is out of range, or nothing ran inside.
         FileExistsError, OSError: ``out`` is there already, or cannot be made.
+        RuntimeError: neither the package nvtx nor PyTorch's own ranges are there.
     """
-    _check(model, warmup, steps)
+    _check(model, warmup, steps, recorded=out is not None or not nvtx, nvtx=nvtx)
+    ranges = ranged(model) if nvtx and isinstance(model, Model) else nullcontext()
+    if nvtx and out is None:
+        with ranges:
+            yield Run(**_what(model), **_machine())
+        return
     folder = None if out is None else Path(out)
     if folder is not None:
         check_out(folder)
         _make(folder)
     run = Run(**_what(model), **_machine())
     try:
-        with ExitStack() as clocks:
+        with ranges, ExitStack() as clocks:
             recording = Recording(run, warmup, steps, clocks)
             with _recorded(model, recording):
                 yield run
@@ -77,17 +87,19 @@ def profile(
         write_trace(run, folder / "trace.json.gz")
 
 
-def _check(model: Any, warmup: Any, steps: Any) -> None:
+def _check(model: Any, warmup: Any, steps: Any, *, recorded: bool, nvtx: bool) -> None:
     if not isinstance(model, Model | Trainer):
         raise TypeError(
             f"profile: want a Model or a Trainer, as deepfuse.build returns them, got {type(model).__name__}"
         )
+    if nvtx and isinstance(model, Trainer):
+        raise TypeError("profile: want a Model for nvtx=True, got a Trainer")
     compiled, device = (
         (model.compiled, model.device) if isinstance(model, Trainer) else (model.report.compiled, model.engine.device)
     )
-    if not compiled:
+    if recorded and not compiled:
         raise ValueError("profile: want a compiled model, got one built with compile=False")
-    if device.type != "cpu":
+    if recorded and device.type != "cpu":
         raise ValueError(f"profile: want a model on the CPU, got one on {device}")
     if not isinstance(warmup, int) or warmup < 1:
         raise ValueError(f"profile: want warmup as an integer >= 1, got {warmup!r}")

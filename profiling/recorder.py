@@ -79,7 +79,7 @@ class Recorder:
 
     def _with_clocks(self, call: Callable[[], Any]) -> Any:
         owner, source, result = code_called_by(call)
-        self.code = Instrumented(source)
+        self.code = Instrumented(source, owner)
         self.recording.run.parts[self.name] = [
             [_part(kernel.name, own, taken_in, self.code.sites) for own, taken_in in kernel.parts]
             for kernel in self.code.kernels

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from deepfuse.ir.private import COLLECTIVES
 from deepfuse.passes.sites import Site
 
 
@@ -69,6 +70,11 @@ class Part:
     def attributed(self) -> bool:
         """Whether module and op of its results are known."""
         return bool(self.own) and all(site.module for site in self.own)
+
+    @property
+    def communicates(self) -> bool:
+        """Whether it starts a collective or waits for one; a loop that copies for one does not."""
+        return f"{COLLECTIVES}." in self.kernel
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ kernels of it follow one another; parts of kernels by module and op.
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,30 @@ ROWS = {1: "graphs", 2: "blocks", 3: "kernels"}
 
 def write_trace(run: Run, path: Path) -> None:
     """Write ``path``, gzipped JSON."""
+    write_events(trace_events(run), path)
+
+
+def write_events(events: Iterable[dict[str, Any]], path: Path) -> None:
     with gzip.open(path, "wt") as file:
-        json.dump({"traceEvents": list(trace_events(run)), "displayTimeUnit": "ms"}, file)
+        json.dump({"traceEvents": list(events), "displayTimeUnit": "ms"}, file)
 
 
-def trace_events(run: Run) -> Iterator[dict[str, Any]]:
-    """Events of all steps; time begins with the first."""
+def trace_events(run: Run, *, process: int = 0, origin: int | None = None) -> Iterator[dict[str, Any]]:
+    """Events of all steps.
+
+    Args:
+        process: number of the process in the trace.
+        origin: where its time begins; with the first step where ``None``.
+    """
     for row, name in ROWS.items():
-        yield {"ph": "M", "pid": 0, "tid": row, "name": "thread_name", "args": {"name": name}}
-        yield {"ph": "M", "pid": 0, "tid": row, "name": "thread_sort_index", "args": {"sort_index": row}}
-    origin = run.steps[0].began if run.steps else 0
+        yield {"ph": "M", "pid": process, "tid": row, "name": "thread_name", "args": {"name": name}}
+        yield {"ph": "M", "pid": process, "tid": row, "name": "thread_sort_index", "args": {"sort_index": row}}
+    if origin is None:
+        origin = run.steps[0].began if run.steps else 0
     for number, step in enumerate(run.steps):
         arguments = {"step": number, **step.sizes}
-        yield _event(1, step.graph, step.began, step.ended, origin, arguments)
-        yield from _kernels(run, step, origin)
+        for event in (_event(1, step.graph, step.began, step.ended, origin, arguments), *_kernels(run, step, origin)):
+            yield {**event, "pid": process}
 
 
 def _kernels(run: Run, step: Step, origin: int) -> Iterator[dict[str, Any]]:
@@ -55,7 +65,6 @@ def _kernels(run: Run, step: Step, origin: int) -> Iterator[dict[str, Any]]:
 def _event(row: int, name: str, began: int, ended: int, origin: int, arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         "ph": "X",
-        "pid": 0,
         "tid": row,
         "cat": ROWS[row],
         "name": name,

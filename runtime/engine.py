@@ -197,6 +197,8 @@ class CudaGraph:
     """A compiled decode step recorded once and replayed: one launch instead of hundreds."""
 
     def __init__(self, fn: Graph, args: tuple[Any, ...]):
+        self.launched = fn
+        """The step itself, kernel by kernel."""
         self.inputs = [a.clone() for a in args[2:]]
         call = (*args[:2], *self.inputs)
         stream = torch.cuda.Stream()

@@ -46,7 +46,7 @@ def model(built: df.Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[df.Model
         assert Path(source) == built.source and not options["compile"] and options["max_batch_size"] == 1
         return built
 
-    monkeypatch.setattr(df, "build", build)
+    monkeypatch.setattr("deepfuse.runtime.build.build", build)
     yield built
     assert built.engine.cache.free_pages == len(built.engine.cache.layers[0]) - 1
 
@@ -319,7 +319,7 @@ def test_an_interrupt_while_building(
     def build(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(df, "build", build)
+    monkeypatch.setattr("deepfuse.runtime.build.build", build)
     with pytest.raises(SystemExit) as caught:
         run(monkeypatch, "build", tmp_path)
     assert caught.value.code == 130 and capsys.readouterr().err == "deepfuse: interrupted\n"

@@ -83,6 +83,8 @@ import deepfuse
 names = [m.name for m in pkgutil.walk_packages(deepfuse.__path__, "deepfuse.", fail)]
 names.remove("deepfuse.__main__")
 names.remove("deepfuse._entry_point")
+# commands of the command line, which says by itself that it wants tyro
+names = [name for name in names if not name.endswith("_command")]
 for name in names:
     importlib.import_module(name)
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})  # where a script finds its neighbours

@@ -1,4 +1,4 @@
-"""The command line: ``deepfuse generate | chat | build | profile | quantize | ops | kernels | passes | explain | cache``.
+"""The command line: ``deepfuse generate | chat | build | profile | bench | quantize | ops | kernels | passes | ...``.
 
 Each command takes ``--help``. What is printed is for people; ``--json`` prints one JSON object for programs. Long, as it
 has all commands: each is its arguments and a call.
@@ -20,49 +20,9 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"deepfuse: the command line wants the package tyro, which is not here ({error})") from None
 
-
-@dataclass(kw_only=True)
-class BuildOptions:
-    """How the model is built."""
-
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    dtype: str = "auto"
-    """auto (the checkpoint's), float32, bfloat16 or float16."""
-    quantize: Literal["auto", "none", "fp8", "fp8_weights"] = "auto"
-    """fp8: weights and activations; fp8_weights: weights alone; auto: as the checkpoint is; none: dequantize."""
-    max_batch_size: int = 1
-    max_seq_len: int | None = None
-    cache_dtype: Literal["auto", "fp8"] = "auto"
-    """Of the latent cache: auto (that of the activations) or fp8."""
-    without: tuple[str, ...] = ()
-    """Passes to leave out."""
-    providers: tuple[str, ...] = ()
-    """op=provider, to force one."""
-    compile: bool = True
-    """Compile with Inductor; otherwise run the rewritten graphs as they are."""
-
-    def build(self, model: str) -> Any:
-        import deepfuse as df
-
-        forced = {}
-        for item in self.providers:
-            name, equals, provider = item.partition("=")
-            if not equals:
-                raise ValueError(f"--providers: want op=provider, got {item!r}")
-            forced[name] = provider
-        return df.build(
-            model,
-            device=self.device,
-            dtype=self.dtype,
-            quantize=None if self.quantize == "none" else self.quantize,
-            max_batch_size=self.max_batch_size,
-            max_seq_len=self.max_seq_len,
-            cache_dtype=self.cache_dtype,
-            passes=df.passes.default().without(*self.without),
-            providers=forced,
-            compile=self.compile,
-        )
+from deepfuse.profiling.bench_command import Bench
+from deepfuse.profiling.profile_command import Profile
+from deepfuse.runtime.build_options import BuildOptions
 
 
 @dataclass(kw_only=True)
@@ -174,74 +134,6 @@ class Build:
             print(model.explain(self.explain))
         if self.graph is not None:
             print(model.graph(self.graph, self.graph_name))
-
-
-@dataclass(kw_only=True)
-class Profile:
-    """Show where the time of a generation goes, by block, layer and op, and how much of it the device asks for;
-    compare two runs."""
-
-    model: Positional[str]
-    """Checkpoint directory or preset; or the word diff."""
-    runs: Positional[tuple[str, ...]] = ()
-    """Of diff: two directories that --out made."""
-    prompt: str | None = None
-    """Text to continue; read from standard input where it is not given."""
-    steps: int = 32
-    """Decode steps to record."""
-    out: str | None = None
-    """Directory to make, for run.json and trace.json.gz (Perfetto)."""
-    by: Literal["op", "block", "place"] = "op"
-    """Rows of the table: by op, by block, or by module and op."""
-    json: bool = False
-    options: BuildOptions = field(default_factory=BuildOptions)
-
-    def run(self) -> None:
-        if self.model == "diff":
-            self._diff()
-            return
-        if self.runs:
-            raise ValueError(f"profile: want one model, got {self.model} and {', '.join(self.runs)}")
-        self._profile()
-
-    def _diff(self) -> None:
-        from deepfuse.profiling.diff import compare, difference_table
-        from deepfuse.profiling.run import Run
-
-        if len(self.runs) != 2:
-            raise ValueError(f"profile diff: want two run directories, got {len(self.runs)}")
-        before, after = map(Run.read, self.runs)
-        rows = compare(before, after, self.by)
-        if self.json:
-            print(json.dumps([{**asdict(row), "us": row.us} for row in rows]))
-        else:
-            from rich.console import Console
-
-            Console().print(difference_table(rows))
-
-    def _profile(self) -> None:
-        import deepfuse as df
-        from deepfuse.profiling.profile import check_out
-        from deepfuse.profiling.roofline import roofline, roofline_table
-
-        # before a minute of compiling
-        if self.steps < 1:
-            raise ValueError(f"profile: want --steps >= 1, got {self.steps}")
-        if self.out is not None:
-            check_out(Path(self.out))
-        prompt = sys.stdin.read() if self.prompt is None else self.prompt
-        model = self.options.build(self.model)
-        with df.profile(model, self.out) as run:
-            # the first token comes from prefill
-            model.generate(prompt, max_new_tokens=self.steps + 1, temperature=0.0, stop_token_ids=())
-        finest: Literal["op", "place"] = "place" if self.by == "place" else "op"
-        if self.json:
-            rows = [{**asdict(row), "lost_us": row.lost_us} for row in roofline(run, finest)]
-            print(json.dumps({**run.json(), "roofline": rows}))
-        else:
-            from rich.console import Console
-
-            Console().print(run.table(self.by), roofline_table(run, finest))
 
 
 @dataclass(kw_only=True)
@@ -453,6 +345,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "chat": Chat,
     "build": Build,
     "profile": Profile,
+    "bench": Bench,
     "quantize": Quantize,
     "ops": Ops,
     "kernels": Kernels,

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepfuse.ir.tolerance import DEFAULT_TOLERANCE, EXACT
-from deepfuse.passes.fusion import traced
 from deepfuse.passes.journal import noting
 from deepfuse.passes.pipeline import DEFAULT
 from deepfuse.passes.samples import materialized
+from deepfuse.passes.trace import trace
 from graphs import assert_same_graph
 
 RULES = [p for p in DEFAULT if p.rule is not None]
@@ -32,8 +32,7 @@ def graph_of(fn, arguments):
         left = iter(given)
         return fn(*(next(left) if isinstance(a, Tensor) else a for a in arguments))
 
-    with FakeTensorMode() as mode:
-        return traced(on_tensors, [mode.from_tensor(t) for t in tensors]), tensors
+    return torch.fx.GraphModule({}, trace(on_tensors, tensors, FakeTensorMode())), tensors
 
 
 @pytest.mark.parametrize(("p", "case", "sample"), CASES)

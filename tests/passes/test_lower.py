@@ -89,6 +89,13 @@ def test_a_forced_provider_is_taken():
     assert notes == ["1 x linear -> matvec"]
 
 
+def test_a_forced_provider_of_an_op_that_is_not_there_is_reported():
+    args = torch.randn(2, 8), torch.randn(8)
+    _, count, notes = lowered(lambda x, w: rms_norm(x, w, 1e-6), *args, providers={"linear": "reference"})
+    assert count == 1
+    assert notes[-1].startswith("0 x linear -> reference: the model has no linear here, or a pass before")
+
+
 def test_a_forced_provider_that_cannot_serve_is_reported():
     args = torch.randn(50, 8), torch.randn(6, 8)
     _, _, notes = lowered(lambda x, w: linear(x, w, None), *args, providers={"linear": "matvec"})

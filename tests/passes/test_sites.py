@@ -1,5 +1,6 @@
 """Every node of a lowered graph says from which module and op it comes, and what that op should cost."""
 
+import operator
 from dataclasses import asdict
 
 import pytest
@@ -95,6 +96,36 @@ def test_gradients_are_named_by_what_they_are_the_gradient_of():
     assert product.dtype == "float32"
 
 
+def test_each_collective_is_a_site_and_a_wait_knows_which_it_ends():
+    c10d, graph = torch.ops._c10d_functional, fx.Graph()
+    stack = {"model": ("L['model'].layers.3.mlp", nn.Module)}
+
+    def add(target, *args):
+        node = graph.call_function(target, args)
+        node.meta = {"val": torch.empty(6, 4, dtype=torch.bfloat16), "nn_module_stack": stack}
+        return node
+
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(6, 4, dtype=torch.bfloat16)
+    there = add(c10d.all_to_all_single.default, x, [3, 3], [3, 3], "ep")
+    experts = add(c10d.wait_tensor.default, there)
+    back = add(c10d.all_to_all_single.default, experts, [3, 3], [3, 3], "ep")
+    several = add(c10d.all_reduce_coalesced.default, [x, experts], "sum", "dp")
+    one_of_them = add(torch.ops.aten.view.default, add(operator.getitem, several, 1), [24])
+    graph.output((add(c10d.wait_tensor.default, one_of_them), add(c10d.wait_tensor.default, back)))
+    sites = [s for s in number_sites(graph) if s.op not in ("getitem", "view")]
+    assert {s.module for s in sites} == {"layers.3.mlp"}
+    at = {s.number: i for i, s in enumerate(sites)}
+    assert [(s.op, s.group, s.dtype, s.message, at.get(s.start)) for s in sites] == [
+        ("all_to_all_single", "ep", "bfloat16", "48", None),
+        ("wait_tensor", "", "", None, 0),
+        ("all_to_all_single", "ep", "bfloat16", "48", None),
+        ("all_reduce_coalesced", "dp", "bfloat16", "96", None),
+        ("wait_tensor", "", "", None, 3),
+        ("wait_tensor", "", "", None, 2),
+    ]
+
+
 def node_at(stack, trace=""):
     node = fx.Graph().call_function(torch.sin)
     node.meta = {"nn_module_stack": {path: (path, nn.Module) for path in stack}, "stack_trace": trace}
@@ -125,6 +156,9 @@ def test_what_the_model_calls_itself_has_the_name_of_the_function():
     assert module_of(node_at(["L['model']"], "".join(frames))) == "norm.add"
     # in the model's own forward: the bare name of the model says nothing
     assert module_of(node_at(["L['model']"], "".join(frames[:2]))) == ""
+    # nor does a collective's own file
+    collective = '  File "/torch/distributed/_functional_collectives.py", line 5, in all_reduce\n    return x\n'
+    assert module_of(node_at(["L['model']"], "".join(frames[:2]) + collective)) == ""
     assert module_of(node_at(["L['model']"])) == ""
 
 

@@ -136,7 +136,7 @@ def test_the_command(model, monkeypatch, tmp_path, capsys):
         main()
         return capsys.readouterr().out
 
-    monkeypatch.setattr(df, "build", lambda *_, **__: model)
+    monkeypatch.setattr("deepfuse.runtime.build.build", lambda *_, **__: model)
     table = run("--prompt", "the fox", "--steps", 3, "--out", tmp_path / "run", "--by", "block")
     assert "layers.0.self_attn" in table and "(wrapper)" in table and "lost us" in table
     assert len(Run.read(tmp_path / "run").steps_of("decode_1")) == 3
@@ -146,7 +146,7 @@ def test_the_command(model, monkeypatch, tmp_path, capsys):
 
     def refused(*arguments):
         # before anything is built
-        monkeypatch.setattr(df, "build", None)
+        monkeypatch.setattr("deepfuse.runtime.build.build", None)
         with pytest.raises(SystemExit):
             run(*arguments)
         return capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""NVTX ranges around the nodes of a graph that runs uncompiled, as the passes left it.
+
+What a compiled graph does in kernels, this one does node by node: those of one op that follow one another have one range,
+and a block's range stands around those of its ops. Views and numbers have none.
+"""
+
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils import _pytree
+
+from deepfuse.ir.private import SITE
+from deepfuse.passes.sites import Site
+from deepfuse.profiling.nvtx import Domain, Naming, Range, Ranges, nested
+from deepfuse.profiling.timeline import Part
+from deepfuse.profiling.view_ops import is_view
+
+
+class RangedGraph(fx.Interpreter):
+    """Runs the nodes of a graph, and opens and closes ranges between them."""
+
+    def __init__(self, gm: fx.GraphModule, sites: Sequence[Site], domain: Domain, name: str):
+        """``sites``: of the graph, by the numbers its nodes have; ``name``: of the graph."""
+        super().__init__(gm)
+        naming = Naming(sites)
+        nodes = [node for node in gm.graph.nodes if SITE in node.meta and _computes(node)]
+        paths = []
+        for node in nodes:
+            site = sites[node.meta[SITE]]
+            *blocks, op = naming.path(Part(str(node.target), (site,), ()))
+            paths.append([(block, -1) for block in blocks] + [(op, site.number)])
+        ranges: list[Range] = []
+        self.opened: dict[fx.Node, list[int]] = {}
+        self.closed: dict[fx.Node, int] = {}
+        for node, (opened, self.closed[node]) in zip(nodes, nested(paths), strict=True):
+            self.opened[node] = [len(ranges) + i for i in range(len(opened))]
+            ranges += [r for r, _ in opened]
+        self.ranges = Ranges(domain, name, ranges)
+
+    def run_node(self, n: fx.Node) -> Any:
+        for number in self.opened.get(n, ()):
+            self.ranges.push(number)
+        result = super().run_node(n)
+        for _ in range(self.closed.get(n, 0)):
+            self.ranges.pop()
+        return result
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, who calls the graph's module calls this."""
+        self.module.forward = self.run  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            del self.module.forward
+
+
+def graph_called_by(fn: Callable[[], Any]) -> fx.GraphModule:
+    """The graph with sites whose nodes the function runs.
+
+    Raises:
+        ValueError: it runs none, or it has ranges already.
+    """
+    found: list[fx.GraphModule] = []
+
+    def look(frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code.co_name in ("forward", "run"):
+            owner = frame.f_locals.get("self")
+            gm = owner.module if isinstance(owner, RangedGraph) else owner
+            if isinstance(gm, fx.GraphModule) and any(SITE in node.meta for node in gm.graph.nodes):
+                found.append(gm)
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        fn()
+    finally:
+        sys.setprofile(before)
+    if not found:
+        raise ValueError("profile: want a model whose graphs the passes went through, got one that calls no such graph")
+    if "forward" in vars(found[0]):
+        raise ValueError("profile: want one profile at a time, got one of a model that is being profiled")
+    return found[0]
+
+
+def _computes(node: fx.Node) -> bool:
+    leaves = _pytree.tree_leaves(node.meta.get("val"))
+    return any(isinstance(v, Tensor) for v in leaves) and not is_view(node.target)

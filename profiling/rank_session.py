@@ -1,0 +1,135 @@
+"""Processes that profile together: one directory, clocks set before and after, and the runs merged by the first.
+
+Their own traffic goes over a group of its own, over Gloo: it takes times from the CPU whatever the model's backend is, and
+is not mixed up with what the model sends.
+"""
+
+import contextlib
+import os
+import socket
+import uuid
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from deepfuse.ir.private import process_group
+from deepfuse.profiling.clock_offset import Clock, exchange
+from deepfuse.profiling.rank_run import Process, rank_folder
+from deepfuse.profiling.rank_trace import write_rank_trace
+from deepfuse.profiling.ranks import Ranks
+from deepfuse.profiling.run import Run
+
+PATIENCE = timedelta(minutes=10)
+"""How long a process waits for the others at either end of a block: kernels with clocks are compiled in it."""
+
+
+class RankSession:
+    """One profile of the processes of a group, seen from one of them."""
+
+    def __init__(self, group: Any, out: str | Path | None):
+        """All processes of the group come here at once.
+
+        Raises:
+            TypeError, ValueError: ``group`` is none that this process is in, or there is no ``out``.
+            FileExistsError, OSError: ``out`` is there already, or the first process cannot make it; from all of them.
+        """
+        if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                "profile: want group as a process group of torch.distributed that this process is in, got "
+                f"{type(group).__name__}"
+            )
+        if out is None:
+            raise ValueError("profile: want a directory for the runs of a group, got out=None")
+        self.out, self.rank = Path(out), dist.get_rank()
+        self.ranks = tuple(dist.get_process_group_ranks(group))
+        self.first = self.rank == self.ranks[0]
+        self.group: Any = dist.new_group(
+            list(self.ranks), backend="gloo", timeout=PATIENCE, use_local_synchronization=True
+        )
+        try:
+            self.session = self._begin()
+            self.folder = rank_folder(self.out, self.rank)
+            self.before = exchange(self.group)
+        except BaseException:
+            self._leave()
+            raise
+
+    def _begin(self) -> str:
+        """The session's name; the directory is made by the first process, and what it meets there is everybody's error."""
+        told: list[Any] = [uuid.uuid4().hex, None]
+        if self.first:
+            try:
+                self.out.mkdir(parents=True)
+            except OSError as error:
+                told[1] = error.errno
+        dist.broadcast_object_list(told, src=self.ranks[0], group=self.group)
+        session, problem = told
+        if problem is not None:
+            error_type = FileExistsError if self.out.exists() else OSError
+            raise error_type(
+                f"profile: want a run directory that is not there yet and can be made, got {self.out}: "
+                f"{os.strerror(problem)}"
+            )
+        return session
+
+    def finish(self, run: Run) -> None:
+        """Set the clocks again, and merge the runs, of which this process has written its own."""
+        after = exchange(self.group)
+        names = {s.group for kernels in run.parts.values() for k in kernels for part in k for s in part.own if s.group}
+        Process(
+            session=self.session,
+            rank=self.rank,
+            ranks=self.ranks,
+            host=socket.gethostname(),
+            groups={name: tuple(dist.get_process_group_ranks(process_group(name))) for name in sorted(names)},
+            clock=Clock(self.before, after),
+        ).write(self.folder)
+        dist.barrier(self.group)
+        if self.first:
+            merge_where_all_are_there(self.out, self.ranks)
+
+    def _leave(self, *, failed: bool = True) -> None:
+        # the others then see a closed connection, and do not wait
+        dist.destroy_process_group(self.group)
+        if failed and self.first:
+            with contextlib.suppress(OSError):  # others may have left theirs in it
+                self.out.rmdir()
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator["RankSession"]:
+        """Inside, the process profiles."""
+        try:
+            yield self
+        except BaseException:
+            self._leave()
+            raise
+        self._leave(failed=False)
+
+
+def merge(folder: str | Path) -> Ranks:
+    """Read the runs in ``folder`` and write ``ranks.json`` and ``trace.json.gz`` beside them.
+
+    Raises:
+        ValueError: as :meth:`Ranks.read`.
+    """
+    ranks = Ranks.read(folder)
+    ranks.write(Path(folder) / "ranks.json")
+    write_rank_trace(ranks, Path(folder) / "trace.json.gz")
+    return ranks
+
+
+def merge_where_all_are_there(folder: Path, ranks: tuple[int, ...]) -> None:
+    """Machines need not share a disk."""
+    missing = [rank for rank in ranks if not rank_folder(folder, rank).exists()]
+    if not missing:
+        merge(folder)
+        return
+    listed = ", ".join(str(rank_folder(folder, rank)) for rank in missing)
+    warnings.warn(
+        f"profile: the processes share no disk: copy {listed} here, then run: deepfuse profile merge {folder}",
+        stacklevel=2,
+    )
