@@ -64,7 +64,7 @@ def performance(found: dict[str, Results]) -> str:
 def part_of(suite: str, part: str, rows: list[Row]) -> list[str]:
     """A table of the rows of one part, with the command that measures them again."""
     labels = list(dict.fromkeys(label for row in rows for label in row.figures))
-    facts = [fact for fact in dict.fromkeys(fact for row in rows for fact in row.facts) if fact not in ROW_NAMES]
+    facts = [fact for fact in dict.fromkeys(fact for row in rows for fact in row.facts) if fact not in NOT_SHOWN]
     cells = []
     for row in rows:
         first = next(iter(row.figures))
@@ -80,8 +80,8 @@ def part_of(suite: str, part: str, rows: list[Row]) -> list[str]:
     ]
 
 
-ROW_NAMES = ("what", "dtype", "kind")
-"""Facts that the row's name says already."""
+NOT_SHOWN = ("what", "dtype", "kind", "flops", "bytes", "tried", "B", "E", "M", "N", "K", "tokens", "shape")
+"""Facts that the row's name says already, that follow from it, or that are many."""
 
 
 def readme_cpu(results: Results) -> str:
@@ -182,6 +182,9 @@ def _figure(row: Row, label: str, first: str) -> str:
 def _fact(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, dict):
+        # of each alternative
+        return ", ".join(f"{label} {_fact(each)}" for label, each in value.items())
     return f"{value:.5g}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmark_scripts import load_script
+from deepfuse.profiling.bench import Bench
 from deepfuse.profiling.bench_results import Results
 
 docs = load_script("write_docs")
@@ -67,3 +68,11 @@ def test_every_suite_has_its_place(checkout: Path) -> None:
         assert f"## {name}\n" in text and suite.question in text
     for row in Results.read(docs.RESULTS / "cpu.json").rows:
         assert f"{row.command} --json benchmarks/results/cpu.json" in text
+
+
+def test_what_each_alternative_reached_is_said_in_words() -> None:
+    bench = Bench(Results(suite="toy", command="", device={}, versions={}))
+    bench.row("a", {"ours": 1.0, "theirs": 2.0}, share={"ours": 0.5, "theirs": 0.25}, flops=7)
+    (row,) = bench.results.rows
+    assert "| row | unit | ours | theirs | share | date |" in docs.part_of("toy", "", [row])
+    assert any("| ours 0.5, theirs 0.25 |" in line for line in docs.part_of("toy", "", [row]))
