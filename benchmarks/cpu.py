@@ -130,13 +130,15 @@ def decode(bench: Bench, folder: Path, name: str) -> None:
 
 def prefill(bench: Bench, folder: Path, name: str) -> None:
     dtype = getattr(torch, name)
+    ours = Ours(folder, dtype, MAX_SEQ_LEN)
     calls = {
-        "deepfuse": Ours(folder, dtype, MAX_SEQ_LEN).prefill(PREFILL),
+        "deepfuse": ours.prefill(PREFILL),
         "transformers eager": Transformers(folder, dtype, MAX_SEQ_LEN, compiled=False).prefill(PREFILL),
         "transformers compiled": Transformers(folder, dtype, MAX_SEQ_LEN, compiled=True).prefill(PREFILL),
     }
     what = f"prefill, {PREFILL} tokens"
     bench.interleaved(f"{what}, {name}", calls, what=what, dtype=name)
+    ours.release()
 
 
 def training_step(bench: Bench, folder: Path, name: str) -> None:
