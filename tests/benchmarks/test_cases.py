@@ -49,6 +49,16 @@ def test_a_row_says_what_it_is_of_the_limits():
     }
 
 
+def test_ceilings_are_rows_of_what_was_measured():
+    bench = new_bench(CPU)
+    found = cases.ceilings(bench)
+    products, memory = bench.results.rows
+    # the others of a CPU's row are nominal
+    assert list(products.figures) == ["float32", "bfloat16"] and products.better == memory.better == "higher"
+    assert products.figures["float32"][0] == pytest.approx(found.flops[torch.float32] / 1e12, rel=1e-3)
+    assert memory.figures["read"][0] == pytest.approx(found.memory_bandwidth / 1e9, rel=1e-3)
+
+
 def test_one_that_raises_is_kept_with_its_error_and_the_others_go_on(monkeypatch):
     without_clock(monkeypatch, cases)
     bench = new_bench(CPU)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from benchmark_scripts import load_script
+from deepfuse.ir.device import H100
 from deepfuse.profiling.bench_suites import run_suite
+from deepfuse.profiling.timing import Timing
 from small_cases import DEVICE, ON_DEVICE, SMALL, new_bench, without_clock
 
 pytestmark = ON_DEVICE
@@ -33,7 +35,7 @@ TINY = replace(
     bos_token_id=0,
     eos_token_id=1,
 )
-SIZES = gpu.Sizes(**SMALL, config=TINY, batches=(2,), context=5, prompt=9, compile=False, rounds=5)
+SIZES = gpu.Sizes(**SMALL, config=TINY, batches=(1, 2), context=5, prompt=9, compile=False, rounds=5)
 
 EXPECTED = {
     "fp8_matmul 1 x 32 x 256": ["triton", "bfloat16"],
@@ -115,14 +117,33 @@ def test_models_are_timed_in_turn(monkeypatch, tried):
     cases.run_parts(bench, models)
     assert bench.results.left_out == {}
     ours = ["deepfuse bfloat16", "deepfuse fp8"]
-    assert {row.name: list(row.figures) for row in bench.results.rows} == {
+    assert {row.name: list(row.figures) for row in bench.results.rows if "ceiling" not in row.name} == {
         "build, bfloat16, empty cache": ["deepfuse"],
         "build, fp8, empty cache": ["deepfuse"],
         "prefill, 9 tokens": [*ours, "transformers eager"],
+        "decode, batch 1, context 5": [*ours, "transformers eager"],
         "decode, batch 2, context 5": [*ours, "transformers eager"],
         "prefill, 9 tokens, compiled peer": ["transformers compiled"],
+        "decode, batch 1, context 5, compiled peer": ["transformers compiled"],
         "decode, batch 2, context 5, compiled peer": ["transformers compiled"],
     }
+
+
+def test_a_step_is_held_against_reading_the_weights(monkeypatch, tried):
+    timing = Timing(8e-3, 8e-3, 8e-3)
+    monkeypatch.setattr(gpu, "interleaved", lambda able, **options: dict.fromkeys(able, timing))
+    bench = new_bench()
+    suite = gpu.Gpu(bench, SIZES)
+    monkeypatch.setattr(suite, "limits", lambda: replace(H100, memory_bandwidth=1e9))
+    suite.row(
+        "row", {"deepfuse bfloat16": 1, "deepfuse fp8": 2}, lambda model: lambda: None, calls=8, tokens=1, bound=True
+    )
+    (row,) = bench.results.rows
+    assert row.figures["deepfuse bfloat16"] == (1.0, 1.0, 1.0) and row.unit == "ms"
+    assert row.facts["tokens/s"] == {"deepfuse bfloat16": 1000.0, "deepfuse fp8": 1000.0}
+    # two bytes each at 1e9 a second, of a millisecond
+    share = round(2 * gpu.count_parameters(TINY).active / 1e9 / 1e-3, 3)
+    assert row.facts["share of reading the active weights"] == {"deepfuse bfloat16": share}
 
 
 def test_a_model_that_fails_is_left_out_beside_the_others(monkeypatch, tried):
