@@ -14,18 +14,27 @@ from deepfuse.runtime.build_options import BuildOptions
 @dataclass(kw_only=True)
 class Profile:
     """Show where the time of a generation goes, by block, layer and op, and how much of it the device asks for;
-    compare two runs; merge those of several processes."""
+    compare two runs; merge those of several processes; show one in TensorBoard."""
 
     model: Positional[str]
-    """Checkpoint directory or preset; or one of the words diff and merge."""
+    """Checkpoint directory or preset; or one of the words diff, merge and open."""
     runs: Positional[tuple[str, ...]] = ()
-    """Of diff: two directories that --out made; of merge: one, with the runs of several processes."""
+    """Of diff: two directories that --out made; of merge: one, with the runs of several processes; of open: one, or the one
+    above several."""
     prompt: str | None = None
     """Text to continue; read from standard input where it is not given."""
     steps: int = 32
     """Decode steps to record."""
     out: str | None = None
-    """Directory to make, for run.json and trace.json.gz (Perfetto)."""
+    """Directory to make, for the run: tables, traces for Perfetto and TensorBoard, a page for the browser."""
+    open: bool = False
+    """Start TensorBoard on it, and print where."""
+    shapes: bool = False
+    """Of operands, in TensorBoard's trace."""
+    memory: bool = False
+    """Each allocation, in TensorBoard's trace."""
+    stacks: bool = False
+    """Of Python, in TensorBoard's trace."""
     by: Literal["op", "block", "place"] = "op"
     """Rows of the table: by op, by block, or by module and op."""
     nvtx: bool = False
@@ -39,6 +48,9 @@ class Profile:
             return
         if self.model == "merge":
             self._merge()
+            return
+        if self.model == "open":
+            self._open()
             return
         if self.runs:
             raise ValueError(f"profile: want one model, got {self.model} and {', '.join(self.runs)}")
@@ -59,6 +71,13 @@ class Profile:
 
             Console().print(difference_table(rows))
 
+    def _open(self) -> None:
+        from deepfuse.profiling.tensorboard_server import serve
+
+        if len(self.runs) != 1:
+            raise ValueError(f"profile open: want one run directory, got {len(self.runs)}")
+        serve(Path(self.runs[0]))
+
     def _merge(self) -> None:
         from deepfuse.profiling.rank_session import merge
 
@@ -76,17 +95,23 @@ class Profile:
         from deepfuse.profiling.nvtx import open_domain
         from deepfuse.profiling.profile import check_out, profile
         from deepfuse.profiling.roofline import roofline, roofline_table
+        from deepfuse.profiling.tensorboard_server import check_tensorboard, serve
 
         # before a minute of compiling
         if self.steps < 1:
             raise ValueError(f"profile: want --steps >= 1, got {self.steps}")
+        details = {name: getattr(self, name) for name in ("shapes", "memory", "stacks")}
         if self.out is not None:
             check_out(Path(self.out))
+        elif self.open or any(details.values()):
+            raise ValueError("profile: want --out DIR with --open, --shapes, --memory and --stacks, got none")
+        if self.open:
+            check_tensorboard()
         if self.nvtx:
             open_domain()
         prompt = sys.stdin.read() if self.prompt is None else self.prompt
         model = self.options.build(self.model)
-        with profile(model, self.out, nvtx=self.nvtx) as run:
+        with profile(model, self.out, nvtx=self.nvtx, tensorboard=True if self.open else None, **details) as run:
             # the first token comes from prefill
             model.generate(prompt, max_new_tokens=self.steps + 1, temperature=0.0, stop_token_ids=())
         if self.nvtx and self.out is None:
@@ -101,3 +126,5 @@ class Profile:
             from rich.console import Console
 
             Console().print(run.table(self.by), roofline_table(run, finest))
+        if self.open and self.out is not None:
+            serve(Path(self.out))

@@ -53,6 +53,8 @@ class Run:
     parts: dict[str, list[list[Part]]] = field(default_factory=dict)
     """Graph -> kernel -> part."""
     steps: list[Step] = field(default_factory=list)
+    build: dict[str, Any] = field(default_factory=dict)
+    """Of the model: ``matches`` (graph -> pass -> rewrites), ``graph_breaks``, ``recompiles``, ``graphs_from_cache``."""
 
     def rows(self, by: By = "op") -> list[Row]:
         """Rows of all graphs, the longest first; ``by`` op, block or place (module and op).
@@ -78,11 +80,15 @@ class Run:
         """Name -> nanoseconds of each step of a graph."""
         times: dict[str, list[int]] = {}
         for step in self.steps_of(graph):
-            of_step: dict[str, int] = {}
-            for name, ns in self._times(step, by):
-                of_step[name] = of_step.get(name, 0) + ns
-            for name, ns in of_step.items():
+            for name, ns in self.times_of(step, by).items():
                 times.setdefault(name, []).append(ns)
+        return times
+
+    def times_of(self, step: Step, by: By = "op") -> dict[str, int]:
+        """Name -> nanoseconds of one step."""
+        times: dict[str, int] = {}
+        for name, ns in self._times(step, by):
+            times[name] = times.get(name, 0) + ns
         return times
 
     @property
@@ -151,7 +157,10 @@ class Run:
             run = cls(
                 parts={graph: [_parts(k) for k in kernels] for graph, kernels in data.pop("parts").items()},
                 steps=[Step(**{**step, "spans": [Span(**s) for s in step["spans"]]}) for step in data.pop("steps")],
-                **{name: data[name] for name in ("model", "dtype", "device", "threads", "torch", "date", "limits")},
+                **{
+                    name: data[name]
+                    for name in ("model", "dtype", "device", "threads", "torch", "date", "limits", "build")
+                },
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"run: want a directory that profile wrote, got {folder}: {error!r:.200}") from None

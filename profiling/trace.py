@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepfuse.profiling.run import Run
-from deepfuse.profiling.timeline import Step
+from deepfuse.profiling.timeline import Part, Step
 
 ROWS = {1: "graphs", 2: "blocks", 3: "kernels"}
 
@@ -40,14 +40,18 @@ def trace_events(run: Run, *, process: int = 0, origin: int | None = None) -> It
         origin = run.steps[0].began if run.steps else 0
     for number, step in enumerate(run.steps):
         arguments = {"step": number, **step.sizes}
-        for event in (_event(1, step.graph, step.began, step.ended, origin, arguments), *_kernels(run, step, origin)):
+        for event in (
+            _event(1, step.graph, step.began, step.ended, origin, arguments),
+            *kernel_events(run.parts[step.graph], step, origin),
+        ):
             yield {**event, "pid": process}
 
 
-def _kernels(run: Run, step: Step, origin: int) -> Iterator[dict[str, Any]]:
+def kernel_events(parts: list[list[Part]], step: Step, origin: int) -> Iterator[dict[str, Any]]:
+    """Blocks and parts of kernels of one step; ``origin`` is the clock's time at 0."""
     block, began, ended = "", 0, 0
     for span in step.spans:
-        part = run.parts[step.graph][span.kernel][span.part]
+        part = parts[span.kernel][span.part]
         arguments: dict[str, Any] = {"kernel": part.kernel, "blocks": list(part.blocks)}
         if part.taken_in:
             arguments["with"] = list(dict.fromkeys(site.name for site in part.taken_in))

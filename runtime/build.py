@@ -210,6 +210,7 @@ def build(
         mha_bytes_per_token=mha_bytes_per_token(cfg, dtype),
         compiled=compile,
         warm=made.from_cache,
+        graphs_from_cache=made.graphs_from_cache,
         compile_seconds=made.compile_seconds,
         build_seconds=time.perf_counter() - began,
         journal=runner.journal,

@@ -67,7 +67,7 @@ class Engine:
         self.max_batch_size = max_batch_size
         self.device = cache.layers[0].device
         self.buckets = tuple(buckets(max_batch_size))
-        self.from_cache = folder is not None
+        self.graphs_from_cache = 0
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
             self._prefill = self._graph("prefill", prefill, *self._example_prefill())
@@ -82,8 +82,9 @@ class Engine:
                 compiled(*args)
             return compiled
         graph = self._load(name, args)
-        if graph is None:
-            self.from_cache = False
+        if graph is not None:
+            self.graphs_from_cache += 1
+        else:
             text = f"compiling {name} (kept for the next build)"
             # a minute of silence would look as if nothing happened; off a terminal it prints nothing
             with naming(name), Console(stderr=True).status(text):
@@ -101,6 +102,11 @@ class Engine:
         except Exception:  # noqa: BLE001 - unpickling damaged bytes may raise anything; the graph is made again
             return None
         return graph
+
+    @property
+    def from_cache(self) -> bool:
+        """Whether nothing was compiled."""
+        return self.graphs_from_cache == 1 + len(self.buckets)
 
     def _example_prefill(self) -> tuple[Tensor, Tensor, Tensor]:
         return self._prefill_inputs([[0, 0, 0], [0, 0]], [None, None], last_only=True)

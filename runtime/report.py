@@ -36,6 +36,7 @@ class Report:
     """By Inductor; otherwise the graphs run as the passes left them."""
     warm: bool = False
     """All graphs came from the compile cache."""
+    graphs_from_cache: int = 0
     build_seconds: float = 0.0
     compile_seconds: float = 0.0
     journal: Journal = field(default_factory=Journal)

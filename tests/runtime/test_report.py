@@ -23,6 +23,7 @@ FIELDS = {
     "mha_bytes_per_token",
     "compiled",
     "warm",
+    "graphs_from_cache",
     "build_seconds",
     "compile_seconds",
     "graphs_at_build",

@@ -1,0 +1,55 @@
+"""TensorBoard on a run's directory, or on one that has several."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from deepfuse.profiling.tensorboard_log import check_installed
+
+_URL = re.compile(r"^TensorBoard \S+ at (http\S+)", re.MULTILINE)
+TRACES = "*.pt.trace.json.gz"
+
+
+def check_tensorboard() -> None:
+    """Whether TensorBoard can show a run, for who builds a model first.
+
+    Raises:
+        RuntimeError: it or its plugin is not here.
+    """
+    check_installed("tensorboard", "torch_tb_profiler")
+
+
+def serve(folder: Path) -> None:
+    """Start TensorBoard, print where it is, and stay until Ctrl-C.
+
+    Args:
+        folder: that a profile wrote, or one above several of these.
+
+    Raises:
+        RuntimeError: it or its plugin is not here, or it does not start.
+        ValueError: there is no run in ``folder``.
+    """
+    check_tensorboard()
+    if not any(folder.rglob(TRACES)):
+        raise ValueError(f"profile open: want a directory with a run that profile wrote, got {folder}")
+    # in a process of its own, since the plugin forks, and this one has threads
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    said, url = "", None
+    try:
+        for line in process.stdout:
+            found = _URL.search(line)
+            if found:
+                url = found[1]
+                print(f"TensorBoard: {url} (Ctrl-C ends it)", flush=True)
+            said += line if url is None else ""
+        if url is None:
+            raise RuntimeError(f"profile open: want TensorBoard to start, got {said.strip()[-500:]!r}")
+    except KeyboardInterrupt:
+        print()
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
