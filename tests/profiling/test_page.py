@@ -4,9 +4,7 @@ import re
 from html.parser import HTMLParser
 from itertools import combinations
 
-import pytest
-
-from browser import dom, needs_browser
+from browser import browser, needs_browser
 from deepfuse.passes.journal import GraphEntry, PassEntry
 from deepfuse.passes.sites import Site
 from deepfuse.profiling.block_timeline import block_timeline
@@ -145,15 +143,30 @@ def test_blocks_lie_in_the_rows_of_their_kind():
 
 
 @needs_browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_shows_it_and_no_script_fails(tmp_path, scheme):
+def test_a_browser_shows_it_and_no_script_fails(tmp_path):
     path = page(tmp_path)
-    # as if somebody chose the other graph and sorted by name
-    clicks = '<script>document.querySelectorAll("[role=tab]")[1].click();document.querySelectorAll("#decode_1 th")[0].click()</script>'
-    path.write_text(path.read_text().replace("</body>", f"{clicks}</body>"))
-    text = dom(path.as_uri(), 2, scheme)
-    assert 'data-ready="yes"' in text and 'id="prefill" hidden' in text and 'id="decode_1" hidden' not in text
-    shown = text[text.index('id="decode_1"') :]
-    names = re.findall(r"<tr><td>([^<]+)</td>", shown)[:4]
-    assert names == sorted(names) and "linear" in names
-    assert "<circle" in shown and "<rect" in shown
+    with browser(tmp_path / "browser") as shown:
+        for scheme, paper in (("light", "rgb(251, 251, 250)"), ("dark", "rgb(22, 24, 27)")):
+            shown.open(path.as_uri(), scheme)
+            shown.wait("document.body && document.body.dataset.ready")
+            assert shown.value("getComputedStyle(document.body).backgroundColor") == paper
+            # nothing is wider than the page
+            assert shown.value("document.documentElement.scrollWidth <= innerWidth")
+            assert shown.value("prefill.offsetHeight > 500 && !decode_1.offsetHeight")
+            shown.value("document.querySelector('[data-graph=decode_1]').click()")
+            assert shown.value("decode_1.offsetHeight > 500 && !prefill.offsetHeight")
+            names = "[...decode_1.querySelector('table.ops').tBodies[0].rows].map(row => row.cells[0].textContent)"
+            assert shown.value(names) == ["linear", "linear<b>", "rms_norm", "embedding"]
+            for column, order in (
+                (0, ["embedding", "linear", "linear<b>", "rms_norm"]),
+                (1, ["linear", "linear<b>", "rms_norm", "embedding"]),
+                (1, ["embedding", "rms_norm", "linear<b>", "linear"]),
+            ):
+                shown.value(f"decode_1.querySelectorAll('th')[{column}].click()")
+                assert shown.value(names) == order
+            circles = "[...decode_1.querySelectorAll('circle')].map(c => c.getBoundingClientRect().width > 4)"
+            assert shown.value(circles) == [True] * 3
+        assert shown.errors == []
+        shown.value("setTimeout(() => missing(), 0)")
+        shown.wait("new Promise(done => setTimeout(() => done(1), 100))")
+        assert "missing is not defined" in shown.errors[0], "a script that fails would be seen"
