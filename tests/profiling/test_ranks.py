@@ -8,7 +8,7 @@ import pytest
 
 from deepfuse.__main__ import main
 from deepfuse.profiling.clock_offset import Clock, Offset
-from deepfuse.profiling.rank_run import in_time_of, rank_folder
+from deepfuse.profiling.rank_run import rank_folder
 from deepfuse.profiling.rank_session import merge, merge_where_all_are_there
 from deepfuse.profiling.ranks import Ranks
 from hand_made_ranks import ALL_TO_ALL, COMBINE, GRAPH, MATMUL, REDUCE, made_run, process
@@ -115,7 +115,11 @@ def test_clocks_are_set_to_that_of_the_first(tmp_path, drift):
     def own(t):
         return ahead + round(t * (1 + drift))
 
-    skewed = {0: runs[0], 1: in_time_of(runs[1], Clock(Offset(0, ahead, 0), Offset(10**9, own(10**9) - 10**9, 0)))}
+    def seen(step):
+        times = {name: own(getattr(step, name)) for name in ("began", "ended", "code_began", "code_ended")}
+        return replace(step, **times, spans=[replace(s, began=own(s.began), ended=own(s.ended)) for s in step.spans])
+
+    skewed = {0: runs[0], 1: replace(runs[1], steps=[seen(step) for step in runs[1].steps])}
     asked = Clock(*(Offset(own(t), t - own(t), 400.0) for t in (0, 10**9)))
     folder = write(
         tmp_path / "run", skewed, lambda runs: {**processes(runs), 1: replace(process(1, runs), clock=asked)}
