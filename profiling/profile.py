@@ -4,9 +4,8 @@
         model.generate("Once upon a time", max_new_tokens=32)
     print(run)
 
-The first call of each graph is repeated before it is recorded, as warm-up: graphs write what they are given where they
-are told, so that doing it twice changes nothing. Only then is a graph's code copied with clocks in it
-(:mod:`deepfuse.profiling.instrument`), whose kernels are compiled the first time.
+What is recorded of each graph, and when, is :mod:`deepfuse.profiling.recorder`'s. A trainer's steps are recorded in four
+parts: ``copy_weights``, ``forward``, ``backward`` and ``optimizer``, of which the second and third are compiled graphs.
 """
 
 import os
@@ -19,22 +18,18 @@ from typing import Any
 import torch
 
 from deepfuse.ir.device import Device, measured_cpu
-from deepfuse.passes.sites import Site
-from deepfuse.profiling.instrument import Instrumented, Readings, code_called_by, replaced, spans_of
 from deepfuse.profiling.model_ranges import ranged
+from deepfuse.profiling.recorder import Recorder, Recording, WholeRecorder
 from deepfuse.profiling.roofline import limits_of
 from deepfuse.profiling.run import Run
-from deepfuse.profiling.timeline import Part, Step
 from deepfuse.profiling.trace import write_trace
 from deepfuse.runtime.model import Model
-
-Recorded = tuple[str, int, int, int, int, Readings, dict[str, int]]
-"""What :class:`Step` has, its spans as they were read."""
+from deepfuse.runtime.trainer import Trainer
 
 
 @contextmanager
 def profile(
-    model: Model,
+    model: Model | Trainer,
     out: str | Path | None = None,
     *,
     warmup: int = 2,
@@ -42,13 +37,14 @@ def profile(
     device: Device | None = None,
     nvtx: bool = False,
 ) -> Iterator[Run]:
-    """Record what the graphs of a model do inside.
+    """Record what the graphs of a model, or of its training, do inside.
 
     Args:
         model: compiled, on a CPU.
         out: directory to make, for ``run.json`` and ``trace.json.gz`` (Perfetto, chrome://tracing); ``None`` writes
             nothing.
-        warmup: how often the first call of each graph is repeated before it counts.
+        warmup: how often the first call of each graph is repeated before it counts; of a trainer nothing is repeated, and
+            the first ``1 + warmup`` steps do not count.
         steps: how many calls of each graph are recorded; ``None`` for all.
         device: whose limits the roofline is drawn with; this CPU's are measured where it is ``None``, in a second.
         nvtx: whether kernels have NVTX ranges by block and op, for a tool such as Nsight Systems. Without ``out`` ranges are
@@ -62,30 +58,25 @@ def profile(
         FileExistsError, OSError: ``out`` is there already, or cannot be made.
         RuntimeError: neither the package nvtx nor PyTorch's own ranges are there.
     """
-    _check(model, warmup, steps, recorded=out is not None or not nvtx)
-    ranges = ranged(model) if nvtx else nullcontext()
+    _check(model, warmup, steps, recorded=out is not None or not nvtx, nvtx=nvtx)
+    ranges = ranged(model) if nvtx and isinstance(model, Model) else nullcontext()
     if nvtx and out is None:
         with ranges:
-            yield Run(model=model.report.model, dtype=model.report.dtype, **_machine())
+            yield Run(**_what(model), **_machine())
         return
     folder = None if out is None else Path(out)
     if folder is not None:
         check_out(folder)
         _make(folder)
-    run = Run(model=model.report.model, dtype=model.report.dtype, **_machine())
+    run = Run(**_what(model), **_machine())
     try:
-        recorded: list[Recorded] = []
-        with (
-            ranges,
-            ExitStack() as clocks,
-            model.engine.wrapped(
-                lambda name, graph: _Recorder(name, graph, model, run, recorded, clocks, warmup, steps)
-            ),
-        ):
-            yield run
-        run.steps += [Step(*r[:5], spans_of(r[5]), r[6]) for r in recorded]
+        with ranges, ExitStack() as clocks:
+            recording = Recording(run, warmup, steps, clocks)
+            with _recorded(model, recording):
+                yield run
+        recording.finish()
         if not run.steps:
-            raise ValueError("profile: want a step of the model inside the block, got none; call or generate inside")
+            raise ValueError(_nothing(model, warmup))
         run.limits = limits_of(measured_cpu() if device is None else device)
     except BaseException:
         if folder is not None:
@@ -96,15 +87,20 @@ def profile(
         write_trace(run, folder / "trace.json.gz")
 
 
-def _check(model: Any, warmup: Any, steps: Any, *, recorded: bool) -> None:
-    if not isinstance(model, Model):
+def _check(model: Any, warmup: Any, steps: Any, *, recorded: bool, nvtx: bool) -> None:
+    if not isinstance(model, Model | Trainer):
         raise TypeError(
-            f"profile: want a Model, as deepfuse.build returns it for generation, got {type(model).__name__}"
+            f"profile: want a Model or a Trainer, as deepfuse.build returns them, got {type(model).__name__}"
         )
-    if recorded and not model.report.compiled:
+    if nvtx and isinstance(model, Trainer):
+        raise TypeError("profile: want a Model for nvtx=True, got a Trainer")
+    compiled, device = (
+        (model.compiled, model.device) if isinstance(model, Trainer) else (model.report.compiled, model.engine.device)
+    )
+    if recorded and not compiled:
         raise ValueError("profile: want a compiled model, got one built with compile=False")
-    if recorded and model.engine.device.type != "cpu":
-        raise ValueError(f"profile: want a model on the CPU, got one on {model.engine.device}")
+    if recorded and device.type != "cpu":
+        raise ValueError(f"profile: want a model on the CPU, got one on {device}")
     if not isinstance(warmup, int) or warmup < 1:
         raise ValueError(f"profile: want warmup as an integer >= 1, got {warmup!r}")
     if steps is not None and (not isinstance(steps, int) or steps < 1):
@@ -128,6 +124,46 @@ def _make(path: Path) -> None:
         raise OSError(f"profile: want a run directory that can be made, got {path}: {error.strerror}") from None
 
 
+@contextmanager
+def _recorded(model: Model | Trainer, recording: Recording) -> Iterator[None]:
+    """Inside, graphs of the model are recorded."""
+    if isinstance(model, Trainer):
+        parts: dict[str, Recorder | WholeRecorder] = {
+            name: WholeRecorder(name, recording) for name in ("copy_weights", "optimizer")
+        }
+
+        def around(name: str, part: Callable[[], Any]) -> Any:
+            return parts.setdefault(name, Recorder(name, recording, repeat=False))(part)
+
+        with model.wrapped(around):
+            yield
+        return
+
+    def wrap(name: str, graph: Callable[..., Any]) -> Callable[..., Any]:
+        recorder = Recorder(name, recording, repeat=True)
+        return lambda *args: recorder(lambda: graph(*args))
+
+    with model.engine.wrapped(wrap):
+        yield
+
+
+def _what(model: Model | Trainer) -> dict[str, Any]:
+    if isinstance(model, Model):
+        return {"model": model.report.model, "dtype": model.report.dtype}
+    t, config = model.training, model.model.config
+    what = f"training of {config.model_type}, {config.num_hidden_layers} layers, {t.batch_size} x {t.seq_len} tokens"
+    return {"model": what, "dtype": str(t.dtype).removeprefix("torch.")}
+
+
+def _nothing(model: Model | Trainer, warmup: int) -> str:
+    if isinstance(model, Trainer):
+        return (
+            f"profile: want more than 1 + warmup = {1 + warmup} steps of training inside the block, as these do not count, "
+            "got no more"
+        )
+    return "profile: want a step of the model inside the block, got none; call or generate inside"
+
+
 def _machine() -> dict[str, Any]:
     return {
         "device": _cpu_name(),
@@ -143,56 +179,3 @@ def _cpu_name() -> str:
     except OSError:
         return os.uname().machine
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), os.uname().machine)
-
-
-class _Recorder:
-    """A graph of an engine whose calls are recorded."""
-
-    def __init__(
-        self,
-        name: str,
-        graph: Callable[..., Any],
-        model: Model,
-        run: Run,
-        recorded: list[Recorded],
-        clocks: ExitStack,
-        warmup: int,
-        steps: int | None,
-    ):
-        self.name, self.graph, self.model, self.run, self.recorded = name, graph, model, run, recorded
-        self.clocks, self.warmup, self.left = clocks, warmup, steps
-        self.code: Instrumented | None = None
-
-    def __call__(self, *args: Any) -> Any:
-        if self.left == 0:
-            return self.graph(*args)
-        if self.code is None:
-            self.code = self._with_clocks(args)
-        began = time.perf_counter_ns()
-        result = self.graph(*args)
-        ended = time.perf_counter_ns()
-        code = self.code
-        self.recorded.append((self.name, began, ended, code.began, code.ended, code.readings(), dict(code.sizes)))
-        if self.left is not None:
-            self.left -= 1
-            if self.left == 0:
-                self.uninstall()
-        return result
-
-    def _with_clocks(self, args: tuple[Any, ...]) -> Instrumented:
-        owner, source = code_called_by(lambda: self.graph(*args))
-        code = Instrumented(source, owner)
-        sites = next(g.sites for g in self.model.report.journal.graphs if g.name == self.name)
-        self.run.parts[self.name] = [
-            [_part(kernel.name, own, taken_in, sites) for own, taken_in in kernel.parts] for kernel in code.kernels
-        ]
-        mine = self.clocks.enter_context(ExitStack())
-        mine.enter_context(replaced(owner, code))
-        self.uninstall = mine.close
-        for _ in range(self.warmup):
-            self.graph(*args)
-        return code
-
-
-def _part(kernel: str, own: tuple[int, ...], taken_in: tuple[int, ...], sites: list[Site]) -> Part:
-    return Part(kernel, tuple(sites[i] for i in own), tuple(sites[i] for i in taken_in))
