@@ -130,13 +130,13 @@ def _check(model: Any, warmup: Any, steps: Any, *, recorded: bool, nvtx: bool) -
         raise ValueError(f"profile: want steps as an integer >= 1 or None, got {steps!r}")
 
 
-def _journal(model: Model | Trainer) -> Journal:
+def _journal(model: Model | Trainer | CompiledModule) -> Journal:
     return model.report.journal if isinstance(model, Model) else model.runner.journal
 
 
-def _build_of(model: Model | Trainer) -> dict[str, Any]:
+def _build_of(model: Model | Trainer | CompiledModule) -> dict[str, Any]:
     matches = {g.name: {p.name: p.rewrites for p in g.passes} for g in _journal(model).graphs}
-    if isinstance(model, Trainer):
+    if not isinstance(model, Model):
         return {"matches": matches}
     names = ("graph_breaks", "recompiles", "graphs_from_cache")
     return {"matches": matches, **{name: getattr(model.report, name) for name in names}}
