@@ -11,8 +11,11 @@ import deepfuse as df
 from deepfuse.ir.private import SITE
 from deepfuse.ops.grouped_matmul import grouped_matmul
 from deepfuse.ops.rms_norm import rms_norm
+from deepfuse.passes.collective_call import collective_call
 from deepfuse.passes.journal import Journal
 from deepfuse.passes.lower import lower
+from deepfuse.passes.pipeline import Pipeline
+from deepfuse.passes.runner import Runner
 from deepfuse.passes.sites import Site, module_of, number_sites
 from graphs import trace
 from tiny_model import tiny_model
@@ -76,6 +79,24 @@ def test_a_kernel_that_stays_a_call_has_its_costs():
     assert site == Site(0, "", "grouped_matmul", "float32", str(cost.flops), str(cost.bytes))
 
 
+def test_gradients_are_named_by_what_they_are_the_gradient_of():
+    """Products by their module too, with their costs, and sums of gradients by the module of what they add."""
+
+    def loss(x, w, v):
+        return (rms_norm(x, w, 1e-6).tanh() @ v + x).sum()
+
+    runner = Runner(Pipeline((lower,)), {"providers": {}})
+    arguments = [torch.randn(*shape, requires_grad=True) for shape in ((3, 8), (8,), (8, 8))]
+    torch.compile(loss, backend=runner.backend(), fullgraph=True)(*arguments).backward()
+    backward = runner.journal.graphs[-1].sites
+    names = [site.op for site in backward]
+    assert "rms_norm_backward" in names and "tanh_backward" in names and not {"rsqrt", "pow", "mean"} & set(names)
+    (product,) = (site for site in backward if site.op == "mm")
+    # dh = dy @ v.T and dv = h.T @ dy
+    assert product.flops == str(2 * 2 * 3 * 8 * 8) and product.bytes == str(2 * 4 * (3 * 8 + 8 * 8 + 3 * 8))
+    assert product.dtype == "float32"
+
+
 def test_each_collective_is_a_site_and_a_wait_knows_which_it_ends():
     c10d, graph = torch.ops._c10d_functional, fx.Graph()
     stack = {"model": ("L['model'].layers.3.mlp", nn.Module)}
@@ -104,6 +125,18 @@ def test_each_collective_is_a_site_and_a_wait_knows_which_it_ends():
         ("wait_tensor", "", "", None, 3),
         ("wait_tensor", "", "", None, 2),
     ]
+
+
+def test_a_wait_for_what_no_collective_gave_knows_none():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    for made in (
+        graph.call_function(torch.ops.aten.cat.default, ([x, x],)),
+        graph.call_function(torch.ops.aten.full.default, (), {"size": [2], "fill_value": 1}),
+        x,
+    ):
+        wait = graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (made,))
+        assert collective_call(wait) == {"op": "wait_tensor", "start": None}
 
 
 def node_at(stack, trace=""):
