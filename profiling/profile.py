@@ -77,7 +77,7 @@ def profile(
         raise TypeError("profile: want a Model for shapes, memory or stacks, got a Trainer")
     if tensorboard:
         check_installed("tensorboard")
-    ranges = ranged(model) if nvtx and isinstance(model, Model) else nullcontext()
+    ranges = ranged(model) if nvtx else nullcontext()
     if nvtx and out is None:
         with ranges:
             yield Run(**_what(model), **_machine())
@@ -116,8 +116,10 @@ def _check(model: Any, warmup: Any, steps: Any, *, recorded: bool, nvtx: bool) -
         raise TypeError(
             f"profile: want a Model or a Trainer, as deepfuse.build returns them, got {type(model).__name__}"
         )
-    if nvtx and isinstance(model, Trainer):
-        raise TypeError("profile: want a Model for nvtx=True, got a Trainer")
+    if nvtx and recorded and isinstance(model, Trainer):
+        raise ValueError(
+            "profile: want no directory with nvtx=True for a Trainer, whose steps are not repeated, got one"
+        )
     compiled, device = (
         (model.compiled, model.device) if isinstance(model, Trainer) else (model.report.compiled, model.engine.device)
     )
