@@ -1,7 +1,7 @@
 # Setup, demo, tests and checks. Everything installed stays in the checkout: .uv, .venv, .venv-lowest.
 
 .DEFAULT_GOAL := help
-.PHONY: help doctor venv demo test check check-lowest kernels lock clean
+.PHONY: help doctor venv demo test check check-lowest kernels docs lock clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -101,6 +101,9 @@ kernels: .venv/.ready .venv-lowest/.ready ## Write the tables of compiled kernel
 
 COMPILE := $(UV) --no-config pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
+
+docs: .venv/.ready ## Write the tables of measured figures anew; fails where that changed one
+	@$(BIN)/python benchmarks/write_docs.py
 
 lock: $(UV) ## Write requirements/ anew
 	@$(COMPILE) --extra test --extra lint --output-file requirements/newest.txt pyproject.toml

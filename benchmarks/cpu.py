@@ -1,41 +1,72 @@
-"""Decode, prefill and build on this CPU, beside transformers: eager, and compiled with a static cache.
+"""How fast are decode, prefill, a training step, a build and an import on this CPU, beside transformers and llama.cpp?
 
-    python benchmarks/cpu.py --json benchmarks/results/cpu.json
+A model of the real architecture with 60 million parameters, beside transformers: eager, and compiled (for decode with a
+static cache). The shipped model, written as GGUF, also beside llama.cpp, through the package llama-cpp-python; both are left out
+where that, or gguf, is not installed.
 
-Alternatives run interleaved in one process, each figure is a median. The bound is what reading the step's weights once
-would take at the bandwidth measured in the same rounds.
+The share of the bound is what reading the step's weights once would take, at the bandwidth measured in the same rounds,
+over the time of a step. Builds and imports run in processes of their own.
 """
 
-import argparse
-import dataclasses
-import datetime
-import json
-import os
-import platform
+import importlib.util
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from rich.console import Console
-from rich.table import Table
+from gguf_export import export
+from own_process import PROCESS, run_code
+from stepping import (
+    LENGTH,
+    SEQUENCES,
+    STEPS,
+    LlamaCpp,
+    Ours,
+    Transformers,
+    check_agreement,
+    our_training,
+    transformers_training,
+)
 
 import deepfuse as df
 from deepfuse.blocks.parameters import count_parameters
-from deepfuse.profiling.timing import Timing, interleaved
-from deepfuse.runtime.latent_cache import Sequence
+from deepfuse.profiling.bench import Bench
+from deepfuse.profiling.bench_suites import run_script
+from deepfuse.profiling.timing import Timing, interleaved, summary
 from deepfuse.runtime.save import save_checkpoint
 
 CONTEXTS = (64, 512, 2048)
-STEPS = 8
-"""Decode steps a timed call makes: the context hardly changes over them."""
 MAX_SEQ_LEN = 2304
+PREFILL = 512
+SHIPPED = Path(__file__).resolve().parents[1] / "models" / "v3-tiny"
+SHIPPED_CONTEXTS = (64, 512)
+SHIPPED_SEQ_LEN = 768
+DTYPES = ("float32", "bfloat16")
+LLAMA_CPP = ("llama_cpp", "gguf")
+"""Modules that the peer llama.cpp wants."""
+
+
+def suite(bench: Bench) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        checkpoint = Checkpoint(Path(name))
+        for dtype in DTYPES:
+            if bench.wants(f"decode, {dtype}", seconds=240):
+                decode(bench, checkpoint.folder, dtype)
+        for dtype in DTYPES:
+            if bench.wants(f"prefill, {dtype}", seconds=150):
+                prefill(bench, checkpoint.folder, dtype)
+        for dtype in DTYPES:
+            if bench.wants(f"training step, {dtype}", seconds=400):
+                training_step(bench, checkpoint.folder, dtype)
+        for dtype in DTYPES:
+            if bench.wants(f"shipped model, {dtype}", seconds=120):
+                shipped(bench, Path(name), dtype)
+    if bench.wants("build", seconds=200):
+        build(bench)
+    if bench.wants("import", seconds=60):
+        imports(bench)
 
 
 def benchmark_config() -> df.Config:
@@ -63,224 +94,147 @@ def benchmark_config() -> df.Config:
     )
 
 
-class Ours:
-    """A built model, stepped by hand."""
+class Checkpoint:
+    """That model with random weights, written when it is first asked for."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype):
-        self.model = df.build(folder, device="cpu", dtype=dtype, max_batch_size=1, max_seq_len=MAX_SEQ_LEN)
+    def __init__(self, folder: Path):
+        self._folder = folder / "checkpoint"
 
-        self.places: list[Sequence] = []
-
-    def _place(self, tokens: int) -> Sequence:
-        self.places.append(self.model.engine.cache.allocate(tokens))
-        return self.places[-1]
-
-    def release(self) -> None:
-        """Give the cache back for the next measurement."""
-        for place in self.places:
-            self.model.engine.cache.release(place)
-        self.places = []
-
-    def steps(self, context: int) -> Callable[[], None]:
-        engine = self.model.engine
-        place = self._place(MAX_SEQ_LEN)
-        engine.prefill([[1] * context], [place], last_only=True)
-
-        def run() -> None:
-            place.length = context
-            for i in range(STEPS):
-                engine.decode([i], [place])
-
-        return run
-
-    def prefill(self, tokens: int) -> Callable[[], None]:
-        engine = self.model.engine
-        place = self._place(tokens)
-        return lambda: engine.prefill([[1] * tokens], [place], last_only=True)
+    @property
+    def folder(self) -> Path:
+        if not self._folder.exists():
+            model = df.CausalLM(benchmark_config())
+            model.initialize()
+            save_checkpoint(model, self._folder)
+        return self._folder
 
 
-class Peer:
-    """transformers with the same weights."""
-
-    def __init__(self, folder: Path, dtype: torch.dtype, *, compiled: bool):
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        self.compiled = compiled
-        self.forward: Any = torch.compile(self.model.forward, dynamic=False) if compiled else self.model.forward
-
-    def cache(self) -> Any:
-        if self.compiled:
-            return transformers.StaticCache(config=self.model.config, max_cache_len=MAX_SEQ_LEN)
-        return transformers.DynamicCache(config=self.model.config)
-
-    @torch.no_grad()
-    def steps(self, context: int) -> Callable[[], None]:
-        cache = self.cache()
-        self.model.forward(torch.ones(1, context, dtype=torch.long), past_key_values=cache, use_cache=True)
-
-        @torch.no_grad()
-        def run() -> None:
-            for i in range(STEPS):
-                positions = torch.tensor([[context + i]])
-                self.forward(torch.tensor([[i]]), past_key_values=cache, use_cache=True, position_ids=positions)
-            if not self.compiled:
-                cache.crop(-STEPS)
-
-        return run
-
-    def prefill(self, tokens: int) -> Callable[[], None]:
-        ids = torch.ones(1, tokens, dtype=torch.long)
-
-        @torch.no_grad()
-        def run() -> None:
-            self.forward(ids, use_cache=False, logits_to_keep=1)
-
-        return run
-
-
-def read_seconds(array: torch.Tensor) -> Callable[[], None]:
-    """Reads an array far larger than the caches, on all threads."""
-    return lambda: array.sum()
-
-
-def measure(dtype: torch.dtype, folder: Path, rounds: int) -> dict[str, Any]:
-    """Milliseconds a decode step and a prefill, of all alternatives in one dtype."""
-    counts = count_parameters(benchmark_config())
-    weight_bytes = counts.active * dtype.itemsize
-    ours, eager, compiled = Ours(folder, dtype), Peer(folder, dtype, compiled=False), Peer(folder, dtype, compiled=True)
-    array = torch.ones(1 << 26)
-    rows: dict[str, Any] = {}
-    for context in CONTEXTS:
-        timings = interleaved(
-            {
-                "bound": read_seconds(array),
-                "deepfuse": ours.steps(context),
-                "transformers eager": eager.steps(context),
-                "transformers compiled": compiled.steps(context),
-            },
-            rounds=rounds,
-        )
-        bandwidth = array.numel() * 4 / timings.pop("bound").median
-        rows[f"decode, context {context}"] = _row(timings, STEPS, bound=weight_bytes / bandwidth)
-        ours.release()
-    torch._dynamo.reset()
-    compiled = Peer(folder, dtype, compiled=True)
-    timings = interleaved(
-        {
-            "deepfuse": ours.prefill(512),
-            "transformers eager": eager.prefill(512),
-            "transformers compiled": compiled.prefill(512),
-        },
-        rounds=rounds,
-    )
-    rows["prefill, 512 tokens"] = _row(timings, 1)
-    return rows
-
-
-def _row(timings: dict[str, Timing], calls: int, bound: float | None = None) -> dict[str, Any]:
-    ms = {name: [round(1e3 * v / calls, 3) for v in (t.median, t.low, t.high)] for name, t in timings.items()}
-    ours = ms["deepfuse"][0]
-    row: dict[str, Any] = {
-        "milliseconds (median, quartiles)": ms,
-        "times faster than": {name: round(v[0] / ours, 2) for name, v in ms.items() if name != "deepfuse"},
+def decode(bench: Bench, folder: Path, name: str) -> None:
+    dtype = getattr(torch, name)
+    weight_bytes = count_parameters(benchmark_config()).active * dtype.itemsize
+    ours = Ours(folder, dtype, MAX_SEQ_LEN)
+    peers = {
+        "transformers eager": Transformers(folder, dtype, MAX_SEQ_LEN, compiled=False),
+        "transformers compiled": Transformers(folder, dtype, MAX_SEQ_LEN, compiled=True),
     }
-    if bound is not None:
-        row["share of the bandwidth bound"] = round(1e3 * bound / ours, 3)
-    return row
+    array = torch.ones(1 << 26)  # far larger than the caches; read on all threads
+    for context in CONTEXTS:
+        calls = {"deepfuse": ours.steps(context), **{label: peer.steps(context) for label, peer in peers.items()}}
+        timings = interleaved({"bound": array.sum, **calls}, rounds=7)
+        bound = weight_bytes * timings.pop("bound").median / (array.numel() * array.itemsize)
+        share = round(bound * STEPS / timings["deepfuse"].median, 3)
+        facts = {"what": f"decode, context {context}", "dtype": name, "share of bound": share}
+        bench.row(f"decode, context {context}, {name}", timings, calls=STEPS, **facts)
+        ours.release()
+
+
+def prefill(bench: Bench, folder: Path, name: str) -> None:
+    dtype = getattr(torch, name)
+    ours = Ours(folder, dtype, MAX_SEQ_LEN)
+    calls = {
+        "deepfuse": ours.prefill(PREFILL),
+        "transformers eager": Transformers(folder, dtype, MAX_SEQ_LEN, compiled=False).prefill(PREFILL),
+        "transformers compiled": Transformers(folder, dtype, MAX_SEQ_LEN, compiled=True).prefill(PREFILL),
+    }
+    what = f"prefill, {PREFILL} tokens"
+    bench.interleaved(f"{what}, {name}", calls, what=what, dtype=name)
+    ours.release()
+
+
+def training_step(bench: Bench, folder: Path, name: str) -> None:
+    dtype = getattr(torch, name)
+    model = df.CausalLM(benchmark_config())
+    model.initialize()
+    calls: dict[str, Callable[[], float]] = {"deepfuse": our_training(model, dtype)}
+    for label, compiled in (("transformers eager", False), ("transformers compiled", True)):
+        calls[label] = transformers_training(folder, dtype, compiled=compiled)
+    what = f"training step, {SEQUENCES} x {LENGTH} tokens"
+    bench.interleaved(f"{what}, {name}", calls, what=what, dtype=name)
+
+
+def shipped(bench: Bench, folder: Path, name: str) -> None:
+    dtype = getattr(torch, name)
+    models: dict[str, Any] = {
+        "deepfuse": Ours(SHIPPED, dtype, SHIPPED_SEQ_LEN),
+        "transformers eager": Transformers(SHIPPED, dtype, SHIPPED_SEQ_LEN, compiled=False),
+    }
+    missing = [module for module in LLAMA_CPP if importlib.util.find_spec(module) is None]
+    if missing:
+        bench.leave_out(
+            f"llama.cpp, {name}", f"not installed: {', '.join(missing)} (pip install llama-cpp-python gguf)"
+        )
+    else:
+        path = folder / f"{name}.gguf"
+        export(SHIPPED, path, dtype)
+        models["llama.cpp"] = LlamaCpp(path, dtype, SHIPPED_SEQ_LEN)
+    for context in SHIPPED_CONTEXTS:
+        what = f"shipped model, decode, context {context}"
+        calls = {label: model.steps(context) for label, model in models.items()}
+        check_agreement(calls, dtype)
+        bench.interleaved(f"{what}, {name}", calls, calls=STEPS, what=what, dtype=name)
+        models["deepfuse"].release()
+    what = f"shipped model, prefill, {PREFILL} tokens"
+    calls = {label: model.prefill(PREFILL) for label, model in models.items()}
+    check_agreement(calls, dtype)
+    bench.interleaved(f"{what}, {name}", calls, what=what, dtype=name)
+    models["deepfuse"].release()
 
 
 BUILD = """
 import time
 start = time.perf_counter()
 import torch
-torch_seconds = time.perf_counter() - start
-start = time.perf_counter()
+after_torch = time.perf_counter()
 import deepfuse as df
-import_seconds = time.perf_counter() - start
-start = time.perf_counter()
-model = df.build("v3-tiny")
-build_seconds = time.perf_counter() - start
-import json
-print(json.dumps({"import torch": torch_seconds, "import deepfuse": import_seconds, "build": build_seconds,
-                  "warm": model.report.warm}))
+after_import = time.perf_counter()
+model = df.build(sys.argv[1])
+print(json.dumps({"df.build": time.perf_counter() - after_import, "warm": model.report.warm}))
 """
 
 
-def build_times() -> dict[str, Any]:
-    """Seconds to build the shipped model in a fresh process, with an empty and with a filled compile cache."""
+def build(bench: Bench) -> None:
+    """The shipped model, batch 1 to 8, with an empty and with a filled compile cache."""
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "DEEPFUSE_CACHE_DIR": cache}
-        rows = {}
-        for name in ("cold", "warm"):
-            start = time.perf_counter()
-            done = subprocess.run(
-                [sys.executable, "-c", BUILD], env=environment, capture_output=True, text=True, check=True
-            )
-            rows[name] = {**json.loads(done.stdout.splitlines()[-1]), "process": time.perf_counter() - start}
-        return rows
+        for name, rounds in (("cold", 1), ("warm", 5)):
+            found = [run_code(BUILD, str(SHIPPED), DEEPFUSE_CACHE_DIR=cache) for _ in range(rounds)]
+            assert all(each.pop("warm") == (name == "warm") for each in found)
+            what = f"build, {name}"
+            seconds = statistics.median(each[PROCESS] for each in found)
+            figures = {"df.build": _spread([each["df.build"] for each in found])}
+            bench.row(what, figures, unit="s", **{"what": what, "seconds of the process": round(seconds, 3)})
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu = next(
-        (l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in l), ""
-    )
-    return {
-        "cpu": cpu or platform.processor(),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
+IMPORT = """
+import time
+seconds = {}
+for name in ("torch", "deepfuse", "transformers"):
+    start = time.perf_counter()
+    __import__(name)
+    seconds["import " + name] = time.perf_counter() - start
+print(json.dumps(seconds))
+"""
+HELP = """
+import runpy
+sys.argv = ["deepfuse", "--help"]
+try:
+    runpy.run_module("deepfuse", run_name="__main__", alter_sys=True)
+finally:
+    print("{}")
+"""
 
 
-def table(results: dict[str, Any]) -> Table:
-    """The same for people."""
-    shown = Table("what", "dtype", "deepfuse ms", "transformers eager", "transformers compiled", "share of bound")
-    for dtype, rows in results["models"].items():
-        for what, row in rows.items():
-            ms = row["milliseconds (median, quartiles)"]
-            cells = [f"{ms['deepfuse'][0]:.2f}"]
-            for name in ("transformers eager", "transformers compiled"):
-                cells.append(f"{ms[name][0]:.2f} ({row['times faster than'][name]:.2f}x)")
-            share = row.get("share of the bandwidth bound")
-            shown.add_row(what, dtype, *cells, "" if share is None else f"{share:.0%}")
-    return shown
+def imports(bench: Bench) -> None:
+    """``import deepfuse`` behind that of torch, transformers' behind both, and the command line's help."""
+    found = [run_code(IMPORT) for _ in range(7)]
+    for name in [name for name in found[0] if name != PROCESS]:
+        bench.row(name, {"import": _spread([each[name] for each in found])}, what=name)
+    found = [run_code(HELP) for _ in range(7)]
+    bench.row("deepfuse --help", {"process": _spread([each[PROCESS] for each in found])}, what="deepfuse --help")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--no-build", action="store_true", help="leave out the build times")
-    args = parser.parse_args()
-
-    config = benchmark_config()
-    model = df.CausalLM(config)
-    model.initialize()
-    results: dict[str, Any] = {"machine": machine(), "config": dataclasses.asdict(config), "models": {}}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_checkpoint(model, folder)
-        for dtype in args.dtypes:
-            results["models"][dtype] = measure(getattr(torch, dtype), folder, args.rounds)
-    if not args.no_build:
-        results["build"] = build_times()
-    console = Console()
-    console.print(table(results))
-    console.print(results.get("build", ""))
-    median = statistics.median(
-        row["share of the bandwidth bound"]
-        for row in results["models"][args.dtypes[0]].values()
-        if "share of the bandwidth bound" in row
-    )
-    console.print(f"median share of the bound, {args.dtypes[0]}: {median:.0%}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1, default=str) + "\n")
+def _spread(seconds: list[float]) -> Timing:
+    return summary(seconds) if len(seconds) > 1 else Timing(seconds[0], seconds[0], seconds[0])
 
 
 if __name__ == "__main__":
-    main()
+    run_script(__file__)

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from xml.sax.saxutils import escape
+
+from deepfuse.profiling.svg import COLORS, drawing, line, text
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 190, 34, 48
-COLORS = ("#1f5fa8", "#c2521b", "#2f7d3b", "#7a3e9d", "#5f5f5f", "#a8841f")
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
-FONT = 'font-family="sans-serif" font-size="12"'
 TICKS = 8
 """At most so many labels an axis."""
 
@@ -40,25 +39,23 @@ def line_chart(title: str, x_label: str, y_label: str, series: Mapping[str, Poin
         )
 
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" {FONT}>',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        _text(LEFT, 20, title, "start", 'font-weight="bold"'),
-        _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_label),
-        _text(0, 0, y_label, "middle", f'transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)"'),
+        text(LEFT, 20, title, "start", 'font-weight="bold"'),
+        text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_label),
+        text(0, 0, y_label, "middle", f'transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)"'),
     ]
     for tick in _labelled(x_ticks):
         x, bottom = place(tick, y_ticks[0])
-        out += [_line((x, TOP), (x, bottom)), _text(x, bottom + 16, _number(tick, x_base))]
+        out += [line((x, TOP), (x, bottom)), text(x, bottom + 16, _number(tick, x_base))]
     for tick in _labelled(y_ticks):
         left, y = place(x_ticks[0], tick)
-        out += [_line((left, y), (WIDTH - RIGHT, y)), _text(left - 6, y + 4, _number(tick, 10), "end")]
+        out += [line((left, y), (WIDTH - RIGHT, y)), text(left - 6, y + 4, _number(tick, 10), "end")]
     for i, (name, points) in enumerate(kept.items()):
         style = f'stroke="{COLORS[i % len(COLORS)]}" stroke-width="2" stroke-dasharray="{DASHES[i % len(DASHES)]}"'
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
         out.append(f'<polyline points="{path}" fill="none" {style}/>')
         x, y = WIDTH - RIGHT + 12, TOP + 10 + 20 * i
-        out += [f'<path d="M{x} {y}h24" {style}/>', _text(x + 30, y + 4, name, "start")]
-    return "\n".join([*out, "</svg>"]) + "\n"
+        out += [f'<path d="M{x} {y}h24" {style}/>', text(x + 30, y + 4, name, "start")]
+    return drawing(WIDTH, HEIGHT, out)
 
 
 def _powers(low: float, high: float, base: int) -> list[float]:
@@ -78,12 +75,3 @@ def _share(value: float, ticks: list[float]) -> float:
 def _number(tick: float, base: int) -> str:
     exponent = round(math.log(tick, base))
     return f"{tick:g}" if -3 <= exponent <= (16 if base == 2 else 3) and tick < 1e5 else f"{base}^{exponent}"
-
-
-def _line(start: tuple[float, float], end: tuple[float, float]) -> str:
-    (x, y), (u, v) = start, end
-    return f'<path d="M{x:.1f} {y:.1f}L{u:.1f} {v:.1f}" stroke="#dddddd"/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str = "middle", more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{escape(text)}</text>'.replace(" >", ">")

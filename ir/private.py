@@ -173,10 +173,12 @@ def uncompiled_backend(
 
 
 def compile_inner(gm: fx.GraphModule, example_inputs: list[Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    """Compile a graph of Dynamo's with Inductor, under these options."""
-    from torch._inductor.compile_fx import compile_fx
+    """Compile a graph of Dynamo's with Inductor, under these options; its code says its sites, as that of :func:`capture`."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=dict(options))
+    # around each graph: the backward one is compiled when it is called for the first time
+    inner: Any = _sites_in_code()(compile_fx_inner)
+    compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=dict(options))
     return compiled
 
 
@@ -220,7 +222,7 @@ def capture(
     """Capture and compile ``fn`` for these arguments, ahead of its first call.
 
     The result makes no checks at a call: the caller answers for shapes and dtypes. Sizes marked with
-    :func:`mark_unbacked` are free. What ``node.meta[SITE]`` holds of the nodes stands in comments of Inductor's code.
+    :func:`mark_unbacked` are free. The sites of the nodes (``node.meta[SITE]``) stand in comments of Inductor's code.
 
     Returns:
         The compiled function and its bytes for :func:`load_captured`.
@@ -238,6 +240,10 @@ def capture(
 
 SITE = "deepfuse_site"
 """Entry of ``node.meta`` in a lowered graph: the number of the node's site."""
+SITE_TEXT = "deepfuse_site_text"
+"""Entry beside it: what there is to say of the site, in one line."""
+NOTED = "# deepfuse site:"
+"""Begins the comment with the text of a site in Inductor's Python, before the first kernel that computes it."""
 KERNEL = "# deepfuse kernel:"
 """Begins the comment before each call of a kernel in Inductor's Python: the sites of its parts, ``|`` between them.
 
@@ -262,24 +268,24 @@ def _sites_in_code() -> Iterator[None]:
 
     def finalize_kernel(self: Any, new_kernel: Any, nodes: Any) -> None:
         self.loops_code.writeline(PART)
-        self.deepfuse_parts = [*getattr(self, "deepfuse_parts", ()), _part_sites([n.node for n in nodes])]
+        self.deepfuse_parts = [*getattr(self, "deepfuse_parts", ()), [n.node for n in nodes]]
         finalize(self, new_kernel, nodes)
 
     def codegen_comment(self: Any, node_schedule: Any, kernel_name: Any = None) -> None:
         comment(self, node_schedule, kernel_name)
         grouped = node_schedule is self.kernel_group.scheduled_nodes
-        parts = self.kernel_group.deepfuse_parts if grouped else [_part_sites([n.node for n in node_schedule])]
-        V.graph.wrapper_code.writeline(f"{KERNEL} {'|'.join(parts)}")
+        parts = self.kernel_group.deepfuse_parts if grouped else [[n.node for n in node_schedule]]
+        _write_sites(V.graph.wrapper_code, parts)
 
     def triton_comment(self: Any, node_schedule: Any, kernel_name: Any = None) -> None:
         triton(self, node_schedule, kernel_name)
         # between the nodes stand marks, of where a reduction begins and ends; a combined kernel has nodes of nodes
         nodes = [leaf for node in node_schedule if hasattr(node, "get_nodes") for leaf in node.get_nodes()]
-        V.graph.wrapper_code.writeline(f"{KERNEL} {_part_sites([n.node for n in nodes])}")
+        _write_sites(V.graph.wrapper_code, [[n.node for n in nodes]])
 
     def extern_comment(self: Any, wrapper: Any, kernel_name: Any = None) -> None:
         extern(self, wrapper, kernel_name)
-        wrapper.writeline(f"{KERNEL} {_part_sites([self])}")
+        _write_sites(wrapper, [[self]])
 
     replaced: tuple[tuple[type, str, Any, Any], ...] = (
         (KernelGroup, "finalize_kernel", finalize, finalize_kernel),
@@ -294,6 +300,17 @@ def _sites_in_code() -> Iterator[None]:
     finally:
         for owner, name, theirs, _ in replaced:
             setattr(owner, name, theirs)
+
+
+def _write_sites(wrapper: Any, parts: list[list[Any]]) -> None:
+    """The comments before the call of a kernel, of whose parts each computes some of Inductor's nodes."""
+    noted = vars(wrapper).setdefault("deepfuse_noted", set())
+    nodes = [computed for part in parts for computed in part if computed is not None]
+    for node in (origin for n in nodes for origin in (*n.origins, n.get_origin_node())):
+        if node is not None and SITE in node.meta and node.meta[SITE] not in noted:
+            noted.add(node.meta[SITE])
+            wrapper.writeline(f"{NOTED} {node.meta[SITE_TEXT]}")
+    wrapper.writeline(f"{KERNEL} {'|'.join(map(_part_sites, parts))}")
 
 
 def _part_sites(computed: list[Any]) -> str:

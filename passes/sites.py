@@ -3,28 +3,33 @@
 A site is one call of one op in one module: ``layers.3.self_attn.q_a_proj.linear``. :mod:`deepfuse.passes.lower` says
 which op a node was lowered from (later rewrites may have left ``original_aten`` behind), Dynamo in which module it was
 called. Nodes carry the number of their site, and so does the code that Inductor makes of them
-(:func:`deepfuse.ir.private.capture`); the table of sites stands in the journal, which is kept with the graphs.
+(:func:`deepfuse.ir.private.capture`), together with the sites themselves. They stand in the journal as well.
 
 Collectives (``torch.distributed._functional_collectives``) have a site each, however often a module calls them, and so
 have the waits for them, which know their start.
 """
 
+import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from deepfuse.ir.op import Op
-from deepfuse.ir.private import SITE
+from deepfuse.ir.cost import Cost, tensor_bytes
+from deepfuse.ir.op import NAMESPACE, Op
+from deepfuse.ir.private import SITE, SITE_TEXT
 from deepfuse.ir.sizes import known_size
 from deepfuse.passes.collective_call import collective_call
 
 CALL = "deepfuse_call"
 """Entry of ``node.meta``: the :class:`OpCall` a node was lowered from."""
 
+aten = torch.ops.aten
+MATMULS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
+"""ATen's products, which gradients are made of: their costs are known without an op of ours."""
 _FRAME = re.compile(r'File "(?:.*/)?(\w+)/(\w+)\.py", line \d+, in (\w+)')
 
 
@@ -66,8 +71,8 @@ class Site:
 def mark_call(node: fx.Node, op: Op, args: Iterable[Any]) -> None:
     """Note that ``node`` is a call of ``op`` with these values, for the nodes that will stand in its place."""
     args = tuple(args)
-    floats = [a.dtype for a in args if isinstance(a, Tensor) and a.dtype.is_floating_point]
-    dtype = str(floats[0]).removeprefix("torch.") if floats else ""
+    floats = [a for a in args if isinstance(a, Tensor) and a.dtype.is_floating_point]
+    dtype = _dtype(floats[0]) if floats else ""
     # where it is not known the time is measured all the same
     cost = known_size(lambda: op.cost(*args))
     flops, size = (None, None) if cost is None else (str(cost.flops), str(cost.bytes))
@@ -75,13 +80,14 @@ def mark_call(node: fx.Node, op: Op, args: Iterable[Any]) -> None:
 
 
 def number_sites(graph: fx.Graph) -> list[Site]:
-    """All sites of a lowered graph, in its order; their numbers are written into ``node.meta``."""
-    sites: list[Site] = []
+    """All sites of a lowered graph, in its order; their numbers and texts are written into ``node.meta``."""
     numbers: dict[tuple[Any, ...], int] = {}
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        call, module = node.meta.get(CALL), module_of(node)
+    found: list[dict[str, Any]] = []
+    modules: dict[fx.Node, str] = {}
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    for node in nodes:
+        call, module = node.meta.get(CALL), _module(node, modules)
+        modules[node] = module
         name = _op_name(node) if call is None else call.op
         key: tuple[Any, ...] = (module, name) if call is None else (call,)
         facts = {} if call is None else {"dtype": call.dtype, "flops": call.flops, "bytes": call.bytes}
@@ -89,10 +95,36 @@ def number_sites(graph: fx.Graph) -> list[Site]:
         if collective is not None:
             name, key, facts = collective["op"], (node,), collective
         if key not in numbers:
-            numbers[key] = len(sites)
-            sites.append(Site(len(sites), module, **{"op": name, **facts}))
+            numbers[key] = len(found)
+            found.append({"module": module, "op": name, **facts})
         node.meta[SITE] = numbers[key]
+    for number, (cost, dtype) in _products(nodes).items():
+        found[number] |= {"flops": str(cost.flops), "bytes": str(cost.bytes), "dtype": dtype}
+    sites = [Site(number, **facts) for number, facts in enumerate(found)]
+    for node in nodes:
+        node.meta[SITE_TEXT] = json.dumps(asdict(sites[node.meta[SITE]]))
     return sites
+
+
+def _products(nodes: Iterable[fx.Node]) -> dict[int, tuple[Cost, str]]:
+    """Number of a site -> the costs of all products of ATen's in it, and their dtype."""
+    products: dict[int, tuple[Cost, str]] = {}
+    for node in nodes:
+        if CALL not in node.meta and _is_matmul(node):
+            before, _ = products.get(node.meta[SITE], (Cost(0, 0), ""))
+            products[node.meta[SITE]] = (before + _matmul_cost(node), _dtype(node.meta["val"]))
+    return products
+
+
+def _module(node: fx.Node, modules: Mapping[fx.Node, str]) -> str:
+    """Where it was called; where nobody did (gradients of several readers are added up, a buffer is written back), the
+    module of what was computed last of what it reads."""
+    found = module_of(node)
+    nobody = node.meta.get("partitioner_tag") == "is_backward" or node.target is aten.copy_.default
+    if found or not nobody:
+        return found
+    before = [n for n in modules if n in node.all_input_nodes and modules[n]]
+    return modules[before[-1]] if before else ""
 
 
 def module_of(node: fx.Node) -> str:
@@ -110,7 +142,27 @@ def module_of(node: fx.Node) -> str:
 
 
 def _op_name(node: fx.Node) -> str:
-    origin = node.meta.get("original_aten") or node.target
+    forward = node.meta.get("fwd_source_fn_stack")
+    if forward:  # a part of the gradient of what stands here
+        of = forward[-1][1]
+        if isinstance(of, torch._ops.OpOverload) and of.namespace == NAMESPACE:
+            return f"{of._opname}_backward"
+    # of a product and the sum it was fused into, the product says more
+    origin = node.target if _is_matmul(node) else node.meta.get("original_aten") or node.target
     if isinstance(origin, torch._ops.OpOverload):
         return origin._opname
     return getattr(origin, "__name__", str(origin))
+
+
+def _is_matmul(node: fx.Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) in MATMULS
+
+
+def _matmul_cost(node: fx.Node) -> Cost:
+    left, out = node.args[-2], node.meta["val"]
+    flops = 2 * out.numel() * left.meta["val"].shape[-1]  # type: ignore[union-attr]
+    return Cost(flops, tensor_bytes(*(n.meta["val"] for n in node.all_input_nodes), out))
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -33,7 +33,7 @@ from deepfuse.profiling.timing import Timing, interleaved
 
 SCALES = {"s": 1.0, "ms": 1e3, "us": 1e6}
 """Units of time, a second."""
-DIGITS = 5
+DIGITS = 6
 """Of a figure: beyond them it is noise."""
 
 

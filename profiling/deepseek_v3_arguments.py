@@ -1,4 +1,4 @@
-"""Arguments of DeepSeek-V3's widths for each op: what its kernels are compiled for.
+"""Arguments of DeepSeek-V3's widths, or others, for each op: what its kernels are compiled for, and what is measured.
 
 Nothing is computed with them: all are ``meta`` tensors.
 
@@ -6,6 +6,7 @@ Dims: T tokens, D model, H heads, C latent, Q query latent, R rotary, N head (no
 token, F width of an expert, V vocabulary, P pages a sequence, M rows of all experts.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +16,28 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 100, 128, 256, 512, 1024, 2048, 3001, 4096)
 next power of two; Triton, whether they are 1 or multiples of 16."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Widths:
+    """Of a model, by the letters above; DeepSeek-V3's. Experts are chosen from 8 groups, 4 of which count."""
+
+    D: int = 7168
+    H: int = 128
+    C: int = 512
+    Q: int = 1536
+    R: int = 64
+    N: int = 128
+    E: int = 256
+    K: int = 8
+    F: int = 2048
+    V: int = 129280
+    P: int = 64
+
+
 def deepseek_v3_arguments() -> dict[str, list[tuple[int, tuple[Any, ...]]]]:
     """Name of an op -> numbers of tokens, in ascending order, and arguments."""
     found: dict[str, list[tuple[int, tuple[Any, ...]]]] = {}
     for T in TOKENS:
-        for name, argument_tuples in _deepseek_v3_arguments(T).items():
+        for name, argument_tuples in arguments_of(T).items():
             found.setdefault(name, []).extend((T, args) for args in argument_tuples)
         if T <= 64:
             for name, args in _one_more_expert(T).items():
@@ -49,8 +67,10 @@ def _one_more_expert(T: int) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
-    D, H, C, Q, R, N, E, K, F, V, P = 7168, 128, 512, 1536, 64, 128, 256, 8, 2048, 129280, 64
+def arguments_of(T: int, widths: Widths = Widths()) -> dict[str, list[tuple[Any, ...]]]:
+    """Name of an op -> arguments of so many tokens."""
+    w = widths
+    D, H, C, Q, R, N, E, K, F, V, P = w.D, w.H, w.C, w.Q, w.R, w.N, w.E, w.K, w.F, w.V, w.P
     M, scale, eps, fp8 = T * K, (N + R) ** -0.5, 1e-6, torch.float8_e4m3fn
     blocks = (M + 127) // 128
 
@@ -191,7 +211,7 @@ def _deepseek_v3_arguments(T: int) -> dict[str, list[tuple[Any, ...]]]:
         # a weight in bfloat16 and in FP8, quantized or not; few and many splits, heads and sequences
         "mla_decode_project": [
             (t(B, H, C), t(B, H, R), to, i(B, pages), i(B, dtype=torch.int32), scale, *kv_b, N, quantized, False, False)
-            for B, pages in ((T, P), (min(T, 8), 1024))
+            for B, pages in ((T, P), (min(T, 8), 16 * P))
             for to in (cache, cache_fp8)
             for kv_b, quantized in ((kv_b_weights[0], None), (kv_b_weights[1], None), (kv_b_weights[1], fp8))
         ],

@@ -1,7 +1,7 @@
 """Inductor's code with clocks in it: when each part of each kernel began and ended, without another build.
 
-What a build keeps is Inductor's Python, with the C++ of its kernels, and comments that say which sites a kernel computes
-(:func:`deepfuse.ir.private.capture`). On a CPU a decode step may be one kernel of many parts, so that clocks around the
+What a build keeps is Inductor's Python, with the C++ of its kernels, and comments that say which sites a kernel computes,
+and what they are (:func:`deepfuse.ir.private.capture`). On a CPU a decode step may be one kernel of many parts, so that clocks around the
 calls of kernels say little. Here a copy of the code is made, in which
 
 - a clock stands before and after each call of a kernel in the Python,
@@ -13,6 +13,7 @@ Inductor's cache. The original does not change: it costs nothing while nobody pr
 ``call`` calls the copy's.
 """
 
+import json
 import re
 import sys
 import time
@@ -26,7 +27,8 @@ from typing import Any
 
 import torch
 
-from deepfuse.ir.private import PART, load_code
+from deepfuse.ir.private import NOTED, PART, load_code
+from deepfuse.passes.sites import Site
 from deepfuse.profiling.kernel_calls import Sites, kernel_calls
 from deepfuse.profiling.timeline import Span
 from deepfuse.runtime.compile_cache import inductor_cache
@@ -64,6 +66,7 @@ class Instrumented:
     def __init__(self, source: str, owner: Mapping[str, Any] | None = None):
         """``source``: Inductor's Python; ``owner``: the names of its module, of which ours are those of the copy too."""
         text, self.kernels = instrument(source)
+        self.sites = sites_in(source)
         with inductor_cache():
             self.module = load_code(text)
         self._marks = [torch.zeros(len(k.parts) + 1, dtype=torch.int64) if k.clocked else None for k in self.kernels]
@@ -132,6 +135,13 @@ def instrument(source: str) -> tuple[str, list[Kernel]]:
     return f"{unread}{text}\n", kernels[::-1]
 
 
+def sites_in(source: str) -> dict[int, Site]:
+    """Number of a site -> the site, as Inductor's Python has them in comments."""
+    lines = (line.strip() for line in source.splitlines())
+    found = [json.loads(line.removeprefix(NOTED)) for line in lines if line.startswith(NOTED)]
+    return {site["number"]: Site(**site) for site in found}
+
+
 def _with_clocks(definition: re.Match[str]) -> str:
     """A C++ kernel that takes one more argument, an array, and writes the beginning of each part and its end there."""
     name, types_, code = definition.groups()
@@ -149,8 +159,10 @@ def _once(numbers: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(n for several in numbers for n in several))
 
 
-def code_called_by(fn: Callable[[], Any]) -> tuple[dict[str, Any], str]:
-    """The module of Inductor's code whose ``call`` the function reaches, its names, and its text.
+def code_called_by(fn: Callable[[], Any]) -> tuple[dict[str, Any], str, Any]:
+    """The module of Inductor's code whose ``call`` the function reaches, its names, and its text; and what ``fn`` returns.
+
+    Where there are several, the last: a first call may compile, and run other code before its own.
 
     Raises:
         ValueError: it calls no such code, or it is being profiled already.
@@ -166,14 +178,14 @@ def code_called_by(fn: Callable[[], Any]) -> tuple[dict[str, Any], str]:
     before = sys.getprofile()
     sys.setprofile(look)
     try:
-        fn()
+        result = fn()
     finally:
         sys.setprofile(before)
     if not found:
         raise ValueError("profile: want a model compiled for a CPU, got one whose graphs call no code of Inductor's")
-    if "deepfuse_call" in owners[0] or "deepfuse_log" in owners[0]:
+    if "deepfuse_call" in owners[-1] or "deepfuse_log" in owners[-1]:
         raise ValueError("profile: want one profile at a time, got one of a model that is being profiled")
-    return owners[0], Path(found[0].co_filename).read_text()
+    return owners[-1], Path(found[-1].co_filename).read_text(), result
 
 
 @contextmanager

@@ -55,7 +55,8 @@ class _Ranged:
     def _put_in(self, call: Callable[[], Any]) -> Ranges:
         sites = next(g.sites for g in self.model.report.journal.graphs if g.name == self.name)
         if self.model.report.compiled:
-            ranges, in_place = code_with_ranges(*code_called_by(call), sites, self.domain, self.name)
+            owner, source, _ = code_called_by(call)
+            ranges, in_place = code_with_ranges(owner, source, sites, self.domain, self.name)
         else:
             graph = RangedGraph(graph_called_by(call), sites, self.domain, self.name)
             ranges, in_place = graph.ranges, graph.in_place()

@@ -37,6 +37,8 @@ class Profile:
     """Of Python, in TensorBoard's trace."""
     by: Literal["op", "block", "place"] = "op"
     """Rows of the table: by op, by block, or by module and op."""
+    nvtx: bool = False
+    """NVTX ranges by block and op, as under nsys profile; without --out nothing else is recorded."""
     json: bool = False
     options: BuildOptions = field(default_factory=BuildOptions)
 
@@ -90,6 +92,7 @@ class Profile:
             Console().print(*ranks.tables())
 
     def _profile(self) -> None:
+        from deepfuse.profiling.nvtx import open_domain
         from deepfuse.profiling.profile import check_out, profile
         from deepfuse.profiling.roofline import roofline, roofline_table
         from deepfuse.profiling.tensorboard_server import check_tensorboard, serve
@@ -104,11 +107,17 @@ class Profile:
             raise ValueError("profile: want --out DIR with --open, --shapes, --memory and --stacks, got none")
         if self.open:
             check_tensorboard()
+        if self.nvtx:
+            open_domain()
         prompt = sys.stdin.read() if self.prompt is None else self.prompt
         model = self.options.build(self.model)
-        with profile(model, self.out, tensorboard=True if self.open else None, **details) as run:
+        with profile(model, self.out, nvtx=self.nvtx, tensorboard=True if self.open else None, **details) as run:
             # the first token comes from prefill
             model.generate(prompt, max_new_tokens=self.steps + 1, temperature=0.0, stop_token_ids=())
+        if self.nvtx and self.out is None:
+            done = {"steps": self.steps, "recorded": 0}
+            print(json.dumps(done) if self.json else f"{self.steps} steps with NVTX ranges; to record them, add --out")
+            return
         finest: Literal["op", "place"] = "place" if self.by == "place" else "op"
         if self.json:
             rows = [{**asdict(row), "lost_us": row.lost_us} for row in roofline(run, finest)]

@@ -9,7 +9,6 @@ import os
 import socket
 import uuid
 import warnings
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,23 +29,26 @@ PATIENCE = timedelta(minutes=10)
 class RankSession:
     """One profile of the processes of a group, seen from one of them."""
 
-    def __init__(self, group: Any, out: str | Path | None):
+    def __init__(self, group: Any, out: str | Path):
         """All processes of the group come here at once.
 
         Raises:
-            TypeError, ValueError: ``group`` is none that this process is in, or there is no ``out``.
+            TypeError, ValueError: ``group`` is none that this process is in, or torch.distributed is not set up.
             FileExistsError, OSError: ``out`` is there already, or the first process cannot make it; from all of them.
         """
-        if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-            raise TypeError(
-                "profile: want group as a process group of torch.distributed that this process is in, got "
-                f"{type(group).__name__}"
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                "profile: want processes that torch.distributed knows, got none; start them with torchrun and call "
+                "torch.distributed.init_process_group first"
             )
-        if out is None:
-            raise ValueError("profile: want a directory for the runs of a group, got out=None")
+        group = dist.group.WORLD if group is None else group
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"profile: want group as a process group that this process is in, got {type(group).__name__}"
+            )
         self.out, self.rank = Path(out), dist.get_rank()
         self.ranks = tuple(dist.get_process_group_ranks(group))
-        self.first = self.rank == self.ranks[0]
+        self.first, self.made = self.rank == self.ranks[0], False
         self.group: Any = dist.new_group(
             list(self.ranks), backend="gloo", timeout=PATIENCE, use_local_synchronization=True
         )
@@ -55,7 +57,7 @@ class RankSession:
             self.folder = rank_folder(self.out, self.rank)
             self.before = exchange(self.group)
         except BaseException:
-            self._leave()
+            self.leave(failed=True)
             raise
 
     def _begin(self) -> str:
@@ -64,21 +66,32 @@ class RankSession:
         if self.first:
             try:
                 self.out.mkdir(parents=True)
+                self.made = True
             except OSError as error:
                 told[1] = error.errno
         dist.broadcast_object_list(told, src=self.ranks[0], group=self.group)
         session, problem = told
         if problem is not None:
-            error_type = FileExistsError if self.out.exists() else OSError
-            raise error_type(
+            # as OSError makes of the number
+            raise type(OSError(problem, ""))(
                 f"profile: want a run directory that is not there yet and can be made, got {self.out}: "
                 f"{os.strerror(problem)}"
             )
         return session
 
     def finish(self, run: Run) -> None:
-        """Set the clocks again, and merge the runs, of which this process has written its own."""
-        after = exchange(self.group)
+        """Set the clocks again, and merge the runs, of which this process has written its own.
+
+        Raises:
+            RuntimeError: another process failed in its block, or did not come to its end.
+            ValueError: the runs cannot be merged; from the first process.
+        """
+        try:
+            after = exchange(self.group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"profile: want every process of {', '.join(map(str, self.ranks))} at the end of its block, got {error}"
+            ) from error
         names = {s.group for kernels in run.parts.values() for k in kernels for part in k for s in part.own if s.group}
         Process(
             session=self.session,
@@ -92,22 +105,12 @@ class RankSession:
         if self.first:
             merge_where_all_are_there(self.out, self.ranks)
 
-    def _leave(self, *, failed: bool = True) -> None:
-        # the others then see a closed connection, and do not wait
+    def leave(self, *, failed: bool) -> None:
+        """The others then see a closed connection, and do not wait; what is empty of the directory goes."""
         dist.destroy_process_group(self.group)
-        if failed and self.first:
+        if failed and self.made:
             with contextlib.suppress(OSError):  # others may have left theirs in it
                 self.out.rmdir()
-
-    @contextlib.contextmanager
-    def open(self) -> Iterator["RankSession"]:
-        """Inside, the process profiles."""
-        try:
-            yield self
-        except BaseException:
-            self._leave()
-            raise
-        self._leave(failed=False)
 
 
 def merge(folder: str | Path) -> Ranks:

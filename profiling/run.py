@@ -169,6 +169,9 @@ class Run:
         return run
 
     def _times(self, step: Step, by: By) -> Iterator[tuple[str, int]]:
+        if not self.parts[step.graph]:  # not compiled, as the optimizer's part of a training step
+            yield f"({step.graph})", step.ended - step.began
+            return
         for span in step.spans:
             yield _label(self.parts[step.graph][span.kernel][span.part], by), span.ended - span.began
         yield WRAPPER, step.wrapper_ns

@@ -38,7 +38,7 @@ def interleaved(alternatives: Mapping[str, Callable[[], object]], *, rounds: int
     for _ in range(rounds):
         for name, fn in alternatives.items():
             seconds[name].append(_once(fn))
-    return {name: _summary(values) for name, values in seconds.items()}
+    return {name: summary(values) for name, values in seconds.items()}
 
 
 def _once(fn: Callable[[], object]) -> float:
@@ -51,6 +51,7 @@ def _once(fn: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _summary(values: list[float]) -> Timing:
+def summary(values: list[float]) -> Timing:
+    """Of at least two times of one thing, in seconds."""
     low, median, high = statistics.quantiles(values, n=4)
     return Timing(median, low, high)

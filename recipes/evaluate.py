@@ -1,6 +1,6 @@
 """Measure the shipped model: bits per byte of held-out text, and ten samples with the share of known words.
 
-    python -m deepfuse.recipes.evaluate --model models/v3-tiny --data data --json benchmarks/results/model.json
+    python -m deepfuse.recipes.evaluate --model models/v3-tiny --data data --json benchmarks/results/evaluate.json
 
 The samples continue fixed prompts with fixed seeds; a word is known when it stands in the training text.
 """

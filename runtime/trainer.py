@@ -8,6 +8,8 @@ Dims: B sequences, L tokens a sequence, T = B * L.
 Source: DeepSeek-V3 (arXiv:2412.19437), section 2.1.2 (bias), 2.2 (multi-token prediction), 4.2 (optimizer).
 """
 
+import contextlib
+import functools
 import json
 import math
 import time
@@ -26,7 +28,7 @@ from deepfuse.blocks.fp8_training import Saved, train_in_fp8
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import Router
 from deepfuse.ir.device import device_row
-from deepfuse.ir.private import with_own_code
+from deepfuse.ir.private import compile_inner, with_own_code
 from deepfuse.passes.journal import naming
 from deepfuse.passes.pipeline import Pipeline, default
 from deepfuse.passes.runner import Runner
@@ -74,6 +76,24 @@ class Training:
         return self.lr * (
             self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
         )
+
+
+def next_token_loss(model: CausalLM, tokens: Tensor, positions: Tensor, q_start: Tensor) -> Tensor:
+    """``tokens [B, L + 2]``: cross-entropy in nats of each token after the first ``L``."""
+    L = tokens.shape[1] - 2
+    logits = model(tokens[:, :L].flatten(), positions, q_start)
+    return nn.functional.cross_entropy(logits, tokens[:, 1 : L + 1].flatten())
+
+
+def mtp_loss(model: CausalLM, tokens: Tensor, positions: Tensor, q_start: Tensor) -> Tensor:
+    """Cross-entropy of the token after the next, from the state and the next token (eq. 21-24, depth 1)."""
+    L = tokens.shape[1] - 2
+    with torch.no_grad():
+        h, delta, batch = model.stream(tokens[:, :L].flatten(), positions, q_start)
+        embedding = model.model.embed_tokens(tokens[:, 1 : L + 1].flatten())
+    mtp: Any = model.model.layers[model.config.num_hidden_layers]
+    h = mtp.predict(h + delta, embedding, batch)
+    return nn.functional.cross_entropy(model.logits(mtp.shared_head.norm(h)), tokens[:, 2:].flatten())
 
 
 class Trainer:
@@ -124,10 +144,13 @@ class Trainer:
             "max_seq_len": training.seq_len,
         }
         self.runner = Runner(pipeline or default(), settings, **(how or {}))
-        options: dict[str, Any] = {"options": self.runner.options()} if compile else {"backend": self.runner.backend()}
+        self.compiled = compile
+        inductor = functools.partial(compile_inner, options=self.runner.options())
+        options: dict[str, Any] = {"backend": inductor if compile else self.runner.backend()}
         options |= {"fullgraph": True, "dynamic": False}
-        self.next_token_loss = torch.compile(with_own_code(self._next_token_loss), **options)
-        self.mtp_loss = torch.compile(with_own_code(self._mtp_loss), **options)
+        self.next_token_loss = torch.compile(with_own_code(next_token_loss), **options)
+        self.mtp_loss = torch.compile(with_own_code(mtp_loss), **options)
+        self._around: Callable[[str, Callable[[], Any]], Any] = lambda name, part: part()
 
     @torch.no_grad()
     def _copy_buffers(self) -> None:
@@ -141,22 +164,6 @@ class Trainer:
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, lr=self.training.lr, betas=self.training.betas, fused=True)
-
-    def _next_token_loss(self, tokens: Tensor, positions: Tensor, q_start: Tensor) -> Tensor:
-        """``tokens [B, L + 2]``: cross-entropy in nats of each token after the first ``L``."""
-        L = tokens.shape[1] - 2
-        logits = self.compute(tokens[:, :L].flatten(), positions, q_start)
-        return nn.functional.cross_entropy(logits, tokens[:, 1 : L + 1].flatten())
-
-    def _mtp_loss(self, tokens: Tensor, positions: Tensor, q_start: Tensor) -> Tensor:
-        """Cross-entropy of the token after the next, from the state and the next token (eq. 21-24, depth 1)."""
-        L, model = tokens.shape[1] - 2, self.compute
-        with torch.no_grad():
-            h, delta, batch = model.stream(tokens[:, :L].flatten(), positions, q_start)
-            embedding = model.model.embed_tokens(tokens[:, 1 : L + 1].flatten())
-        mtp: Any = model.model.layers[model.config.num_hidden_layers]
-        h = mtp.predict(h + delta, embedding, batch)
-        return nn.functional.cross_entropy(model.logits(mtp.shared_head.norm(h)), tokens[:, 2:].flatten())
 
     def batch(self, tokens: np.ndarray, step: int) -> Tensor:
         """``[B, L + 2]`` tokens of a step, from ``tokens [N]``; the same for the same seed and step, so that a resumed run sees no repeats."""
@@ -174,23 +181,45 @@ class Trainer:
         q_start = torch.arange(0, (t.batch_size + 1) * L, L, dtype=torch.int32, device=self.device)
         if self.step == t.steps:
             self._fix_all_but_mtp()
-        with torch.no_grad():
-            for master, working in self.copied:
-                working.copy_(master)
+        self._around("copy_weights", self._copy_weights)
         loss_fn: Callable[..., Tensor] = self.next_token_loss if self.step < t.steps else self.mtp_loss
+        phase = "" if self.step < t.steps else "mtp_"
+        batch = self.batch(tokens, self.step)
         with naming("train"):
-            loss = loss_fn(self.batch(tokens, self.step), positions, q_start)
-            loss.backward()
+            loss = self._around(f"{phase}forward", lambda: loss_fn(self.compute, batch, positions, q_start))
+            self._around(f"{phase}backward", loss.backward)
+        self._around("optimizer", self._update)
+        self.step += 1
+        return float(loss.detach())
+
+    @contextlib.contextmanager
+    def wrapped(self, around: Callable[[str, Callable[[], Any]], Any]) -> Iterator[None]:
+        """Inside, ``around`` is given the name of each part of a step, and the part, which it must call.
+
+        They are ``copy_weights``, ``forward``, ``backward`` and ``optimizer``; in the steps that train the
+        multi-token-prediction module, ``mtp_forward`` and ``mtp_backward``.
+        """
+        before, self._around = self._around, around
+        try:
+            yield
+        finally:
+            self._around = before
+
+    @torch.no_grad()
+    def _copy_weights(self) -> None:
+        for master, working in self.copied:
+            working.copy_(master)
+
+    def _update(self) -> None:
+        """Gradients, clipped, and the step of the optimizer and of the expert biases."""
         for master, working in self.pairs:
             master.grad = None if working.grad is None else working.grad.float()
             working.grad = None
-        nn.utils.clip_grad_norm_([m for m, _ in self.pairs if m.grad is not None], t.clip_norm)
+        nn.utils.clip_grad_norm_([m for m, _ in self.pairs if m.grad is not None], self.training.clip_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = t.lr_at(self.step)
+            group["lr"] = self.training.lr_at(self.step)
         self.optimizer.step()
         self._balance()
-        self.step += 1
-        return float(loss.detach())
 
     def _fix_all_but_mtp(self) -> None:
         L = self.model.config.num_hidden_layers

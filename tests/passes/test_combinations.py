@@ -22,7 +22,7 @@ from deepfuse.passes.record import Pass
 from deepfuse.runtime.engine import Engine
 from deepfuse.runtime.generation import Sampling, Speed, generate_tokens
 from deepfuse.runtime.latent_cache import LatentCache
-from deepfuse.runtime.trainer import Trainer, Training
+from deepfuse.runtime.trainer import Trainer, Training, next_token_loss
 from tiny_checkpoint import model_of
 from tiny_model import CONFIG, random_weights
 
@@ -65,7 +65,7 @@ def recorded() -> dict[str, tuple[fx.GraphModule, list[Any]]]:
     settings = Training(steps=1, batch_size=2, seq_len=16, dtype=torch.float32)
     trained = model_of(replace(CONFIG, num_nextn_predict_layers=0))
     trainer = Trainer(trained.train(), settings, compile=False, fp8=True)
-    trainer.next_token_loss = torch.compile(trainer._next_token_loss, backend=training.backend(), dynamic=False)
+    trainer.next_token_loss = torch.compile(next_token_loss, backend=training.backend(), dynamic=False)
     trainer.train_step(np.arange(200, dtype=np.uint16) % 300)
     return dict(zip(GRAPHS, [*serving.graphs, *training.graphs], strict=True))
 

@@ -13,6 +13,8 @@ from deepfuse.ops.grouped_matmul import grouped_matmul
 from deepfuse.ops.rms_norm import rms_norm
 from deepfuse.passes.journal import Journal
 from deepfuse.passes.lower import lower
+from deepfuse.passes.pipeline import Pipeline
+from deepfuse.passes.runner import Runner
 from deepfuse.passes.sites import Site, module_of, number_sites
 from graphs import trace
 from tiny_model import tiny_model
@@ -74,6 +76,24 @@ def test_a_kernel_that_stays_a_call_has_its_costs():
     (site,) = number_sites(graph)
     cost = df.OPS["grouped_matmul"].cost(x, weight, offsets)
     assert site == Site(0, "", "grouped_matmul", "float32", str(cost.flops), str(cost.bytes))
+
+
+def test_gradients_are_named_by_what_they_are_the_gradient_of():
+    """Products by their module too, with their costs, and sums of gradients by the module of what they add."""
+
+    def loss(x, w, v):
+        return (rms_norm(x, w, 1e-6).tanh() @ v + x).sum()
+
+    runner = Runner(Pipeline((lower,)), {"providers": {}})
+    arguments = [torch.randn(*shape, requires_grad=True) for shape in ((3, 8), (8,), (8, 8))]
+    torch.compile(loss, backend=runner.backend(), fullgraph=True)(*arguments).backward()
+    backward = runner.journal.graphs[-1].sites
+    names = [site.op for site in backward]
+    assert "rms_norm_backward" in names and "tanh_backward" in names and not {"rsqrt", "pow", "mean"} & set(names)
+    (product,) = (site for site in backward if site.op == "mm")
+    # dh = dy @ v.T and dv = h.T @ dy
+    assert product.flops == str(2 * 2 * 3 * 8 * 8) and product.bytes == str(2 * 4 * (3 * 8 + 8 * 8 + 3 * 8))
+    assert product.dtype == "float32"
 
 
 def test_each_collective_is_a_site_and_a_wait_knows_which_it_ends():

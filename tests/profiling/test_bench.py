@@ -1,6 +1,7 @@
 """The runner of benchmarks: rows are kept as they are measured, what is left out is said, baselines are comparable."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ from rich.console import Console
 from deepfuse.profiling.bench import Bench
 from deepfuse.profiling.bench_against import changes, comparison
 from deepfuse.profiling.bench_device import facts
+from deepfuse.profiling.bench_plot import bar_chart
 from deepfuse.profiling.bench_results import Results
 from deepfuse.profiling.bench_suites import run_suite, suites
 from deepfuse.profiling.timing import Timing
@@ -84,7 +86,7 @@ def test_a_run_is_written_and_read(folder: Path, tmp_path: Path, quiet: Console)
     assert (first.name, first.part, first.unit, first.facts) == ("row a", "first, a", "us", {"shape": [2, 3]})
     assert list(first.figures) == ["ours", "theirs"]
     assert all(0 < low <= median <= high < 1e4 for median, low, high in first.figures.values())
-    assert second.figures == {"ours": (123460.0,) * 3} and second.better == "higher"
+    assert second.figures == {"ours": (123457.0,) * 3} and second.better == "higher"
     assert second.command == 'deepfuse bench toy --only "second, b"'
     assert run.left_out == {"row a, another": "not installed"}
     assert run.device == facts(torch.device("cpu")) and run.versions["torch"] == torch.__version__
@@ -218,6 +220,64 @@ def test_rows_are_checked() -> None:
         bench.row("b", {})
     with pytest.raises(ValueError, match="want a time in s, ms, us, got 'bits'"):
         bench.row("b", {"ours": Timing(1.0, 1.0, 1.0)}, unit="bits")
+
+
+def test_a_figure_has_a_bar_for_each_alternative() -> None:
+    bench = Bench(Results(suite="toy", command="", device={"kind": "cpu"}, versions={}))
+    bench.wants("part <", 1)
+    bench.row("row &", {"ours": Timing(2.0, 1.0, 4.0), "theirs": Timing(3.0, 3.0, 3.0)}, unit="s")
+    bench.wants("other", 1)
+    bench.row("b", {"ours": 0.0, "theirs": 30.0}, unit="GB/s")
+    svg = bar_chart(bench.results)
+    widths = [float(width) for width in re.findall(r'width="([\d.]+)" height="12" fill="#[^"]*"/>$', svg, re.MULTILINE)]
+    keys, bars = widths[:2], widths[2:]
+    assert keys == [12.0, 12.0]
+    # each panel has its own scale: its longest figure, quartiles included, is as long as any other's
+    full = bars[3]
+    assert bars == pytest.approx([full * 2 / 4, full * 3 / 4, 0.0, full], abs=0.1)
+    whiskers = re.findall(r'M([\d.]+) [\d.]+L([\d.]+) [\d.]+" stroke="#000000"', svg)
+    ((low, high),) = [tuple(map(float, ends)) for ends in whiskers]
+    assert high - low == pytest.approx(full * 3 / 4, abs=0.2)
+    for words in ("part &lt;, s", "other, GB/s", "row &amp;", ">theirs<", ">30<"):
+        assert words in svg
+
+
+def test_a_figure_of_nothing_or_of_negative_numbers_is_refused() -> None:
+    for values in ((), (-1.0,)):
+        bench = Bench(Results(suite="toy", command="", device={"kind": "cpu"}, versions={}))
+        for value in values:
+            bench.row("a", {"ours": value}, unit="bits")
+        with pytest.raises(ValueError, match="bench plot: want rows of figures >= 0, got "):
+            bar_chart(bench.results)
+
+
+def test_the_command(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    pytest.importorskip("tyro")
+    from deepfuse.__main__ import main
+
+    def run(*arguments: str | Path) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["deepfuse", "bench", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        main()
+        return capsys.readouterr()
+
+    def refused(*arguments: str | Path) -> str:
+        with pytest.raises(SystemExit):
+            run(*arguments)
+        return capsys.readouterr().err
+
+    for suite in suites().values():
+        assert suite.name in run()[0] and suite.question.split()[0] in run()[0]
+    assert "want a suite out of " in refused("nothing")
+    path = tmp_path / "out.json"
+    run_suite("toy", json=path, folder=folder, console=Console(quiet=True))
+    run("plot", path, "--out", tmp_path / "x.svg")
+    assert "row b" in (tmp_path / "x.svg").read_text()
+    assert refused("plot", path, "--out", tmp_path / "x.png").startswith(
+        "deepfuse: bench plot: want --out to end in .svg"
+    )
+    assert "want a file that --json wrote, and --out FIGURE.svg" in refused("plot", path)
+    assert "behind the word plot only" in refused("cpu", path)
 
 
 def test_a_suite_is_a_script_that_needs_no_tyro(folder: Path, tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """NVTX ranges of a model, as a tool hears them; those of a compiled one are heard in tests/profiling/test_profile.py."""
 
+import sys
+
 import pytest
 import torch
 
 import deepfuse as df
+from deepfuse.__main__ import main
 from deepfuse.profiling.model_ranges import ranged
 from deepfuse.profiling.nvtx import COLORS
 from deepfuse.runtime.engine import CudaGraph
@@ -155,3 +158,21 @@ def test_ranges_alone_take_any_model_of_ours(model):
         pass
     with pytest.raises(TypeError, match="want a Model"), df.profile({}, nvtx=True):
         pass
+
+
+def test_the_command(model, monkeypatch, tmp_path, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["deepfuse", "profile", "tiny", "--prompt", "the fox", "--nvtx", *arguments])
+        main()
+        return capsys.readouterr().out
+
+    monkeypatch.setattr("deepfuse.runtime.build.build", lambda *_, **__: model)
+    assert run("--steps", "3") == "3 steps with NVTX ranges; to record them, add --out\n"
+    assert run("--steps", "3", "--json") == '{"steps": 3, "recorded": 0}\n'
+    # before anything is built
+    monkeypatch.setattr("deepfuse.runtime.build.build", None)
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    with pytest.raises(SystemExit):
+        run()
+    assert 'got neither; pip install "deepfuse[nvtx]"' in capsys.readouterr().err

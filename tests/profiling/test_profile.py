@@ -9,8 +9,10 @@ import torch
 
 import deepfuse as df
 from deepfuse.__main__ import main
+from deepfuse.profiling.nvtx import COLORS
 from deepfuse.profiling.roofline import roofline
 from deepfuse.profiling.run import Run
+from nvtx_log import heard_from
 from tiny_model import CONFIG, ONE_LAYER, build, write_checkpoint
 
 PROMPT = [5, 6, 7]
@@ -78,10 +80,11 @@ def test_kernels_of_prefill_and_decode_have_module_and_op(compiled, tmp_path):
 
 @pytest.mark.compile
 def test_steps_are_limited_and_nothing_stays_behind(model):
+    unwrapped = model.engine._prefill
     with df.profile(model, steps=2) as run:
         before = generate(model)
     assert len(run.steps_of("decode_1")) == 2 and len(run.steps_of("prefill")) == 1
-    assert type(model.engine._prefill).__name__ != "_Recorder"
+    assert model.engine._prefill is unwrapped
     recorded = len(run.steps)
     assert generate(model) == before and len(run.steps) == recorded
     # again, with the code that is there
@@ -127,6 +130,60 @@ def test_one_profile_at_a_time(model):
     assert generate(model) == expected
 
 
+RANGED = """
+import sys
+from pathlib import Path
+import torch
+import deepfuse as df
+from tiny_model import build
+
+def libraries():
+    return sorted(Path({root!r}).rglob("*.so"))
+
+def generate():
+    return model.generate([5, 6, 7], max_new_tokens=3, stop_token_ids=())
+
+torch.set_num_threads({threads})
+model = build({model!r}, compile=True)
+expected, compiled = generate(), libraries()
+with df.profile(model, nvtx=True):
+    assert generate() == expected
+assert generate() == expected
+assert model.report.warm and not model.report.recompiles and libraries() == compiled
+with df.profile(model, {out!r}, nvtx=True, warmup=1) as run:
+    assert generate() == expected
+assert run.attributed() >= 0.95 and len(run.steps) == 3
+"""
+
+
+@pytest.mark.compile
+def test_ranges_of_a_kept_build(compiled, tmp_path):
+    """From a warm cache, without compiling anything; alone, and in a recorded run."""
+    pytest.importorskip("nvtx", reason="of the extra nvtx")
+    folder = compiled[0].source
+    program = RANGED.format(
+        root=str(folder.parent), threads=torch.get_num_threads(), model=str(folder), out=str(tmp_path / "run")
+    )
+    heard = heard_from(program, tmp_path)
+    assert {(h.domain, h.depth, h.category) for h in heard} == {
+        ("deepfuse", 0, "graph"),
+        ("deepfuse", 1, "block"),
+        ("deepfuse", 2, "op"),
+    }
+    graphs = [i for i, h in enumerate(heard) if h.category == "graph"]
+    # behind the first block nothing; in the second, a call to find the code and one to warm up come first
+    assert [heard[i].name for i in graphs] == ["prefill", "decode_1", "decode_1", *["prefill"] * 3, *["decode_1"] * 4]
+    prefill, decode = heard[: graphs[1]], heard[graphs[1] : graphs[2]]
+    assert prefill == heard[graphs[3] : graphs[4]]
+    # a library's product has a kernel of its own, within its block's range
+    at = next(i for i, h in enumerate(prefill) if h.name == "layers.0.self_attn.q_a_proj.linear")
+    block = next(h for h in reversed(prefill[:at]) if h.category == "block")
+    assert block.name == "layers.0.self_attn" and {block.color, prefill[at].color} == {f"{COLORS['attention']:08x}"}
+    # a step in one C++ kernel: one range, which names its first ops and counts the others
+    assert [(h.category, h.color) for h in decode[1:]] == [(c, f"{COLORS['several']:08x}") for c in ("block", "op")]
+    assert "layers.0.self_attn + " in decode[1].name and "lm_head" in decode[1].name and " more with " in decode[2].name
+
+
 @pytest.mark.compile
 def test_the_command(model, monkeypatch, tmp_path, capsys):
     def run(*arguments):
@@ -158,7 +215,7 @@ def test_the_command(model, monkeypatch, tmp_path, capsys):
     ("model", "error", "message"),
     [
         (lambda: build(ONE_LAYER), ValueError, "want a compiled model, got one built with compile=False"),
-        (dict, TypeError, "want a Model, as deepfuse.build returns it for generation, got dict"),
+        (dict, TypeError, "want a Model or a Trainer, as deepfuse.build returns them, got dict"),
     ],
 )
 def test_models_without_inductors_code(model, error, message):

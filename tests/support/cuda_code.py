@@ -84,6 +84,9 @@ def _a_gpu() -> Iterator[None]:
         (_triton, "triton_hash_with_backend", lambda: "triton"),
     )
     with contextlib.ExitStack() as stack:
+        # a compilation before, without a GPU, has found no Triton, and that is kept
+        stack.callback(_triton.has_triton.cache_clear)
+        _triton.has_triton.cache_clear()
         for owner, name, answer in answers:
             stack.enter_context(mock.patch.object(owner, name, answer, create=True))
         yield

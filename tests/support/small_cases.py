@@ -1,0 +1,45 @@
+"""The cases of the GPU suites in small sizes, and a run of a suite without clocks, on a CPU."""
+
+from collections.abc import Callable, Mapping
+from io import StringIO
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmark_scripts import load_script
+from deepfuse.profiling.bench import Bench
+from deepfuse.profiling.bench_device import facts
+from deepfuse.profiling.bench_results import Results
+from deepfuse.profiling.timing import Timing
+
+CPU = torch.device("cpu")
+CASES = load_script("cases")
+_WIDTHS = load_script("attention").Widths(H=3, C=160, R=8, N=16, V=128)
+SMALL: dict[str, dict[str, Any]] = {
+    "dense": {"rows": (1, 70), "weights": [(32, 256)]},
+    "grouped": {"groups": [(2, 130), (2, 3)], "experts": [(24, 128)]},
+    "fusions": {"tokens": (2,), "D": 256, "F": 128},
+    "decode": {"steps": [(2, 128)], "widths": _WIDTHS},
+    "prompts": {"batches": [(2, 9)], "widths": _WIDTHS},
+}
+
+
+def new_bench(**options: Any) -> Bench:
+    """A run of no suite, which prints nothing."""
+    results = Results(suite="toy", command="", device=facts(CPU), versions={})
+    return Bench(results, console=Console(file=StringIO(), width=200), **options)
+
+
+def without_clock(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
+    """In these modules each alternative takes a microsecond, and is not called to be timed."""
+
+    def instant(alternatives: Mapping[str, Callable[[], object]], **options: Any) -> dict[str, Timing]:
+        return dict.fromkeys(alternatives, Timing(1e-6, 1e-6, 1e-6))
+
+    for module in modules:
+        monkeypatch.setattr(module, "device_timing", instant)
+        if hasattr(module, "_rounds"):
+            monkeypatch.setattr(module, "_rounds", lambda *args: 5)
