@@ -368,3 +368,14 @@ def process_group(name: str) -> Any:
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def cuda_memory_snapshot(call: Callable[[], object]) -> dict[str, Any]:
+    """What the allocator of CUDA memory did in ``call``, and has at its end, as PyTorch's memory_viz reads it pickled."""
+    memory: Any = torch.cuda.memory
+    memory._record_memory_history()
+    try:
+        call()
+        return memory._snapshot()
+    finally:
+        memory._record_memory_history(enabled=None)

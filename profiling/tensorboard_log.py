@@ -1,6 +1,6 @@
 """A run in TensorBoard's own tabs, for which no plugin is needed: scalars and text.
 
-    <graph>/ms                       of each step
+    <graph>/ms                       of each step, and where it has collectives, exposed communication in %
     <graph>, us/<block>              of each step, and <graph>, bytes/<block> as predicted: what its ops read and write
     <graph>, matches/<pass>          rewrites of each pass
     build/...                        recompiles, graph_breaks, graphs_from_cache
@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from deepfuse.profiling.exposure import exposed_ns
 from deepfuse.profiling.roofline import roofline
 from deepfuse.profiling.run import Run
 from deepfuse.profiling.size_expression import evaluated
@@ -55,8 +56,12 @@ def write_log(run: Run, folder: Path) -> None:
 def scalars(run: Run) -> Iterable[tuple[str, float, int]]:
     """Tag, value, and number of the step in its graph."""
     for graph in run.graphs:
+        communicates = any(part.communicates for kernel in run.parts[graph] for part in kernel)
         for number, step in enumerate(run.steps_of(graph)):
-            yield f"{graph}/ms", (step.ended - step.began) / 1e6, number
+            took = step.ended - step.began
+            yield f"{graph}/ms", took / 1e6, number
+            if communicates:
+                yield f"{graph}/exposed communication, %", 100 * exposed_ns(run, step) / max(took, 1), number
             for block, size in _bytes_of_blocks(run, step).items():
                 yield f"{graph}, bytes/{block}", size, number
             for block, ns in run.times_of(step, "block").items():

@@ -1,6 +1,7 @@
 """Traces in torch.profiler's own format, for TensorBoard's plugin and for who wants shapes, memory or stacks.
 
     <folder>/<graph>.pt.trace.json.gz        what ``torch.profiler.tensorboard_trace_handler`` would have written
+    <folder>/<graph>.memory.pickle           with ``memory``, of graphs on a GPU: PyTorch's snapshot of its allocator
 
 They are recorded in steps of their own, since torch.profiler slows down what it looks at: the first call of each graph is
 repeated, as for the warm-up. Inside of a compiled graph it sees allocations and calls of libraries alone. So our blocks
@@ -14,6 +15,7 @@ finds no kernel's operator. It is given that word.
 import gzip
 import json
 import os
+import pickle
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +27,7 @@ import torch
 from torch.profiler import ProfilerActivity, record_function, schedule
 from torch.profiler import profile as torch_profile
 
+from deepfuse.ir.private import cuda_memory_snapshot
 from deepfuse.profiling.timeline import Part, Step
 from deepfuse.profiling.trace import ROWS, kernel_events
 
@@ -47,6 +50,7 @@ class TorchTraces:
         """``shapes`` of operands, ``memory`` (each allocation) and ``stacks`` of Python are recorded where asked for."""
         self.options: dict[str, Any] = {"record_shapes": shapes, "profile_memory": memory, "with_stack": stacks}
         self.traces: dict[str, Trace] = {}
+        self.snapshots: dict[str, Any] = {}
 
     def record(self, graph: str, call: Callable[[], Step], parts: list[list[Part]]) -> None:
         """Add the trace of one graph.
@@ -79,11 +83,15 @@ class TorchTraces:
         ranges = sorted(e["ts"] for e in events if e["name"] == graph and e.get("cat") == "user_annotation")
         trace["traceEvents"] = events + list(_ours(dict(zip(ranges, steps[1:], strict=True)), parts))
         self.traces[graph] = trace
+        if self.options["profile_memory"] and torch.cuda.is_available():
+            self.snapshots[graph] = cuda_memory_snapshot(call)
 
     def write(self, folder: Path) -> None:
         for graph, trace in self.traces.items():
             with gzip.open(folder / f"{graph}{SUFFIX}", "wt") as file:
                 json.dump(trace, file)
+        for graph, snapshot in self.snapshots.items():
+            (folder / f"{graph}.memory.pickle").write_bytes(pickle.dumps(snapshot))
 
 
 def in_older_words(events: list[Trace]) -> list[Trace]:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from deepfuse.ir.private import COLLECTIVES
 from deepfuse.passes.sites import Site
 from deepfuse.profiling import tensorboard_log
 from deepfuse.profiling.run import Run
@@ -41,6 +42,15 @@ def test_an_op_without_a_cost_has_time_and_no_bytes():
     made.parts["decode_1"][1] = [Part("index", (INDEX,), ())]
     tags = {tag for tag, _, _ in scalars(made)}
     assert "decode_1, us/index" in tags and not any(tag.startswith("decode_1, bytes/index") for tag in tags)
+
+
+def test_exposed_communication_where_there_is_any():
+    made = run()
+    assert not any("communication" in tag for tag, *_ in scalars(made))
+    made.parts["decode_1"][1] = [Part(f"torch.ops.{COLLECTIVES}.wait_tensor.default", (O,), ())]
+    # the wait of 4 us in a step of 10
+    found = {step: value for tag, value, step in scalars(made) if tag == "decode_1/exposed communication, %"}
+    assert found == {0: 40.0, 1: 40.0}
 
 
 def test_text_has_the_slowest_and_what_was_rewritten():

@@ -3,11 +3,13 @@
 import gzip
 import json
 import logging
+import pickle
 import time
 
 import pytest
 import torch
 
+from deepfuse.ir.private import cuda_memory_snapshot
 from deepfuse.passes.sites import Site
 from deepfuse.profiling.timeline import Part, Span, Step
 from deepfuse.profiling.torch_trace import STEPS, THREAD, TorchTraces, in_older_words
@@ -144,3 +146,17 @@ def test_the_plugin_finds_the_operator_of_a_kernel(tmp_path, caplog, runtime):
     (row,) = served.kernel_op_table["data"]["rows"]
     assert row[0] == "sm90_xmma_gemm" and "aten::mm" in row
     assert operators(served)["aten::mm"]["device_total_duration"] == 30
+
+
+def test_the_allocator_is_asked_on_a_gpu_alone(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **how: said.append(how))
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": [len(said)]})
+    written(tmp_path, memory=True)
+    assert said == [] and not (tmp_path / "decode_1.memory.pickle").exists()
+    assert cuda_memory_snapshot(lambda: said.append("called")) == {"segments": [2]}
+    assert said == [{}, "called", {"enabled": None}]
+    traces = TorchTraces(memory=True)
+    traces.snapshots["decode_1"] = {"segments": []}
+    traces.write(tmp_path)
+    assert pickle.loads((tmp_path / "decode_1.memory.pickle").read_bytes()) == {"segments": []}
