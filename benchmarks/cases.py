@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepfuse.ir.cost import Cost
-from deepfuse.ir.device import Device, measured_cpu
+from deepfuse.ir.device import CPU, Device, measured_cpu
 from deepfuse.ir.interpreter import interpreted
 from deepfuse.ir.op import Op
 from deepfuse.ir.provider import REFERENCE, Provider
@@ -143,7 +143,9 @@ def ceilings(bench: Bench, **sizes: int) -> Device:
     """
     device = bench.torch_device
     found = measured_cpu() if device.type == "cpu" else measured_gpu(device, **sizes)
-    row = {str(dtype).removeprefix("torch."): _short(rate / 1e12) for dtype, rate in found.flops.items()}
+    # of a CPU some rates are nominal
+    rates = {dtype: rate for dtype, rate in found.flops.items() if rate != CPU.flops.get(dtype)}
+    row = {str(dtype).removeprefix("torch."): _short(rate / 1e12) for dtype, rate in rates.items()}
     bench.row("ceiling: matrix products", row, unit="TFLOP/s", better="higher")
     how = "read" if device.type == "cpu" else "copy"
     bench.row("ceiling: memory", {how: _short(found.memory_bandwidth / 1e9)}, unit="GB/s", better="higher")

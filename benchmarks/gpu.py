@@ -14,9 +14,11 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
+import torch
 from attention import decode, prompts
 from canary import refused
 from cases import SPARE_SECONDS, Part, attempt, ceilings, measure, run_parts
@@ -25,10 +27,12 @@ from products import dense, grouped
 from v2_lite import STEPS, Ours, Transformers
 
 import deepfuse as df
+from deepfuse.blocks.parameters import count_parameters
 from deepfuse.blocks.presets import v2_lite
 from deepfuse.profiling.bench import Bench
 from deepfuse.profiling.bench_suites import run_script
 from deepfuse.profiling.device_timing import first_error
+from deepfuse.profiling.timing import interleaved
 
 DEVICE = "cuda"
 BUDGET = 540.0
@@ -148,30 +152,54 @@ class Gpu:
     def rows(self, models: Mapping[str, Ours | Transformers], suffix: str) -> None:
         """Decode at each batch, and prefill."""
         sizes = self.sizes
-        self.row(f"prefill, {sizes.prompt} tokens{suffix}", models, lambda model: model.prefill(sizes.prompt), 1)
+        prefill = f"prefill, {sizes.prompt} tokens{suffix}"
+        self.row(prefill, models, lambda model: model.prefill(sizes.prompt), calls=1, tokens=sizes.prompt)
         for batch in sizes.batches:
             name = f"decode, batch {batch}, context {sizes.context}{suffix}"
-            self.row(name, models, lambda model, batch=batch: model.steps(batch, sizes.context), STEPS)  # type: ignore[misc]
+            steps = partial(_steps, batch=batch, context=sizes.context)
+            self.row(name, models, steps, calls=STEPS, tokens=batch, bound=batch == 1)
             for model in models.values():
                 model.release()
 
     def row(
-        self, name: str, models: Mapping[str, Any], call: Callable[[Any], Callable[[], object]], calls: int
+        self,
+        name: str,
+        models: Mapping[str, Any],
+        call: Callable[[Any], Callable[[], object]],
+        *,
+        calls: int,
+        tokens: int,
+        bound: bool = False,
     ) -> None:
-        """Those of the models that come through a first call."""
+        """Those of the models that come through a first call.
+
+        Args:
+            calls: of what is counted, in one call; each is of so many tokens.
+            bound: whether a call reads the weights of one token, at least.
+        """
         able: dict[str, Callable[[], object]] = {}
         for label, model in models.items():
             if self.bench.seconds_left < SPARE_SECONDS:
                 self.bench.leave_out(f"{name}: {label}", "the budget is spent")
                 continue
-            fn = self.attempt(f"{name}: {label}", lambda model=model: call(model))  # type: ignore[misc]
+            fn = self.attempt(f"{name}: {label}", partial(call, model))
             error = None if fn is None else first_error(fn, self.device)
             if error is not None:
                 self.bench.leave_out(f"{name}: {label}", error)
             elif fn is not None:
                 able[label] = fn
-        if able:
-            self.bench.interleaved(name, able, calls=calls, rounds=max(self.sizes.rounds // 2, 5), what=WHAT)
+        if not able:
+            return
+        timings = interleaved(able, rounds=max(self.sizes.rounds // 2, 5))
+        seconds = {label: timing.median / calls for label, timing in timings.items()}
+        facts: dict[str, Any] = {"tokens/s": {label: round(tokens / s, 1) for label, s in seconds.items()}}
+        if bound:
+            size = count_parameters(self.sizes.config).active * torch.bfloat16.itemsize
+            least = size / self.limits().memory_bandwidth
+            facts["share of reading the active weights"] = {
+                label: round(least / s, 3) for label, s in seconds.items() if not label.endswith("fp8")
+            }
+        self.bench.row(name, timings, calls=calls, what=WHAT, **facts)
 
     def attempt(self, name: str, make: Callable[[], Any]) -> Any:
         """What is made, or ``None``, and the error is kept."""
@@ -179,6 +207,10 @@ class Gpu:
         if made is None:
             self.bench.leave_out(name, error)
         return made
+
+
+def _steps(model: Ours | Transformers, *, batch: int, context: int) -> Callable[[], None]:
+    return model.steps(batch, context)
 
 
 if __name__ == "__main__":

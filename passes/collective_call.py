@@ -35,10 +35,10 @@ def collective_call(node: fx.Node) -> dict[str, Any] | None:
     op = target._opname
     if op == WAIT:
         waited: Any = node.args[0]
-        # one of the tensors of several, or a view
-        while waited.op == "call_function" and not is_collective(waited):
-            waited = waited.args[0]
-        return {"op": op, "start": waited.meta.get(SITE)}
+        # one of the tensors of several, or a view; what is computed of several tensors is no collective's
+        while isinstance(waited, fx.Node) and waited.op == "call_function" and not is_collective(waited):
+            waited = waited.args[0] if waited.args else None
+        return {"op": op, "start": waited.meta.get(SITE) if isinstance(waited, fx.Node) else None}
     if op in _OF_NO_GROUP:
         return {"op": op}
     names = [argument.name for argument in target._schema.arguments]

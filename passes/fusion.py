@@ -205,7 +205,10 @@ class Rule:
             return f"{late} is computed after the result is read"
         arguments = [site.nodes.get(name, value) for name, value in site.values.items()]
         like = max(site.matched)
-        new = splicer.splice(first, site.replacement, arguments, like)
+        try:
+            new = splicer.splice(first, site.replacement, arguments, like)
+        except Exception as error:  # noqa: BLE001 - as may those that a replacement is not made for in it
+            return f"the replacement does not take these arguments: {error}"
         results = new if isinstance(new, list | tuple) else (new,)
         pairs = [(old, fresh) for old, fresh in zip(site.outputs, results, strict=True) if old is not None]
         for old, fresh in pairs:

@@ -4,9 +4,12 @@ exact          the rewritten graph gives bitwise the same values
 reassociating  the same up to rounding, within ``ir``'s tolerances
 """
 
+import contextlib
 import hashlib
 import inspect
-from collections.abc import Callable
+import re
+import types
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,12 +59,13 @@ class Pass:
         return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
 
     def source_hash(self) -> str:
-        """Of the whole file the pass stands in, so that editing a helper counts as editing the pass."""
+        """Of the whole file the pass stands in, so that editing a helper counts as editing the pass; and of what it was
+        made with, by a function that makes passes."""
         try:
-            source = inspect.getsource(inspect.getmodule(self.declared) or self.declared).encode()
+            source = inspect.getsource(inspect.getmodule(self.declared) or self.declared)
         except (OSError, TypeError):  # typed into a prompt or a notebook: there is no file, but there is the code
-            source = _code(self.declared).encode()
-        return hashlib.sha256(source).hexdigest()
+            source = _code(self.declared)
+        return hashlib.sha256(f"{source}\n{_made_with(self.declared)}".encode()).hexdigest()
 
     def __call__(self, graph: fx.Graph, **settings: Any) -> int:
         return self.fn(graph, **{name: settings[name] for name in self.settings if name in settings})
@@ -70,12 +74,42 @@ class Pass:
 def _code(declared: Any) -> str:
     """What a function, or each member of a class, is made of."""
     if inspect.isclass(declared):
-        members = {k: getattr(declared, k) for k in vars(declared) if not k.startswith("__")}
-        return repr([(name, _code(v) if inspect.isfunction(v) else repr(v)) for name, v in sorted(members.items())])
-    code = declared.__code__
+        return repr([(name, _code(v) if inspect.isfunction(v) else _shown(v)) for name, v in _members(declared)])
+    return _bytecode(declared.__code__)
+
+
+def _bytecode(code: types.CodeType) -> str:
     # code of nested functions prints its address, which changes from run to run
-    constants = [c.co_code.hex() + repr(c.co_names) if inspect.iscode(c) else repr(c) for c in code.co_consts]
+    constants = [_bytecode(c) if inspect.iscode(c) else _shown(c) for c in code.co_consts]
     return f"{code.co_code.hex()} {constants} {code.co_names}"
+
+
+def _made_with(declared: Any) -> str:
+    """The values that a function closes over and its defaults; of a class, those of its functions and its other members."""
+    if inspect.isclass(declared):
+        return str([(name, _made_with(v) if inspect.isfunction(v) else _shown(v)) for name, v in _members(declared)])
+    closed_over = []
+    for cell in declared.__closure__ or ():
+        with contextlib.suppress(ValueError):  # it has no value yet
+            closed_over.append(cell.cell_contents)
+    return _shown([closed_over, declared.__defaults__, declared.__kwdefaults__])
+
+
+def _members(declared: type) -> list[tuple[str, Any]]:
+    return [(name, getattr(declared, name)) for name in sorted(vars(declared)) if not name.startswith("__")]
+
+
+def _shown(value: Any) -> str:
+    """The same text in every process: no addresses, and sets in order."""
+    if inspect.isfunction(value):
+        return _bytecode(value.__code__)
+    if isinstance(value, Mapping):
+        return str([(_shown(k), _shown(v)) for k, v in value.items()])
+    if isinstance(value, set | frozenset):
+        return str(sorted(map(_shown, value)))
+    if isinstance(value, list | tuple):
+        return str(list(map(_shown, value)))
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def graph_pass(*, stage: Stage, kind: Kind, saves: str = "") -> Callable[[Callable[..., int]], Pass]:

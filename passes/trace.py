@@ -71,13 +71,12 @@ class _Recorder(TorchDispatchMode):
             result = decomposition(*args, **kwargs)
         if result is not NotImplemented:
             return result
+        # before the call: fake tensors would say of a constant something else
+        given = self._arguments(args, kwargs)
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor | list | tuple):
             return result
-        if func in _ITSELF:
-            self._keep(result, self.nodes[id(args[0])])
-            return result
-        self._keep(result, self._call(func, args, kwargs))
+        self._keep(result, given[0][0] if func in _ITSELF else self.graph.call_function(func, *given))
         return result
 
     def _in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -89,17 +88,21 @@ class _Recorder(TorchDispatchMode):
             raise ValueError(
                 f"trace: want a function that writes into nothing it is given, nor a part, got a call of {func}"
             )
-        result = func(*args, **kwargs)
         functional = getattr(getattr(getattr(torch.ops, func.namespace), name.rstrip("_")), func._overloadname)
-        self._keep(result, self._call(functional, args, kwargs))
+        node = self.graph.call_function(functional, *self._arguments(args, kwargs))
+        node.meta["val"] = value = functional(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if value.dtype != result.dtype:  # in place, what was promoted is rounded again
+            node = self.graph.call_function(torch.ops.prims.convert_element_type.default, (node, result.dtype))
+        self._keep(result, node)
         return result
 
-    def _call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
-        return self.graph.call_function(func, *tree_map(self.argument, (tuple(args), kwargs)))
+    def _arguments(self, args: Any, kwargs: Any) -> Any:
+        return tree_map(self.argument, (tuple(args), kwargs))
 
     def argument(self, value: Any) -> Any:
         """The node of a tensor or size; other values as they are."""
-        if isinstance(value, torch.SymInt):
+        if isinstance(value, torch.SymInt | torch.SymFloat):
             return self._size(value.node.expr)
         if not isinstance(value, Tensor):
             return value
@@ -113,7 +116,8 @@ class _Recorder(TorchDispatchMode):
             self.nodes[id(result)] = node
             self.alive.append(result)
             return
-        for i, one in enumerate(result):
+        for i, one in enumerate(result if isinstance(result, list | tuple) else ()):
+            # an op may leave a result out, or give a number among them
             self._keep(one, self.graph.call_function(operator.getitem, (node, i)))
 
     def _size(self, expression: Any) -> Any:

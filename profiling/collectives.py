@@ -97,18 +97,16 @@ def collectives_of(run: Run, groups: Groups) -> list[Collective]:
 
 def _of_step(run: Run, number: int, step: Step, groups: Groups) -> Iterator[Collective]:
     names = collective_names(run, step.graph)
-    starts: list[tuple[Site, Interval, list[Interval]]] = []
+    # a call of a graph starts each of its collectives once
+    started: dict[int, tuple[Site, Interval, list[Interval]]] = {}
     for span in step.spans:
         part = run.parts[step.graph][span.kernel][span.part]
         for site in part.own if part.communicates else ():
             if site.group:
-                starts.append((site, (span.began, span.ended), []))
-            elif site.op == WAIT:
-                # of a loop's collectives, the one that was started last
-                waited = next((w for s, _, w in reversed(starts) if s.number == site.start), None)
-                if waited is not None:
-                    waited.append((span.began, span.ended))
-    for site, start, waits in starts:
+                started[site.number] = site, (span.began, span.ended), []
+            elif site.op == WAIT and site.start in started:
+                started[site.start][2].append((span.began, span.ended))
+    for site, start, waits in started.values():
         if site.group not in groups:
             raise ValueError(f"collectives: want a group out of {sorted(groups)}, got {site.group!r} of {site.name}")
         group = site.group, groups[site.group]

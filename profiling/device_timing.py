@@ -15,8 +15,8 @@ from deepfuse.profiling.timing import Timing, interleaved, summary
 
 FLUSHED_BYTES = 256 * 2**20
 """Written before a cold call: five times the L2 of an H100."""
-SLEEP_CYCLES = 1_000_000
-"""Half a millisecond, in which the host gets ahead."""
+SLEEP_CYCLES = 2_000_000
+"""A millisecond, in which the host gets ahead."""
 LONGEST = 30.0
 """Seconds that a single call may take on the device: beyond them it hangs."""
 

@@ -29,12 +29,13 @@ from deepfuse.profiling.tensorboard_log import check_installed, installed, write
 from deepfuse.profiling.torch_trace import TorchTraces
 from deepfuse.profiling.trace import write_trace
 from deepfuse.runtime.model import Model
+from deepfuse.runtime.module import CompiledModule
 from deepfuse.runtime.trainer import Trainer
 
 
 @contextmanager
 def profile(
-    model: Model | Trainer,
+    model: Model | Trainer | CompiledModule,
     out: str | Path | None = None,
     *,
     warmup: int = 2,
@@ -113,14 +114,12 @@ def profile(
 
 
 def _check(model: Any, warmup: Any, steps: Any, *, recorded: bool, nvtx: bool) -> None:
-    if not isinstance(model, Model | Trainer):
-        raise TypeError(
-            f"profile: want a Model or a Trainer, as deepfuse.build returns them, got {type(model).__name__}"
-        )
-    if nvtx and isinstance(model, Trainer):
-        raise TypeError("profile: want a Model for nvtx=True, got a Trainer")
+    if not isinstance(model, Model | Trainer | CompiledModule):
+        raise TypeError(f"profile: want what deepfuse.build returns, got {type(model).__name__}")
+    if nvtx and not isinstance(model, Model):
+        raise TypeError(f"profile: want a Model for nvtx=True, got a {type(model).__name__}")
     compiled, device = (
-        (model.compiled, model.device) if isinstance(model, Trainer) else (model.report.compiled, model.engine.device)
+        (model.report.compiled, model.engine.device) if isinstance(model, Model) else (model.compiled, model.device)
     )
     if recorded and not compiled:
         raise ValueError("profile: want a compiled model, got one built with compile=False")
@@ -132,13 +131,13 @@ def _check(model: Any, warmup: Any, steps: Any, *, recorded: bool, nvtx: bool) -
         raise ValueError(f"profile: want steps as an integer >= 1 or None, got {steps!r}")
 
 
-def _journal(model: Model | Trainer) -> Journal:
+def _journal(model: Model | Trainer | CompiledModule) -> Journal:
     return model.report.journal if isinstance(model, Model) else model.runner.journal
 
 
-def _build_of(model: Model | Trainer) -> dict[str, Any]:
+def _build_of(model: Model | Trainer | CompiledModule) -> dict[str, Any]:
     matches = {g.name: {p.name: p.rewrites for p in g.passes} for g in _journal(model).graphs}
-    if isinstance(model, Trainer):
+    if not isinstance(model, Model):
         return {"matches": matches}
     names = ("graph_breaks", "recompiles", "graphs_from_cache")
     return {"matches": matches, **{name: getattr(model.report, name) for name in names}}
@@ -166,7 +165,7 @@ def _make(path: Path) -> None:
 
 
 @contextmanager
-def _recorded(model: Model | Trainer, recording: Recording) -> Iterator[None]:
+def _recorded(model: Model | Trainer | CompiledModule, recording: Recording) -> Iterator[None]:
     """Inside, graphs of the model are recorded."""
     if isinstance(model, Trainer):
         parts: dict[str, Recorder | WholeRecorder] = {
@@ -180,6 +179,11 @@ def _recorded(model: Model | Trainer, recording: Recording) -> Iterator[None]:
             yield
         return
 
+    if isinstance(model, CompiledModule):
+        with model.wrapped(Recorder("forward", recording, repeat=True)):
+            yield
+        return
+
     def wrap(name: str, graph: Callable[..., Any]) -> Callable[..., Any]:
         recorder = Recorder(name, recording, repeat=True)
         return lambda *args: recorder(lambda: graph(*args))
@@ -188,15 +192,18 @@ def _recorded(model: Model | Trainer, recording: Recording) -> Iterator[None]:
         yield
 
 
-def _what(model: Model | Trainer) -> dict[str, Any]:
+def _what(model: Model | Trainer | CompiledModule) -> dict[str, Any]:
     if isinstance(model, Model):
         return {"model": model.report.model, "dtype": model.report.dtype}
+    if isinstance(model, CompiledModule):
+        dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
+        return {"model": type(model.module).__name__, "dtype": str(dtype).removeprefix("torch.")}
     t, config = model.training, model.model.config
     what = f"training of {config.model_type}, {config.num_hidden_layers} layers, {t.batch_size} x {t.seq_len} tokens"
     return {"model": what, "dtype": str(t.dtype).removeprefix("torch.")}
 
 
-def _nothing(model: Model | Trainer, warmup: int) -> str:
+def _nothing(model: Model | Trainer | CompiledModule, warmup: int) -> str:
     if isinstance(model, Trainer):
         return (
             f"profile: want more than 1 + warmup = {1 + warmup} steps of training inside the block, as these do not count, "

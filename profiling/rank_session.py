@@ -9,6 +9,7 @@ import os
 import socket
 import uuid
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class RankSession:
 
         Raises:
             TypeError, ValueError: ``group`` is none that this process is in, or torch.distributed is not set up.
+            RuntimeError: others did not come, in ``PATIENCE``.
             FileExistsError, OSError: ``out`` is there already, or the first process cannot make it; from all of them.
         """
         if not (dist.is_available() and dist.is_initialized()):
@@ -49,16 +51,28 @@ class RankSession:
         self.out, self.rank = Path(out), dist.get_rank()
         self.ranks = tuple(dist.get_process_group_ranks(group))
         self.first, self.made = self.rank == self.ranks[0], False
-        self.group: Any = dist.new_group(
-            list(self.ranks), backend="gloo", timeout=PATIENCE, use_local_synchronization=True
-        )
+        with self._awaited("beginning"):
+            self.group: Any = dist.new_group(
+                list(self.ranks), backend="gloo", timeout=PATIENCE, use_local_synchronization=True
+            )
         try:
             self.session = self._begin()
             self.folder = rank_folder(self.out, self.rank)
-            self.before = exchange(self.group)
+            with self._awaited("beginning"):
+                self.before = exchange(self.group)
         except BaseException:
             self.leave(failed=True)
             raise
+
+    @contextlib.contextmanager
+    def _awaited(self, where: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            ranks = ", ".join(map(str, self.ranks))
+            raise RuntimeError(
+                f"profile: want every process of {ranks} at the {where} of its block, got {error}"
+            ) from error
 
     def _begin(self) -> str:
         """The session's name; the directory is made by the first process, and what it meets there is everybody's error."""
@@ -86,12 +100,8 @@ class RankSession:
             RuntimeError: another process failed in its block, or did not come to its end.
             ValueError: the runs cannot be merged; from the first process.
         """
-        try:
+        with self._awaited("end"):
             after = exchange(self.group)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"profile: want every process of {', '.join(map(str, self.ranks))} at the end of its block, got {error}"
-            ) from error
         names = {s.group for kernels in run.parts.values() for k in kernels for part in k for s in part.own if s.group}
         Process(
             session=self.session,

@@ -9,17 +9,21 @@ first calls are real ones, and are not recorded.
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from deepfuse.passes.sites import Site
-from deepfuse.profiling.instrument import Instrumented, Readings, code_called_by, replaced, spans_of
+from deepfuse.profiling.instrument import Instrumented, Readings, code_called_by, replaced, sites_in, spans_of
 from deepfuse.profiling.run import Run
 from deepfuse.profiling.timeline import Part, Step
 from deepfuse.profiling.torch_trace import TorchTraces
 
 Reading = tuple[str, int, int, int, int, Readings, dict[str, int]]
 """What :class:`Step` has, its spans as they were read."""
+
+together: ContextVar[bool] = ContextVar("together", default=False)
+"""Whether all processes that a graph's collectives need are profiled with this one."""
 
 
 @dataclass(slots=True)
@@ -86,10 +90,19 @@ class Recorder:
         ended = time.perf_counter_ns()
         code = self.code
         assert code is not None
+        if code.began < began:
+            raise ValueError(f"profile: want calls of {self.name} that one graph serves, got one of other shapes")
         return result, (self.name, began, ended, code.began, code.ended, code.readings(), dict(code.sizes))
 
     def _with_clocks(self, call: Callable[[], Any]) -> Any:
         owner, source, result = code_called_by(call)
+        groups = sorted({site.group for site in sites_in(source).values() if site.group})
+        if groups and not together.get():
+            # repeated by this process alone, they would wait for the others
+            raise ValueError(
+                f"profile: want a graph without collectives, got {self.name} with groups {', '.join(groups)}; "
+                "deepfuse.profile_ranks profiles all their processes"
+            )
         self.code = Instrumented(source, owner)
         self.recording.run.parts[self.name] = [
             [_part(kernel.name, own, taken_in, self.code.sites) for own, taken_in in kernel.parts]

@@ -25,8 +25,18 @@ class BuildOptions:
     compile: bool = True
     """Compile with Inductor; otherwise run the rewritten graphs as they are."""
 
-    def build(self, model: str) -> Any:
+    @property
+    def passes(self) -> Any:
+        """The pipeline: the default one without those left out."""
         from deepfuse.passes.pipeline import default
+
+        return default().without(*self.without)
+
+    def check_pass(self, name: str) -> None:
+        """Raise the error of a name that is no pass of the pipeline, before a build."""
+        self.passes.without(name)
+
+    def build(self, model: str) -> Any:
         from deepfuse.runtime.build import build
 
         forced = {}
@@ -43,7 +53,7 @@ class BuildOptions:
             max_batch_size=self.max_batch_size,
             max_seq_len=self.max_seq_len,
             cache_dtype=self.cache_dtype,
-            passes=default().without(*self.without),
+            passes=self.passes,
             providers=forced,
             compile=self.compile,
         )

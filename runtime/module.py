@@ -1,14 +1,15 @@
 """Any module, compiled with the passes: a single block, or somebody else's model."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from deepfuse.ir.device import device_row
-from deepfuse.ir.private import with_own_code
+from deepfuse.ir.private import compile_inner, with_own_code
 from deepfuse.passes.journal import Journal
 from deepfuse.passes.pipeline import Pipeline
 from deepfuse.passes.runner import Runner
@@ -39,9 +40,12 @@ class CompiledModule(nn.Module):
         device = torch.device("cpu") if parameter is None else parameter.device
         settings = {"providers": dict(providers), "device": device_row(device), "max_seq_len": 4096}
         self.runner = Runner(pipeline, settings, **how)
-        options: dict[str, Any] = {"options": self.runner.options()} if compile else {"backend": self.runner.backend()}
+        self.compiled, self.device = compile, device
+        inductor = functools.partial(compile_inner, options=self.runner.options())
         self._caching: Callable[[], AbstractContextManager[None]] = inductor_cache if compile else nullcontext
-        self._compiled = torch.compile(with_own_code(_call), fullgraph=True, **options)
+        backend = inductor if compile else self.runner.backend()
+        self._compiled = torch.compile(with_own_code(_call), fullgraph=True, backend=backend)
+        self._around: Callable[[Callable[[], Any]], Any] = lambda call: call()
         self._trial: Any = None
         if compile and self.runner.verify:
             trial = Runner(pipeline, settings, **how)
@@ -66,4 +70,13 @@ class CompiledModule(nn.Module):
                 with torch.no_grad():
                     self._trial(self.module, *args, **kwargs)
                 self._trial = None
-            return self._compiled(self.module, *args, **kwargs)
+            return self._around(lambda: self._compiled(self.module, *args, **kwargs))
+
+    @contextmanager
+    def wrapped(self, around: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+        """Inside, ``around`` is given each call of the graph, and must make it."""
+        before, self._around = self._around, around
+        try:
+            yield
+        finally:
+            self._around = before

@@ -187,7 +187,10 @@ def test_what_a_build_did(
     line = error(monkeypatch, capsys, "build", folder, "--no-compile", "--graph", "after:nothing")
     assert "before:absorb_mla" in line and "got 'after:nothing'" in line
     line = error(monkeypatch, capsys, "build", folder, "--no-compile", "--explain", "nothing")
-    assert "want a pass out of" in line
+    assert "want a name out of" in line
+    assert "want --json, which prints the report, without" in error(
+        monkeypatch, capsys, "build", folder, "--no-compile", "--json", "--explain", "absorb_mla"
+    )
 
 
 def test_generate(
@@ -375,9 +378,17 @@ def test_explain(model: df.Model, folder: Path, monkeypatch: Any, capsys: Any) -
     assert text.startswith("prefill: 0 rewrites") and "decode_1: 2 rewrites" in text
     run(monkeypatch, "explain", "absorb_mla", folder, "--json")
     assert json.loads(capsys.readouterr().out) == text.splitlines()
-    assert "want a pass out of absorb_mla, got 'absorb_mal'" in error(
-        monkeypatch, capsys, "explain", "absorb_mal", folder
+
+
+def test_an_unknown_pass_is_refused_before_a_build(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("deepfuse.runtime.build.build", lambda *_, **__: pytest.fail("built"))
+    commands = (
+        ["explain", "absorb_mal"],
+        ["passes", "diff", "absorb_mal"],
+        ["build", "v3-tiny", "--explain", "absorb_mal"],
     )
+    for command in commands:
+        assert "want a name out of absorb_mla, got 'absorb_mal'" in error(monkeypatch, capsys, *command)
 
 
 def test_passes_diff(model: df.Model, folder: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -389,6 +400,9 @@ def test_passes_diff(model: df.Model, folder: Path, monkeypatch: Any, capsys: An
     pairs = json.loads(capsys.readouterr().out)
     assert list(pairs) == ["decode_1"] and "mla_decode" in pairs["decode_1"]["after"]
     assert "want the name of a pass, got nothing" in error(monkeypatch, capsys, "passes", "diff")
+    assert "want a graph out of prefill, decode_1, got 'decode_2'" in error(
+        monkeypatch, capsys, "passes", "diff", "absorb_mla", "--model", folder, "--graph-name", "decode_2"
+    )
 
 
 def test_passes_bisect(monkeypatch: Any, capsys: Any) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deepfuse.passes.fusion import fusion
     from deepfuse.passes.record import graph_pass
     from deepfuse.profiling.profile import profile
+    from deepfuse.profiling.profile_ranks import profile_ranks
     from deepfuse.profiling.run import Run
     from deepfuse.runtime.backend import backend_journal
     from deepfuse.runtime.build import build
@@ -42,6 +43,7 @@ _HOMES = {
     "OPS": "deepfuse.ir.op",
     "PRESETS": "deepfuse.blocks.presets",
     "profile": "deepfuse.profiling.profile",
+    "profile_ranks": "deepfuse.profiling.profile_ranks",
     "Report": "deepfuse.runtime.report",
     "RopeScaling": "deepfuse.blocks.config",
     "Run": "deepfuse.profiling.run",
@@ -66,6 +68,7 @@ __all__ = [
     "graph_pass",
     "passes",
     "profile",
+    "profile_ranks",
 ]
 
 

@@ -124,6 +124,10 @@ class Build:
     options: BuildOptions = field(default_factory=BuildOptions)
 
     def run(self) -> None:
+        if self.explain is not None:
+            self.options.check_pass(self.explain)
+        if self.json and (self.explain is not None or self.graph is not None):
+            raise ValueError("build: want --json, which prints the report, without --explain and --graph")
         model = self.options.build(self.model)
         if self.json:
             print(json.dumps(model.report.to_json()))
@@ -236,6 +240,7 @@ class Explain:
     options: BuildOptions = field(default_factory=lambda: BuildOptions(compile=False))
 
     def run(self) -> None:
+        self.options.check_pass(self.name)
         text = self.options.build(self.model).explain(self.name)
         print(json.dumps(text.splitlines()) if self.json else text)
 
@@ -273,8 +278,11 @@ class Passes:
     def _diff(self, name: str) -> None:
         from deepfuse.passes.compare import side_by_side
 
+        self.options.check_pass(name)
         journal = self.options.build(self.model).report.journal
-        journal.explain(name)  # its error names the passes there are
+        names = [graph.name for graph in journal.graphs]
+        if self.graph_name not in (None, *names):
+            raise ValueError(f"passes diff: want a graph out of {', '.join(names)}, got {self.graph_name!r}")
         pairs = {}
         for graph in journal.graphs:
             before, after = graph.snapshots.get(f"before:{name}"), graph.snapshots.get(f"after:{name}")

@@ -11,8 +11,9 @@ from benchmark_scripts import load_script
 from deepfuse.ir.cost import Cost
 from deepfuse.ops import fp8_matmul_triton
 from deepfuse.profiling.timing import Timing
-from small_cases import SMALL, new_bench, without_clock
+from small_cases import ON_DEVICE, SMALL, new_bench, without_clock
 
+pytestmark = ON_DEVICE
 tuning = load_script("gpu_tuning")
 cases, knobs = sys.modules["cases"], sys.modules["knobs"]
 

@@ -52,7 +52,7 @@ def small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(cpu, "run_code", run_code)
     monkeypatch.setattr(cpu, "benchmark_config", lambda: CONFIG)
-    monkeypatch.setattr(cpu, "Checkpoint", lambda _: SimpleNamespace(folder=folder))
+    monkeypatch.setattr(cpu, "Checkpoint", lambda beside: SimpleNamespace(folder=folder, beside=beside))
     sizes = {"CONTEXTS": (3,), "SHIPPED_CONTEXTS": (5,), "PREFILL": 12, "MAX_SEQ_LEN": 64, "SHIPPED_SEQ_LEN": 64}
     for name, value in {**sizes, "SHIPPED": folder, "DTYPES": ("float32",)}.items():
         monkeypatch.setattr(cpu, name, value)

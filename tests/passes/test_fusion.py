@@ -229,6 +229,26 @@ def test_an_input_that_comes_too_late_stops_a_match():
     assert count == 0 and "weight is computed after the result is read" in notes[0]
 
 
+def test_arguments_that_the_replacement_does_not_take_stop_a_match():
+    @fusion(stage="semantic", saves="nothing")
+    class WrittenOut:
+        def pattern(x, weight, eps):
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+        def replacement(x, weight, eps):
+            return rms_norm(x, weight, eps)
+
+        samples = [("float32[3, 8]", "float32[8]", 1e-6)]
+
+    def both(x, weight, gain):
+        return WrittenOut.declared.pattern(x, gain, 1e-6), WrittenOut.declared.pattern(x, weight, 1e-6)
+
+    gm, count, notes = rewritten(WrittenOut, both, torch.randn(3, 8), torch.randn(8), torch.randn(1))
+    assert count == 1 and notes[1].endswith("matched")
+    assert "the replacement does not take these arguments: rms_norm: want x [..., D] and weight [D]" in notes[0]
+    assert sum(str(node.target) == "aten.rsqrt.default" for node in gm.graph.nodes) == 1
+
+
 @pytest.mark.parametrize("symbolic", [False, True])
 def test_sizes_are_those_of_the_site(symbolic):
     @fusion(stage="semantic", saves="nothing")

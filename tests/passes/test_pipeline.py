@@ -16,6 +16,7 @@ from deepfuse.ir.op import OPS
 from deepfuse.ir.printer import run_text
 from deepfuse.ops.rms_norm import rms_norm
 from deepfuse.ops.sample import sample
+from deepfuse.passes.fusion import fusion
 from deepfuse.passes.journal import Journal, naming, note
 from deepfuse.passes.pipeline import DEFAULT, Pipeline, default, pipeline_of
 from deepfuse.passes.record import STAGES, Pass, graph_pass
@@ -132,6 +133,50 @@ def run_hooks(runner, gm, name):
         for hook in HOOKS:
             runner.run(gm.graph, hook)
     gm.recompile()
+
+
+def made_by_a_function(limit):
+    @graph_pass(stage="semantic", kind="exact")
+    def closes_over(graph):
+        return len(graph.nodes) > limit
+
+    @graph_pass(stage="semantic", kind="exact")
+    def defaults(graph, *, at_most=limit):
+        return len(graph.nodes) > at_most
+
+    @fusion(stage="semantic", saves="nothing")
+    class Guarded:
+        def pattern(x):
+            return x.exp()
+
+        def replacement(x):
+            return x.exp()
+
+        def guard(site):
+            return None if site.x.shape[0] < limit else "too long"
+
+        samples = [("float32[2]",)]
+
+    return closes_over, defaults, Guarded
+
+
+def test_what_a_pass_was_made_with_is_part_of_the_key():
+    for one, again, other in zip(*map(made_by_a_function, (8, 8, 9)), strict=True):
+        assert one.source_hash() == again.source_hash() != other.source_hash()
+
+
+def test_a_pass_without_a_file_is_known_by_its_code():
+    text = """
+@graph_pass(stage="semantic", kind="exact")
+def short(graph):
+    return any(len(n.users) > {} for n in graph.nodes)
+"""
+    hashes = []
+    for least in (1, 1, 2):
+        names = {"graph_pass": graph_pass, "__name__": "typed"}
+        exec(text.format(least), names)  # noqa: S102 - as it was typed
+        hashes.append(names["short"].source_hash())
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_the_order_in_which_ops_were_imported_is_no_part_of_the_key(monkeypatch):

@@ -11,6 +11,7 @@ import deepfuse as df
 from deepfuse.ir.private import SITE
 from deepfuse.ops.grouped_matmul import grouped_matmul
 from deepfuse.ops.rms_norm import rms_norm
+from deepfuse.passes.collective_call import collective_call
 from deepfuse.passes.journal import Journal
 from deepfuse.passes.lower import lower
 from deepfuse.passes.pipeline import Pipeline
@@ -124,6 +125,18 @@ def test_each_collective_is_a_site_and_a_wait_knows_which_it_ends():
         ("wait_tensor", "", "", None, 3),
         ("wait_tensor", "", "", None, 2),
     ]
+
+
+def test_a_wait_for_what_no_collective_gave_knows_none():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    for made in (
+        graph.call_function(torch.ops.aten.cat.default, ([x, x],)),
+        graph.call_function(torch.ops.aten.full.default, (), {"size": [2], "fill_value": 1}),
+        x,
+    ):
+        wait = graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (made,))
+        assert collective_call(wait) == {"op": "wait_tensor", "start": None}
 
 
 def node_at(stack, trace=""):

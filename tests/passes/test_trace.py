@@ -109,9 +109,38 @@ def test_what_is_written_in_place_is_functional():
     assert torch.equal(fx.GraphModule({}, graph)(x), (x + 1) * 2 + x)
 
 
+def test_what_is_written_in_place_is_rounded_to_what_it_is_written_to():
+    graph = trace(
+        lambda x, y: x.clone().add_(y), [torch.ones(3, dtype=torch.bfloat16), torch.ones(3)], FakeTensorMode()
+    )
+    x, y = torch.full((3,), 1.0, dtype=torch.bfloat16), torch.full((3,), 2**-9)
+    got = fx.GraphModule({}, graph)(x, y)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, x.clone().add_(y))
+
+
+def test_a_number_computed_of_a_free_size_is_part_of_the_graph():
+    mode, (x,) = free_sizes(6)
+    graph = trace(lambda x: x * x.shape[0] ** -0.5, [x], mode)
+    assert torch.equal(fx.GraphModule({}, graph)(torch.ones(16)), torch.full((16,), 0.25))
+
+
+def test_a_result_that_an_op_leaves_out_is_none():
+    def input_gradient(dy, x, weight):
+        options = (None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False])
+        return aten.convolution_backward.default(dy, x, weight, *options)[0]
+
+    given = [torch.ones(1, 2, 5, 5), torch.ones(1, 2, 5, 5), torch.ones(2, 2, 1, 1)]
+    graph = trace(input_gradient, given, FakeTensorMode())
+    assert torch.equal(fx.GraphModule({}, graph)(*given), torch.full((1, 2, 5, 5), 2.0))
+
+
+CONSTANT = torch.ones(3)
+
+
 @pytest.mark.parametrize(
     ("fn", "problem"),
     [
+        (lambda x: x + CONSTANT, "without tensor constants, got one of shape (3,)"),
         (lambda x: x + torch.tensor([1.0, 2.0, 3.0]), "without tensor constants, got one of shape (3,)"),
         (lambda x: x.add_(1), "that writes into nothing it is given, nor a part, got a call of aten.add_.Tensor"),
         (lambda x: x[:2].zero_(), "that writes into nothing it is given, nor a part, got a call of aten.zero_.default"),
@@ -120,7 +149,7 @@ def test_what_is_written_in_place_is_functional():
             "that writes into nothing it is given, nor a part, got a call of aten.add.out",
         ),
     ],
-    ids=["constant", "input", "view", "out"],
+    ids=["global", "constant", "input", "view", "out"],
 )
 def test_what_is_no_graph_of_values_is_refused(fn, problem):
     with pytest.raises(ValueError, match=f"^trace: want a function {re.escape(problem)}"):

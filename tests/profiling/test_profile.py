@@ -215,7 +215,7 @@ def test_the_command(model, monkeypatch, tmp_path, capsys):
     ("model", "error", "message"),
     [
         (lambda: build(ONE_LAYER), ValueError, "want a compiled model, got one built with compile=False"),
-        (dict, TypeError, "want a Model or a Trainer, as deepfuse.build returns them, got dict"),
+        (dict, TypeError, "want what deepfuse.build returns, got dict"),
     ],
 )
 def test_models_without_inductors_code(model, error, message):

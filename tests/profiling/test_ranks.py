@@ -8,7 +8,7 @@ import pytest
 
 from deepfuse.__main__ import main
 from deepfuse.profiling.clock_offset import Clock, Offset
-from deepfuse.profiling.rank_run import in_time_of, rank_folder
+from deepfuse.profiling.rank_run import rank_folder
 from deepfuse.profiling.rank_session import merge, merge_where_all_are_there
 from deepfuse.profiling.ranks import Ranks
 from hand_made_ranks import ALL_TO_ALL, COMBINE, GRAPH, MATMUL, REDUCE, made_run, process
@@ -85,6 +85,13 @@ def test_what_each_collective_costs_and_who_came_last():
     assert (rows[COMBINE].last, rows[COMBINE].behind_us, rows[COMBINE].doing) == (1, 1500, MATMUL)
 
 
+def test_clocks_that_cannot_tell_name_nobody():
+    runs = pair()
+    # the second comes 2 and 1.5 ms late, and each clock may be 0.9 ms off
+    rows = Ranks.of(processes(runs, off=0.9 * MS), runs).collective_rows()
+    assert [(row.name, row.last) for row in rows] == [(ALL_TO_ALL, 1), (COMBINE, None)]
+
+
 def test_tables():
     runs = pair()
     runs[0].steps[0].spans.insert(4, replace(runs[0].steps[0].spans[0], kernel=4, began=6 * MS, ended=6 * MS))
@@ -108,7 +115,11 @@ def test_clocks_are_set_to_that_of_the_first(tmp_path, drift):
     def own(t):
         return ahead + round(t * (1 + drift))
 
-    skewed = {0: runs[0], 1: in_time_of(runs[1], Clock(Offset(0, ahead, 0), Offset(10**9, own(10**9) - 10**9, 0)))}
+    def seen(step):
+        times = {name: own(getattr(step, name)) for name in ("began", "ended", "code_began", "code_ended")}
+        return replace(step, **times, spans=[replace(s, began=own(s.began), ended=own(s.ended)) for s in step.spans])
+
+    skewed = {0: runs[0], 1: replace(runs[1], steps=[seen(step) for step in runs[1].steps])}
     asked = Clock(*(Offset(own(t), t - own(t), 400.0) for t in (0, 10**9)))
     folder = write(
         tmp_path / "run", skewed, lambda runs: {**processes(runs), 1: replace(process(1, runs), clock=asked)}
@@ -121,6 +132,12 @@ def test_clocks_are_set_to_that_of_the_first(tmp_path, drift):
             for name in a.__slots__:
                 assert getattr(a, name) == pytest.approx(getattr(b, name), abs=0.005), name
     assert merged.processes[1].clock == asked
+    for a, b in zip(merged.runs[1].steps, true.runs[1].steps, strict=True):
+        times = [
+            (s.began, s.ended, s.code_began, s.code_ended, *(t for x in s.spans for t in (x.began, x.ended)))
+            for s in (a, b)
+        ]
+        assert times[0] == pytest.approx(times[1], abs=2)
 
 
 def test_the_merged_trace(tmp_path):

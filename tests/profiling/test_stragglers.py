@@ -121,6 +121,16 @@ def test_a_collective_in_flight_is_no_meeting():
     assert met == {0: 0, 1: 0} and (found.process, found.doing, found.longer_ns) == (1, MATMUL, 11)
 
 
+def test_the_last_meeting_counts():
+    # two meetings before the third: at 10 and at 30
+    done = [("start", 0, 1), ("wait", 1, 10), ("again", 10, 11), ("wait again", 11, 30), ("reduce", 40, 41)]
+    late = [("start", 0, 1), ("wait", 1, 10), ("again", 20, 21), ("wait again", 21, 31), ("reduce", 60, 61)]
+    assert last_of({0: made_run(done), 1: made_run(late)})[1] == {0: 30, 1: 31}
+    # that nobody waited for it says nothing of the others
+    unheard = [[call for call in calls if call[0] != "wait again"] for calls in (done, late)]
+    assert last_of(dict(enumerate(map(made_run, unheard))))[1] == {0: 10, 1: 10}
+
+
 @given(st.lists(st.integers(1, 40), min_size=4, max_size=4), st.integers(0, 10), st.integers(0, 10))
 def test_of_two_the_differences_add_up(lengths, wait, between):
     a, b, c, d = lengths

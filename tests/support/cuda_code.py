@@ -84,9 +84,21 @@ def _a_gpu() -> Iterator[None]:
         (_triton, "triton_hash_with_backend", lambda: "triton"),
     )
     with contextlib.ExitStack() as stack:
-        # a compilation before, without a GPU, has found no Triton, and that is kept
-        stack.callback(_triton.has_triton.cache_clear)
-        _triton.has_triton.cache_clear()
+        stack.callback(_forget)
         for owner, name, answer in answers:
             stack.enter_context(mock.patch.object(owner, name, answer, create=True))
+        _forget()  # that there is none
         yield
+
+
+def _forget() -> None:
+    """What is kept of the device for the life of the process."""
+    from torch._inductor import utils
+    from torch._inductor.runtime.hints import DeviceProperties
+    from torch.utils import _triton
+
+    for owner in (_triton, utils, DeviceProperties):
+        for name in vars(owner):
+            forget = getattr(getattr(owner, name), "cache_clear", None)
+            if forget is not None:
+                forget()

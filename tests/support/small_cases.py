@@ -1,4 +1,4 @@
-"""The cases of the GPU suites in small sizes, and a run of a suite without clocks, on a CPU."""
+"""The cases of the GPU suites in small sizes, and a run of a suite without clocks: where kernels run in the tests."""
 
 from collections.abc import Callable, Mapping
 from io import StringIO
@@ -10,13 +10,16 @@ import torch
 from rich.console import Console
 
 from benchmark_scripts import load_script
+from deepfuse.ir.interpreter import interpreted
 from deepfuse.profiling.bench import Bench
 from deepfuse.profiling.bench_device import facts
 from deepfuse.profiling.bench_results import Results
 from deepfuse.profiling.timing import Timing
 
-CPU = torch.device("cpu")
-CASES = load_script("cases")
+DEVICE = torch.device("cpu" if interpreted() else "cuda")
+"""A CPU where kernels run in Triton's interpreter."""
+ON_DEVICE = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
+"""Marks of the modules whose tests run kernels."""
 _WIDTHS = load_script("attention").Widths(H=3, C=160, R=8, N=16, V=128)
 SMALL: dict[str, dict[str, Any]] = {
     "dense": {"rows": (1, 70), "weights": [(32, 256)]},
@@ -27,9 +30,9 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def new_bench(**options: Any) -> Bench:
+def new_bench(device: torch.device = DEVICE, **options: Any) -> Bench:
     """A run of no suite, which prints nothing."""
-    results = Results(suite="toy", command="", device=facts(CPU), versions={})
+    results = Results(suite="toy", command="", device=facts(device), versions={})
     return Bench(results, console=Console(file=StringIO(), width=200), **options)
 
 
