@@ -79,7 +79,7 @@ def profile(
         raise TypeError("profile: want a Model for shapes, memory or stacks, got a Trainer")
     if tensorboard:
         check_installed("tensorboard")
-    ranges = ranged(model) if nvtx and isinstance(model, Model) else nullcontext()
+    ranges = ranged(model) if nvtx and not isinstance(model, CompiledModule) else nullcontext()
     if nvtx and out is None:
         with ranges:
             yield Run(**_what(model), **_machine())
@@ -116,8 +116,12 @@ def profile(
 def _check(model: Any, warmup: Any, steps: Any, *, recorded: bool, nvtx: bool) -> None:
     if not isinstance(model, Model | Trainer | CompiledModule):
         raise TypeError(f"profile: want what deepfuse.build returns, got {type(model).__name__}")
-    if nvtx and not isinstance(model, Model):
-        raise TypeError(f"profile: want a Model for nvtx=True, got a {type(model).__name__}")
+    if nvtx and isinstance(model, CompiledModule):
+        raise TypeError("profile: want a Model or a Trainer for nvtx=True, got a CompiledModule")
+    if nvtx and recorded and isinstance(model, Trainer):
+        raise ValueError(
+            "profile: want no directory with nvtx=True for a Trainer, whose steps are not repeated, got one"
+        )
     compiled, device = (
         (model.report.compiled, model.engine.device) if isinstance(model, Model) else (model.compiled, model.device)
     )
