@@ -1,7 +1,7 @@
 """The roofline as a picture: ops by arithmetic intensity and by what they reached, under the device's limits. SVG text."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from xml.sax.saxutils import escape
 
 from deepfuse.profiling.roofline import Bounded
@@ -12,6 +12,8 @@ CHARACTER = 7.4
 """Pixels of a letter at most, about: fonts differ."""
 
 Box = tuple[float, float, float, float]
+Place = Callable[[float, float], tuple[float, float]]
+"""From numbers to pixels."""
 
 
 def roofline_plot(rows: Sequence[Bounded], limits: Mapping[str, float], dtypes: Sequence[str]) -> str:
@@ -66,7 +68,7 @@ def roofline_plot(rows: Sequence[Bounded], limits: Mapping[str, float], dtypes: 
     return "\n".join([*out, "</svg>"])
 
 
-def _axes(at, xs: tuple[float, float], ys: tuple[float, float]) -> list[str]:  # type: ignore[no-untyped-def]
+def _axes(at: Place, xs: tuple[float, float], ys: tuple[float, float]) -> list[str]:
     out = []
     for exponent in range(round(math.log10(xs[0])), round(math.log10(xs[1])) + 1):
         x, y = at(10.0**exponent, ys[0])
@@ -83,7 +85,7 @@ def _axes(at, xs: tuple[float, float], ys: tuple[float, float]) -> list[str]:  #
     return out
 
 
-def _slope_label(at, bandwidth: float, x_low: float, ridges: Sequence[float]) -> str:  # type: ignore[no-untyped-def]
+def _slope_label(at: Place, bandwidth: float, x_low: float, ridges: Sequence[float]) -> str:
     """Along the line of the memory, in its middle."""
     x = math.sqrt(x_low * max(ridges, default=x_low * 100))
     (x1, y1), (x2, y2) = at(x, x * bandwidth), at(10 * x, 10 * x * bandwidth)
