@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -128,6 +129,7 @@ def facts(work: Work, found: Mapping[str, Timing], limits: Device) -> dict[str, 
         **work.facts,
         "flops": flops,
         "bytes": size,
+        "ceiling": {"GB/s": _short(limits.memory_bandwidth / 1e9), "TFLOP/s": _short(peak / 1e12)},
         "limit": "memory" if bound == memory else "arithmetic",
         "GB/s": {name: _short(size / t.median / 1e9) for name, t in found.items()},
         "TFLOP/s": {name: _short(flops / t.median / 1e12) for name, t in found.items()},
@@ -135,21 +137,32 @@ def facts(work: Work, found: Mapping[str, Timing], limits: Device) -> dict[str, 
     }
 
 
-def ceilings(bench: Bench, **sizes: int) -> Device:
-    """Measured, and kept as two rows.
+class Ceilings:
+    """What the device reaches, measured once, when it is first asked for.
 
     Args:
         sizes: of :func:`~deepfuse.profiling.measured_gpu.measured_gpu`.
     """
-    device = bench.torch_device
-    found = measured_cpu() if device.type == "cpu" else measured_gpu(device, **sizes)
-    # of a CPU some rates are nominal
-    rates = {dtype: rate for dtype, rate in found.flops.items() if rate != CPU.flops.get(dtype)}
-    row = {str(dtype).removeprefix("torch."): _short(rate / 1e12) for dtype, rate in rates.items()}
-    bench.row("ceiling: matrix products", row, unit="TFLOP/s", better="higher")
-    how = "read" if device.type == "cpu" else "copy"
-    bench.row("ceiling: memory", {how: _short(found.memory_bandwidth / 1e9)}, unit="GB/s", better="higher")
-    return found
+
+    def __init__(self, device: torch.device, **sizes: int):
+        self.device, self.sizes = device, sizes
+
+    @cached_property
+    def limits(self) -> Device:
+        return measured_cpu() if self.device.type == "cpu" else measured_gpu(self.device, **self.sizes)
+
+    def part(self) -> Part:
+        """Two rows; first, since all others are shares of it."""
+        return "ceilings", 10, self._rows
+
+    def _rows(self, bench: Bench) -> None:
+        found = self.limits
+        # of a CPU some rates are nominal
+        rates = {dtype: rate for dtype, rate in found.flops.items() if rate != CPU.flops.get(dtype)}
+        row = {str(dtype).removeprefix("torch."): _short(rate / 1e12) for dtype, rate in rates.items()}
+        bench.row("ceiling: matrix products", row, unit="TFLOP/s", better="higher")
+        how = "read" if self.device.type == "cpu" else "copy"
+        bench.row("ceiling: memory", {how: _short(found.memory_bandwidth / 1e9)}, unit="GB/s", better="higher")
 
 
 def providers(op: Op, args: tuple[Any, ...], device: torch.device) -> dict[str, Callable[[], Any]]:

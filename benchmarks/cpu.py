@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from gguf_export import export
 from own_process import PROCESS, run_code
 from stepping import (
@@ -50,6 +51,7 @@ LLAMA_CPP = ("llama_cpp", "gguf")
 
 
 def suite(bench: Bench) -> None:
+    transformers.logging.set_verbosity_error()  # it lists the weights of multi-token prediction, which it leaves out
     with tempfile.TemporaryDirectory() as name:
         checkpoint = Checkpoint(Path(name))
         parts: list[tuple[str, Callable[[Bench, Checkpoint, str], None], float]] = [

@@ -7,12 +7,12 @@ the first arguments of each number of tokens.
 """
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from arguments import real
-from cases import Case, Part, Work, ceilings, first_dtype, measure, providers, run_parts
+from cases import Case, Ceilings, Part, Work, first_dtype, measure, providers, run_parts
 
 from deepfuse.ir.op import OPS, Op
 from deepfuse.ir.provider import REFERENCE, Provider
@@ -36,15 +36,16 @@ def suite(bench: Bench) -> None:
 
 
 def parts(bench: Bench, widths: Widths | None = None, tokens: tuple[int, ...] | None = None) -> Iterator[Part]:
-    """A part for each op; then, on a CPU, one for each of those that have text to compile."""
+    """The ceilings, and a part for each op; then, on a CPU, one for each of those that have text to compile."""
     device = bench.torch_device
-    limits = cache(lambda: ceilings(bench))
+    ceilings = Ceilings(device)
     calls = _calls(widths or WIDTHS[device.type], tokens or TOKENS[device.type])
     quick, slow = SECONDS[device.type]
 
     def run(found: Iterator[Case], bench: Bench) -> None:
-        measure(bench, found, limits(), rounds=10, temperatures=("warm",))
+        measure(bench, found, ceilings.limits, rounds=10, temperatures=("warm",))
 
+    yield ceilings.part()
     for op in OPS.values():
         yield op.name, quick, partial(run, cases(op, calls[op.name], device, called))
     for op in OPS.values() if device.type == "cpu" else ():

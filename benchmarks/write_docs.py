@@ -80,7 +80,7 @@ def part_of(suite: str, part: str, rows: list[Row]) -> list[str]:
     ]
 
 
-NOT_SHOWN = ("what", "dtype", "kind", "flops", "bytes", "tried", "B", "E", "M", "N", "K", "tokens", "shape")
+NOT_SHOWN = ("what", "dtype", "kind", "flops", "bytes", "tried", "ceiling", "B", "E", "M", "N", "K", "tokens", "shape")
 """Facts that the row's name says already, that follow from it, or that are many."""
 
 

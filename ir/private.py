@@ -6,6 +6,7 @@ must not pay for them.
 
 import contextlib
 import os
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -255,9 +256,19 @@ PART = "// deepfuse part"
 """Stands before each part of a C++ kernel, a nest of loops. It is the same everywhere: equal kernels stay one."""
 
 
+_REPLACING = threading.RLock()
+"""Held while methods of Inductor's are replaced: of two threads, the second would keep the first one's for Inductor's."""
+
+
 @contextlib.contextmanager
 def _sites_in_code() -> Iterator[None]:
     """Inside, Inductor writes comments into its code that say which sites a kernel computes."""
+    with _REPLACING, _inductor_comments():
+        yield
+
+
+@contextlib.contextmanager
+def _inductor_comments() -> Iterator[None]:
     from torch._inductor import ir
     from torch._inductor.codegen.cpp import CppScheduling, KernelGroup
     from torch._inductor.codegen.triton import TritonScheduling
@@ -274,7 +285,9 @@ def _sites_in_code() -> Iterator[None]:
     def codegen_comment(self: Any, node_schedule: Any, kernel_name: Any = None) -> None:
         comment(self, node_schedule, kernel_name)
         grouped = node_schedule is self.kernel_group.scheduled_nodes
-        parts = self.kernel_group.deepfuse_parts if grouped else [[n.node for n in node_schedule]]
+        # another thread's compilation may have begun before ours
+        of_group = getattr(self.kernel_group, "deepfuse_parts", [])
+        parts = of_group if grouped else [[n.node for n in node_schedule]]
         _write_sites(V.graph.wrapper_code, parts)
 
     def triton_comment(self: Any, node_schedule: Any, kernel_name: Any = None) -> None:

@@ -5,7 +5,8 @@
 
 Why: they stand between nodes that other passes match, and some are copies.
 Requires: result and operand of one shape, dtype and layout; the result is no output of the graph (which must not become
-an input, or the same tensor as another output), and what is copied no input (which the graph may write to).
+an input, or the same tensor as another output), nor seen by one through views, if it is a copy; and what is copied is no
+input (which the graph may write to), nor a view of one.
 Numerics: exact. A sum with 0 stays for floats (it turns -0.0 into 0.0), as does a product with 1 for integers and bools.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 from deepfuse.ir.printer import where
 from deepfuse.passes.fusion import fusion
 from deepfuse.passes.journal import note
-from deepfuse.passes.match import op_name
+from deepfuse.passes.match import VIEWS, op_name
 
 aten = torch.ops.aten
 _RESHAPED = {
@@ -44,7 +45,7 @@ def eliminate_no_ops(graph: fx.Graph) -> int:
         operand = node.args[0]
         if not isinstance(operand, fx.Node) or not _gives_back(node, operand):
             continue
-        if any(user.op == "output" for user in node.users):
+        if _is_output(node):
             note(f"{op_name(node.target)} at {where(node)}: stays: it is an output of the graph")
             continue
         note(f"{op_name(node.target)} at {where(node)}: gone")
@@ -67,13 +68,30 @@ def _gives_back(node: fx.Node, operand: fx.Node) -> bool:
     if node.target in _RESHAPED:
         return True
     if node.target is aten.clone.default:
-        return operand.op != "placeholder"
+        return _memory_of(operand).op != "placeholder"
     other = node.args[1] if len(node.args) > 1 else None
     if not isinstance(other, int | float) or isinstance(other, bool):
         return False
     if node.target in (aten.mul.Tensor, aten.div.Tensor):
         return other == 1 and given.is_floating_point()
     return node.target in (aten.add.Tensor, aten.sub.Tensor) and other == 0 and not given.is_floating_point()
+
+
+def _is_output(node: fx.Node) -> bool:
+    """Whether the graph gives the result to its caller; of a copy, also in a view."""
+    copies = node.target not in VIEWS
+    return any(user.op == "output" or (copies and user.target in VIEWS and _is_seen(user)) for user in node.users)
+
+
+def _is_seen(view: fx.Node) -> bool:
+    return any(user.op == "output" or (user.target in VIEWS and _is_seen(user)) for user in view.users)
+
+
+def _memory_of(node: fx.Node) -> fx.Node:
+    """What a node is a view of."""
+    while node.target in VIEWS:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _layout(value: Tensor) -> str:

@@ -109,7 +109,7 @@ def merge_shared_expert(graph: fx.Graph, *, device: Device, layout: str = "") ->
 
 
 def _site(unpermute: Any) -> _Site:
-    y, order, _, weights = unpermute.args
+    y, order, inverse, weights = unpermute.args
     permute = _source(order, expert_permute.overload)
     x, ids, _ = permute.args
     T = x.meta["val"].shape[0]
@@ -131,6 +131,12 @@ def _site(unpermute: Any) -> _Site:
         raise _Apart("the shared expert reads another input than the routed ones")
     if _source(gate_up.x, expert_permute.overload) is not permute or gate_up.x.args[1] != 0:
         raise _Apart("the first routed product does not read the sorted rows")
+    places = (order, inverse, gate_up.node.args[2], down.node.args[2])
+    if any(
+        _source(place, expert_permute.overload) is not permute or place.args[1] != result
+        for place, result in zip(places, (1, 2, 3, 3), strict=True)
+    ):
+        raise _Apart("order or offsets are not those of the sorted rows")
     if {gate_s.how, up_s.how} != {gate_up.how} or down_s.how != down.how:
         raise _Apart("shared and routed experts compute in different precision")
     if _form(total) != _form(unpermute):

@@ -134,15 +134,17 @@ class Runner:
         rewrites, failure, changed = 0, "", True
         try:
             with noting(notes):
-                rewrites = p(graph, **self.settings)
+                rewrites = _count(p(graph, **self.settings))
             # the count is the pass's own word
             changed = graph.eliminate_dead_code() or rewrites > 0 or op_counts(graph) != ops_before
+            if original is not None:
+                changed = changed or graph_text(graph) != before
             if changed:
                 # it asks the shape rule of every op, which takes longer than a pass that finds nothing
                 verify(graph, known)
             if original is not None:
                 verify_types(graph)
-                if rewrites:
+                if changed:
                     self._rewritten.append(Rewritten(p.name, p.kind, rewrites, original, copied(graph)))
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
@@ -171,6 +173,12 @@ class Runner:
             path.write_text(f"{quoted}\n# the graph {p.name} was given:\n{before}\n# what it left:\n{left}")
             where = f"; the graph that broke it: {path}"
         warnings.warn(f"pass {p.name} failed and was undone: {failure}{where}", stacklevel=2)
+
+
+def _count(returned: Any) -> int:
+    if not isinstance(returned, int) or returned < 0:
+        raise TypeError(f"want a pass that returns how many rewrites it made, got {returned!r:.80}")
+    return returned
 
 
 def op_counts(graph: fx.Graph) -> Counter[str]:

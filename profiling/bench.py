@@ -102,7 +102,7 @@ class Bench:
     def leave_out(self, name: str, why: str) -> None:
         """Say that something was not measured, on the screen and in the JSON."""
         self.results = self.results.with_left_out(name, why)
-        self._console.print(f"[yellow]left out[/] {escape(name)}: {escape(why)}")
+        self._console.print(f"[yellow]left out[/] {escape(name)}: {escape(why)}", soft_wrap=True)
         self._write()
 
     def interleaved(
@@ -161,7 +161,7 @@ class Bench:
         )
         self.measured.append(name)
         self.results = self.results.with_row(row)
-        self._console.print(_line(row))
+        self._console.print(_line(row), soft_wrap=True)
         self._write()
 
     def finish(self) -> None:

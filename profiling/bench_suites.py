@@ -93,7 +93,9 @@ def run_suite(
     if only is not None and json is not None and json.exists():
         results = _continued(results, json)
     console.print(
-        f"{name}: {known[name].question}\n{words(results.device)}; {words(results.versions)}", highlight=False
+        f"{name}: {known[name].question}\n{words(results.device)}; {words(results.versions)}",
+        highlight=False,
+        soft_wrap=True,
     )
 
     limit = getattr(module, "BUDGET", None) if budget is None else budget

@@ -19,7 +19,7 @@ def block_timeline(step: Step, parts: list[list[Part]]) -> str:
     """The picture. What is left blank is Inductor's wrapper, and the guards around it."""
     blocks = [event for event in kernel_events(parts, step, step.began) if event["cat"] == ROWS[2]]
     kinds = list(dict.fromkeys(_kind(event["name"]) for event in blocks))
-    total = (step.ended - step.began) / 1e3
+    total = max(step.ended - step.began, 1) / 1e3
     scale = (WIDTH - LEFT - RIGHT) / total
     bottom = TOP + ROW * len(kinds)
     height = bottom + BOTTOM

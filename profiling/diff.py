@@ -33,7 +33,7 @@ class Difference:
 
 
 def compare(before: Run, after: Run, by: By = "op") -> list[Difference]:
-    """Rows of two runs, those that changed most first.
+    """Rows of two runs, those that changed most first; those of a graph that only one has appeared, or vanished.
 
     Raises:
         ValueError: they ran on different devices, or have no graph in common.
@@ -41,8 +41,8 @@ def compare(before: Run, after: Run, by: By = "op") -> list[Difference]:
     devices = [f"{run.device} with {run.threads} threads" for run in (before, after)]
     if devices[0] != devices[1]:
         raise ValueError(f"diff: want two runs of one device, got {devices[0]} and {devices[1]}")
-    graphs = [graph for graph in before.graphs if graph in after.graphs]
-    if not graphs:
+    graphs = dict.fromkeys((*before.graphs, *after.graphs))
+    if len(graphs) == len(before.graphs) + len(after.graphs):
         raise ValueError(f"diff: want runs with a graph in common, got {before.graphs} and {after.graphs}")
     rows = []
     for graph in graphs:

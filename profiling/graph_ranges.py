@@ -4,16 +4,17 @@ What a compiled graph does in kernels, this one does node by node: those of one 
 and a block's range stands around those of its ops. Views and numbers have none.
 """
 
+import json
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx
 from torch.utils import _pytree
 
-from deepfuse.ir.private import SITE
+from deepfuse.ir.private import SITE_TEXT
 from deepfuse.passes.sites import Site
 from deepfuse.profiling.nvtx import Domain, Naming, Range, Ranges, nested
 from deepfuse.profiling.timeline import Part
@@ -23,14 +24,15 @@ from deepfuse.profiling.view_ops import is_view
 class RangedGraph(fx.Interpreter):
     """Runs the nodes of a graph, and opens and closes ranges between them."""
 
-    def __init__(self, gm: fx.GraphModule, sites: Sequence[Site], domain: Domain, name: str):
-        """``sites``: of the graph, by the numbers its nodes have; ``name``: of the graph."""
+    def __init__(self, gm: fx.GraphModule, domain: Domain, name: str):
+        """``gm``: whose nodes have sites; ``name``: of the graph."""
         super().__init__(gm)
-        naming = Naming(sites)
-        nodes = [node for node in gm.graph.nodes if SITE in node.meta and _computes(node)]
+        sites = {node: Site(**json.loads(node.meta[SITE_TEXT])) for node in gm.graph.nodes if SITE_TEXT in node.meta}
+        naming = Naming(sites.values())
+        nodes = [node for node in sites if _computes(node)]
         paths = []
         for node in nodes:
-            site = sites[node.meta[SITE]]
+            site = sites[node]
             *blocks, op = naming.path(Part(str(node.target), (site,), ()))
             paths.append([(block, -1) for block in blocks] + [(op, site.number)])
         ranges: list[Range] = []
@@ -59,8 +61,8 @@ class RangedGraph(fx.Interpreter):
             del self.module.forward
 
 
-def graph_called_by(fn: Callable[[], Any]) -> fx.GraphModule:
-    """The graph with sites whose nodes the function runs.
+def graph_called_by(fn: Callable[[], Any]) -> tuple[fx.GraphModule, Any]:
+    """The graph with sites whose nodes the function runs, the last where there are several; and what ``fn`` returns.
 
     Raises:
         ValueError: it runs none, or it has ranges already.
@@ -71,20 +73,20 @@ def graph_called_by(fn: Callable[[], Any]) -> fx.GraphModule:
         if event == "call" and frame.f_code.co_name in ("forward", "run"):
             owner = frame.f_locals.get("self")
             gm = owner.module if isinstance(owner, RangedGraph) else owner
-            if isinstance(gm, fx.GraphModule) and any(SITE in node.meta for node in gm.graph.nodes):
+            if isinstance(gm, fx.GraphModule) and any(SITE_TEXT in node.meta for node in gm.graph.nodes):
                 found.append(gm)
 
     before = sys.getprofile()
     sys.setprofile(look)
     try:
-        fn()
+        result = fn()
     finally:
         sys.setprofile(before)
     if not found:
         raise ValueError("profile: want a model whose graphs the passes went through, got one that calls no such graph")
-    if "forward" in vars(found[0]):
+    if "forward" in vars(found[-1]):
         raise ValueError("profile: want one profile at a time, got one of a model that is being profiled")
-    return found[0]
+    return found[-1], result
 
 
 def _computes(node: fx.Node) -> bool:

@@ -1,14 +1,16 @@
 """NVTX ranges of a model while a block runs, for a tool that listens, such as Nsight Systems; nothing is recorded here.
 
-The first call of each graph is made twice: once without ranges, to find its code, and once with them.
+The first call of each graph of a generation is made twice: once without ranges, to find its code, and once with them. A
+step of training changes what the next one starts from, so that the first has the ranges of its parts alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import torch
+
 from deepfuse.ir.private import load_code
-from deepfuse.passes.sites import Site
 from deepfuse.profiling.graph_ranges import RangedGraph, graph_called_by
 from deepfuse.profiling.instrument import code_called_by, replaced
 from deepfuse.profiling.nvtx import Domain, Ranges, open_domain
@@ -16,11 +18,15 @@ from deepfuse.profiling.range_code import with_ranges
 from deepfuse.runtime.compile_cache import inductor_cache
 from deepfuse.runtime.engine import CudaGraph
 from deepfuse.runtime.model import Model
+from deepfuse.runtime.trainer import Trainer
+
+WITHOUT_GRAPHS = ("copy_weights", "optimizer")
+"""Parts of a step of training that call no graph of ours."""
 
 
 @contextmanager
-def ranged(model: Model, domain: Domain | None = None) -> Iterator[None]:
-    """Inside, the graphs of a model have ranges, compiled or not.
+def ranged(model: Model | Trainer, domain: Domain | None = None) -> Iterator[None]:
+    """Inside, the graphs of a model or of its training have ranges, compiled or not.
 
     A decode step that replays a CUDA graph runs no Python, and would have none: its kernels are launched one by one.
 
@@ -31,46 +37,64 @@ def ranged(model: Model, domain: Domain | None = None) -> Iterator[None]:
         RuntimeError: there is nothing to make NVTX ranges with.
     """
     domain = open_domain() if domain is None else domain
-    with (
-        ExitStack() as stack,
-        model.engine.wrapped(lambda name, graph: _Ranged(name, graph, model, domain, stack)),
-    ):
+    graphs: dict[str, _Ranged] = {}
+
+    def of(name: str, compiled: bool) -> _Ranged:
+        return graphs.setdefault(name, _Ranged(name, compiled, domain, stack))
+
+    with ExitStack() as stack:
+        if isinstance(model, Trainer):
+            # ranges nest within a thread, and backward would have one of its own on a GPU
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            compiled = model.compiled
+            stack.enter_context(model.wrapped(lambda name, part: of(name, compiled).step(part)))
+        else:
+            compiled = model.report.compiled
+
+            def wrap(name: str, graph: Callable[..., Any]) -> Callable[..., Any]:
+                launched = graph.launched if isinstance(graph, CudaGraph) else graph
+                return lambda *args: of(name, compiled).call(lambda: launched(*args))
+
+            stack.enter_context(model.engine.wrapped(wrap))
         yield
 
 
 class _Ranged:
-    """A graph of an engine with ranges."""
+    """A graph with ranges."""
 
-    def __init__(self, name: str, graph: Callable[..., Any], model: Model, domain: Domain, stack: ExitStack):
-        self.graph = graph.launched if isinstance(graph, CudaGraph) else graph
-        self.name, self.model, self.domain, self.stack = name, model, domain, stack
+    def __init__(self, name: str, compiled: bool, domain: Domain, stack: ExitStack):
+        self.name, self.compiled, self.domain, self.stack = name, compiled, domain, stack
         self.ranges: Ranges | None = None
 
-    def __call__(self, *args: Any) -> Any:
+    def call(self, call: Callable[[], Any]) -> Any:
+        """A call of the graph that may be made twice."""
         if self.ranges is None:
-            self.ranges = self._put_in(lambda: self.graph(*args))
+            self._put_in(call)
+        assert self.ranges is not None
         with self.ranges.of_a_call():
-            return self.graph(*args)
+            return call()
 
-    def _put_in(self, call: Callable[[], Any]) -> Ranges:
-        sites = next(g.sites for g in self.model.report.journal.graphs if g.name == self.name)
-        if self.model.report.compiled:
-            owner, source, _ = code_called_by(call)
-            ranges, in_place = code_with_ranges(owner, source, sites, self.domain, self.name)
+    def step(self, part: Callable[[], Any]) -> Any:
+        """A part of a step, which is done once."""
+        if self.ranges is not None or self.name in WITHOUT_GRAPHS:
+            with (self.ranges or Ranges(self.domain, self.name, [])).of_a_call():
+                return part()
+        with Ranges(self.domain, self.name, []).of_a_call():
+            return self._put_in(part)
+
+    def _put_in(self, call: Callable[[], Any]) -> Any:
+        in_place: AbstractContextManager[None]
+        if self.compiled:
+            owner, source, result = code_called_by(call)
+            text, found = with_ranges(source)
+            self.ranges = Ranges(self.domain, self.name, found)
+            with inductor_cache():
+                module = load_code(text)
+            vars(module).update(deepfuse_push=self.ranges.push, deepfuse_pop=self.ranges.pop)
+            in_place = replaced(owner, module.call)
         else:
-            graph = RangedGraph(graph_called_by(call), sites, self.domain, self.name)
-            ranges, in_place = graph.ranges, graph.in_place()
+            gm, result = graph_called_by(call)
+            graph = RangedGraph(gm, self.domain, self.name)
+            self.ranges, in_place = graph.ranges, graph.in_place()
         self.stack.enter_context(in_place)
-        return ranges
-
-
-def code_with_ranges(
-    owner: dict[str, Any], source: str, sites: Sequence[Site], domain: Domain, name: str
-) -> tuple[Ranges, AbstractContextManager[None]]:
-    """The ranges of a copy of a graph's code, and what puts that copy in the code's place."""
-    text, found = with_ranges(source, sites)
-    ranges = Ranges(domain, name, found)
-    with inductor_cache():
-        module = load_code(text)
-    vars(module).update(deepfuse_push=ranges.push, deepfuse_pop=ranges.pop)
-    return ranges, replaced(owner, module.call)
+        return result

@@ -8,6 +8,7 @@ What is recorded of each graph, and when, is :mod:`deepfuse.profiling.recorder`'
 parts: ``copy_weights``, ``forward``, ``backward`` and ``optimizer``, of which the second and third are compiled graphs.
 """
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -78,7 +79,7 @@ def profile(
         raise TypeError("profile: want a Model for shapes, memory or stacks, got a Trainer")
     if tensorboard:
         check_installed("tensorboard")
-    ranges = ranged(model) if nvtx and isinstance(model, Model) else nullcontext()
+    ranges = ranged(model) if nvtx and not isinstance(model, CompiledModule) else nullcontext()
     if nvtx and out is None:
         with ranges:
             yield Run(**_what(model), **_machine())
@@ -115,8 +116,12 @@ def profile(
 def _check(model: Any, warmup: Any, steps: Any, *, recorded: bool, nvtx: bool) -> None:
     if not isinstance(model, Model | Trainer | CompiledModule):
         raise TypeError(f"profile: want what deepfuse.build returns, got {type(model).__name__}")
-    if nvtx and not isinstance(model, Model):
-        raise TypeError(f"profile: want a Model for nvtx=True, got a {type(model).__name__}")
+    if nvtx and isinstance(model, CompiledModule):
+        raise TypeError("profile: want a Model or a Trainer for nvtx=True, got a CompiledModule")
+    if nvtx and recorded and isinstance(model, Trainer):
+        raise ValueError(
+            "profile: want no directory with nvtx=True for a Trainer, whose steps are not repeated, got one"
+        )
     compiled, device = (
         (model.report.compiled, model.engine.device) if isinstance(model, Model) else (model.compiled, model.device)
     )
@@ -152,8 +157,8 @@ def check_out(path: Path) -> None:
         raise FileExistsError(f"profile: want a run directory that is not there yet, got {path}")
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        why = "nothing can be written there" if above.is_dir() else "it is a file"
-        raise OSError(f"profile: want a run directory that can be made, got {path}: {above}: {why}")
+        why = os.strerror(errno.EACCES if above.is_dir() else errno.ENOTDIR)
+        raise OSError(f"profile: want a run directory that can be made, got {path}: {why}")
 
 
 def _make(path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -121,10 +121,8 @@ class Profile:
         if self.nvtx:
             open_domain()
         if self.train:
-            if self.nvtx or any(details.values()) or self.prompt is not None:
-                raise ValueError(
-                    "profile: want no --nvtx, --shapes, --memory, --stacks or --prompt with --train, got some"
-                )
+            if any(details.values()) or self.prompt is not None:
+                raise ValueError("profile: want no --shapes, --memory, --stacks or --prompt with --train, got some")
             run = self._profiled_training()
         else:
             if self.text is not None:
@@ -158,7 +156,8 @@ class Profile:
         training = Training(steps=self.steps + 1 + warmup, batch_size=self.batch_size, seq_len=self.seq_len)
         tokens = training_tokens(self.model, self.text, at_least=self.seq_len + 3)
         trainer = self.options.build(self.model, training=training)
-        with profile(trainer, self.out, warmup=warmup, tensorboard=True if self.open else None) as run:
+        how: dict[str, Any] = {"nvtx": self.nvtx, "tensorboard": True if self.open else None}
+        with profile(trainer, self.out, warmup=warmup, **how) as run:
             for _ in range(training.steps):
                 trainer.train_step(tokens)
         return run

@@ -12,26 +12,25 @@ comments that say which sites a kernel computes are in every build, so that ther
 same with and without, ranges survive in the compile cache, and no graph has a node for them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from deepfuse.passes.sites import Site
+from deepfuse.profiling.instrument import sites_in
 from deepfuse.profiling.kernel_calls import KernelCall, kernel_calls
 from deepfuse.profiling.nvtx import Naming, Range, nested
 from deepfuse.profiling.timeline import Part
 
 
-def with_ranges(source: str, sites: Sequence[Site]) -> tuple[str, list[Range]]:
+def with_ranges(source: str) -> tuple[str, list[Range]]:
     """Inductor's Python with ``deepfuse_push(number)`` and ``deepfuse_pop()``, and the ranges by number.
-
-    Args:
-        sites: of the graph, by their numbers in the code.
 
     Raises:
         ValueError: nothing in it says which sites a kernel computes.
     """
     lines = source.splitlines()
     calls = kernel_calls(lines)
-    naming = Naming(sites)
+    sites = sites_in(source)
+    naming = Naming(sites.values())
     paths = []
     for number, (call, suite) in enumerate(zip(calls, _suites(lines, calls), strict=True)):
         *blocks, op = naming.path(_part(call, sites))
@@ -49,7 +48,7 @@ def with_ranges(source: str, sites: Sequence[Site]) -> tuple[str, list[Range]]:
     return "\n".join([*text, *inserted.get(len(lines), ())]) + "\n", ranges
 
 
-def _part(call: KernelCall, sites: Sequence[Site]) -> Part:
+def _part(call: KernelCall, sites: Mapping[int, Site]) -> Part:
     """All of a kernel as one part: a range stands around the call."""
     own = dict.fromkeys(n for written, _ in call.parts for n in written)
     taken_in = dict.fromkeys(n for _, others in call.parts for n in others if n not in own)

@@ -8,7 +8,6 @@ from pathlib import Path
 from deepfuse.profiling.tensorboard_log import check_installed
 
 _URL = re.compile(r"^TensorBoard \S+ at (http\S+)", re.MULTILINE)
-TRACES = "*.pt.trace.json.gz"
 
 
 def check_tensorboard() -> None:
@@ -31,7 +30,7 @@ def serve(folder: Path) -> None:
         ValueError: there is no run in ``folder``.
     """
     check_tensorboard()
-    if not any(folder.rglob(TRACES)):
+    if not any(folder.rglob("run.json")):
         raise ValueError(f"profile open: want a directory with a run that profile wrote, got {folder}")
     # in a process of its own, since the plugin forks, and this one has threads
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder)]

@@ -46,7 +46,7 @@ def module_key(causal_lm: CausalLM) -> str:
     """
     parts = []
     for name, module in causal_lm.named_modules():
-        settings = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+        settings = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str | Config)}
         parts.append(f"{name} {type(module).__module__}.{type(module).__qualname__} {sorted(settings.items())}")
     for name, tensor in (*causal_lm.named_parameters(), *causal_lm.named_buffers()):
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {tensor.device}")

@@ -22,6 +22,7 @@ from browser import BROWSER, browser
 from deepfuse.__main__ import main
 from deepfuse.profiling.run import Run
 
+pytest.importorskip("torch_tb_profiler")
 SHIPPED = Path(__file__).parents[1] / "models" / "v3-tiny"
 PLUGIN = "data/plugin/pytorch_profiler"
 

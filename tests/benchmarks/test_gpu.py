@@ -66,8 +66,15 @@ def test_every_kernel_is_timed_beside_its_peers(monkeypatch, tried):
     without_clock(monkeypatch, cases)
     bench = new_bench()
     parts = [part for part in gpu.Gpu(bench, SIZES).parts() if part[0] not in ("model", "transformers compiled")]
+    assert [name for name, *_ in parts] == [
+        "ceilings",
+        "dense products",
+        "attention",
+        "grouped products",
+        "fusions",
+        "build, filled cache",
+    ]
     cases.run_parts(bench, parts[:-1])
-    assert parts[-1][0] == "build, filled cache"
     assert bench.results.left_out == {}
     rows = {row.name: list(row.figures) for row in bench.results.rows if "ceiling" not in row.name}
     if DEVICE.type == "cuda":
@@ -110,19 +117,20 @@ def test_no_provider_faults_in_its_own_process():
 
 
 def test_models_are_timed_in_turn(monkeypatch, tried):
-    # what compiles a peer is PyTorch's business; what it is given is ours
-    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
+    # what compiles a peer, with a mode, is PyTorch's business; what it is given is ours. Our graphs have tests of their own
+    compile = torch.compile
+    ours_too = DEVICE.type == "cuda"
+    monkeypatch.setattr(torch, "compile", lambda fn, **o: compile(fn, **o) if ours_too and "mode" not in o else fn)
     bench = new_bench()
     models = [part for part in gpu.Gpu(bench, SIZES).parts() if "model" in part[0] or "transformers" in part[0]]
     cases.run_parts(bench, models)
     assert bench.results.left_out == {}
-    ours = ["deepfuse bfloat16", "deepfuse fp8"]
     assert {row.name: list(row.figures) for row in bench.results.rows if "ceiling" not in row.name} == {
         "build, bfloat16, empty cache": ["deepfuse"],
         "build, fp8, empty cache": ["deepfuse"],
-        "prefill, 9 tokens": [*ours, "transformers eager"],
-        "decode, batch 1, context 5": [*ours, "transformers eager"],
-        "decode, batch 2, context 5": [*ours, "transformers eager"],
+        "prefill, 9 tokens": ["deepfuse bfloat16", "transformers eager", "deepfuse fp8"],
+        "decode, batch 1, context 5": ["deepfuse bfloat16", "transformers eager", "deepfuse fp8"],
+        "decode, batch 2, context 5": ["deepfuse bfloat16", "transformers eager", "deepfuse fp8"],
         "prefill, 9 tokens, compiled peer": ["transformers compiled"],
         "decode, batch 1, context 5, compiled peer": ["transformers compiled"],
         "decode, batch 2, context 5, compiled peer": ["transformers compiled"],
@@ -134,7 +142,7 @@ def test_a_step_is_held_against_reading_the_weights(monkeypatch, tried):
     monkeypatch.setattr(gpu, "interleaved", lambda able, **options: dict.fromkeys(able, timing))
     bench = new_bench()
     suite = gpu.Gpu(bench, SIZES)
-    monkeypatch.setattr(suite, "limits", lambda: replace(H100, memory_bandwidth=1e9))
+    suite.ceilings.limits = replace(H100, memory_bandwidth=1e9)
     suite.row(
         "row", {"deepfuse bfloat16": 1, "deepfuse fp8": 2}, lambda model: lambda: None, calls=8, tokens=1, bound=True
     )
@@ -153,12 +161,22 @@ def test_a_model_that_fails_is_left_out_beside_the_others(monkeypatch, tried):
     bench = new_bench()
     monkeypatch.setattr(gpu, "Transformers", broken)
     monkeypatch.setattr(gpu.Gpu, "ours", lambda self, dtype: broken() if dtype == "fp8" else Still())
-    monkeypatch.setattr(gpu.Gpu, "build_row", lambda *args: None)
+    monkeypatch.setattr(gpu.Gpu, "build_row", lambda *args: 1.0)
     gpu.suite(bench, replace(SIZES, dense={"rows": ()}, grouped={"groups": ()}, decode={"steps": ()}))
     left_out = bench.results.left_out
     assert left_out["deepfuse fp8"] == left_out["transformers eager"] == "ImportError: no transformers here"
     assert left_out["transformers compiled"] == "ImportError: no transformers here"
     assert list(bench.results.row("prefill, 9 tokens").figures) == ["deepfuse bfloat16"]
+
+
+def test_fp8_is_not_built_where_there_is_no_time(monkeypatch, tried):
+    bench = new_bench(budget=1000.0)
+    monkeypatch.setattr(gpu.Gpu, "ours", lambda self, dtype: Still())
+    monkeypatch.setattr(gpu.Gpu, "build_row", lambda *args: 970.0)
+    monkeypatch.setattr(gpu, "Transformers", lambda *args, **options: Still())
+    gpu.Gpu(bench, SIZES).models(bench)
+    assert bench.results.left_out["deepfuse fp8"].startswith("takes some 1010 s, ")
+    assert list(bench.results.row("prefill, 9 tokens").figures) == ["deepfuse bfloat16", "transformers eager"]
 
 
 class Still:

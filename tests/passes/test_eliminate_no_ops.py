@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import deepfuse  # noqa: F401 - the backend
+from deepfuse.ir.private import storage_id
 from deepfuse.passes.eliminate_no_ops import eliminate_no_ops
 from graphs import assert_same_graph, trace
 
@@ -48,12 +50,27 @@ def test_no_ops_go(fn, given):
         (lambda y: y[:, ::2], x),
         (lambda y: y.t(), torch.ones(2, 2)),
         (lambda y: y.clone(), x),  # the input may be written to
+        (lambda y: y[1:].clone(), x),  # and so what it is seen as
     ],
 )
 def test_others_stay(fn, given):
     gm, count = rewritten(lambda y: fn(y).abs(), given)
     assert count == 0
     assert_same_graph(gm, trace(lambda y: fn(y).abs(), given))
+
+
+@pytest.mark.parametrize("copy", [lambda y: y.clone(), lambda y: y * 1.0], ids=["clone", "product"])
+def test_a_copy_that_the_caller_gets_through_a_view_stays(copy):
+    def fn(y):
+        given = copy(y[1:]).view(-1)
+        y.add_(1)
+        return given
+
+    compiled = torch.compile(fn, backend="deepfuse", options={"compile": False})
+    y = torch.ones(3, 2)
+    result = compiled(y)
+    assert torch.equal(result, torch.ones(4)) and torch.equal(y, torch.full((3, 2), 2.0))
+    assert storage_id(result) != storage_id(y)
 
 
 def test_an_output_of_the_graph_stays_a_tensor_of_its_own():

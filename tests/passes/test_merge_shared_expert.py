@@ -142,11 +142,13 @@ def before(x, logits, gate_up, gate, up, down, own, at=None, to=None):
     weights, experts = route(logits, None, "sigmoid", "max", 1, 1, K, True, 2.5, step("shared", 0))
     rows, order, inverse, offsets = expert_permute(x, step("experts", experts), E)
     halves = grouped_matmul(step("rows", rows), gate_up, offsets).chunk(2, -1)
-    y = grouped_matmul(swiglu(*step("halves", halves)), down, offsets)
+    y = grouped_matmul(swiglu(*step("halves", halves)), down, step("groups", offsets))
     first, second = step("order", (gate, up))
     gated = linear(step("x", x), step("weight", first), gate[:, 0] if at == "bias" else None)
     shared = step("own", linear(swiglu(gated, linear(x, second, None)), own, None))
-    total = step("sum", operator.add)(expert_unpermute(y, order, inverse, step("weights", weights)), shared)
+    total = step("sum", operator.add)(
+        expert_unpermute(y, order, step("inverse", inverse), step("weights", weights)), shared
+    )
     return (total, offsets) if at == "offsets" else total
 
 
@@ -189,6 +191,11 @@ def test_the_routed_part_may_be_the_second_of_the_sum():
     assert merged(swapped, torch.randn(3, D), torch.randn(3, E), *beside())[1] == 1
 
 
+def other():
+    """Another sort of as many rows."""
+    return expert_permute(torch.zeros(3, D), torch.arange(3 * K).view(3, K) % E, E)
+
+
 @pytest.mark.parametrize(
     ("at", "to", "reason"),
     [
@@ -203,6 +210,9 @@ def test_the_routed_part_may_be_the_second_of_the_sum():
         ("weights", lambda weights: weights * 2, "mul stands where getitem does"),
         ("offsets", None, "the result of getitem is read by output too"),
         ("shared", lambda shared: 1, "do not come from one router without shared experts"),
+        ("groups", lambda offsets: offsets + 0, "add stands where getitem does"),
+        ("inverse", lambda inverse: other()[2], "order or offsets are not those of the sorted rows"),
+        ("groups", lambda offsets: other()[3], "order or offsets are not those of the sorted rows"),
         ("experts", lambda experts: experts % 3, "remainder stands where getitem does"),
     ],
 )

@@ -174,7 +174,7 @@ def short(graph):
     hashes = []
     for least in (1, 1, 2):
         names = {"graph_pass": graph_pass, "__name__": "typed"}
-        exec(text.format(least), names)  # noqa: S102 - as it was typed
+        exec(text.format(least), names)  # noqa: S102 - as a prompt does
         hashes.append(names["short"].source_hash())
     assert hashes[0] == hashes[1] != hashes[2]
 
@@ -260,6 +260,13 @@ def test_a_failing_pass_is_undone_and_reported(tmp_path):
         torch.testing.assert_close(run_text(file.read_text())(*ARGS), rms_norm(*ARGS, 2e-6))
     assert "failed and was undone: KeyError" in runner.journal.explain("erase_and_raise")
     assert by_name["lower"].op_changes["deepfuse.rms_norm.default"] == -1
+
+
+@pytest.mark.parametrize("returned", [None, -1, "two"])
+def test_a_pass_says_how_many_rewrites_it_made(returned):
+    runner = Runner(Pipeline((Pass("vague", "semantic", "exact", lambda graph: returned),)), SETTINGS, strict=True)
+    with pytest.raises(PassError, match=f"pass vague failed: want a pass that returns how many .*, got {returned!r}"):
+        run_hooks(runner, trace(norm, *ARGS), "decode_1")
 
 
 def test_strictness_is_part_of_the_key():
@@ -350,10 +357,17 @@ def shift_eps(graph, by):
     return len(nodes)
 
 
+@graph_pass(stage="semantic", kind="exact")
+def shift_uncounted(graph):
+    shift_eps(graph, 1e-2)
+    return 0
+
+
 @pytest.mark.parametrize(
     ("p", "message"),
     [
         (nudge, None),
+        (shift_uncounted, r"pass shift_uncounted \(exact\) changes values: .*want the same bits"),
         (shift, r"pass shift \(reassociating\) changes values: rms_norm: want errors up to"),
         (nudge_exactly, r"pass nudge_exactly \(exact\) changes values: .*want the same bits"),
         (

@@ -79,6 +79,16 @@ def test_runs_of_different_graphs():
         compare(run({"a": [5]}), run({"a": [5]}, graph="prefill"))
 
 
+def test_a_graph_that_only_one_run_has():
+    one, both = run({"a": [5]}), run({"a": [5]})
+    more = run({"b": [7]}, graph="decode_2")
+    both.parts |= more.parts
+    both.steps += more.steps
+    found = {(row.graph, row.name): row.change for row in compare(one, both)}
+    assert found["decode_2", "b"] == "appeared" and found["decode_1", "a"] == "same"
+    assert {row.change for row in compare(both, one) if row.graph == "decode_2"} == {"vanished"}
+
+
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
     """``deepfuse profile ...`` with runs in the directories a and b; what it prints, and its error."""

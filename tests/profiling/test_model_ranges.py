@@ -1,7 +1,9 @@
 """NVTX ranges of a model, as a tool hears them; those of a compiled one are heard in tests/profiling/test_profile.py."""
 
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +12,8 @@ from deepfuse.__main__ import main
 from deepfuse.profiling.model_ranges import ranged
 from deepfuse.profiling.nvtx import COLORS
 from deepfuse.runtime.engine import CudaGraph
-from nvtx_log import heard_from
+from nvtx_log import Listener, heard_from
+from tiny_checkpoint import TINY
 from tiny_model import build, checkpoint
 
 PROMPT = [5, 6, 7]
@@ -78,21 +81,6 @@ def test_without_the_package_pytorchs_ranges_have_the_names(heard):
     assert names[at + 1] == (2, "layers.1.self_attn.q_a_proj.linear")
 
 
-class Listener:
-    def __init__(self):
-        self.open, self.heard = [], []
-
-    def prepared(self, range):
-        return range.name
-
-    def push(self, name):
-        self.open.append(name)
-        self.heard.append(name)
-
-    def pop(self):
-        self.open.pop()
-
-
 @pytest.fixture(scope="module")
 def model():
     return build(checkpoint())
@@ -115,7 +103,7 @@ def test_numbers_and_views_have_no_ranges(model):
     listener = Listener()
     with ranged(model, listener):
         generate(model)
-    ops = {name.rpartition(".")[2] for name in listener.heard}
+    ops = {name.rpartition("/")[2].rpartition(".")[2] for name in listener.heard}
     assert not ops & {"view", "split_with_sizes", "_assert_scalar", "ge", "getitem"}
 
 
@@ -136,7 +124,7 @@ def test_one_at_a_time(model):
             generate(model)
         listener.heard.clear()
         generate(model)
-        assert "lm_head.linear" in listener.heard
+        assert "decode_1/lm_head/lm_head.linear" in listener.heard
 
 
 def test_a_step_that_would_be_replayed_is_launched(model, monkeypatch):
@@ -147,7 +135,7 @@ def test_a_step_that_would_be_replayed_is_launched(model, monkeypatch):
     listener = Listener()
     with ranged(model, listener):
         generate(model)
-    assert listener.heard.count("decode_1") == 2 and listener.heard.count("lm_head.linear") == 3
+    assert listener.heard.count("decode_1") == listener.heard.count("decode_1/lm_head/lm_head.linear") == 2
 
 
 def test_ranges_alone_take_any_model_of_ours(model):
@@ -156,7 +144,29 @@ def test_ranges_alone_take_any_model_of_ours(model):
     assert run.steps == [] and run.dtype == "float32"
     with pytest.raises(ValueError, match="want a compiled model"), df.profile(model, "run", nvtx=True):
         pass
-    with pytest.raises(TypeError, match="want a Model"), df.profile({}, nvtx=True):
+    with pytest.raises(TypeError, match="want a Model or a Trainer"), df.profile({}, nvtx=True):
+        pass
+
+
+def test_steps_of_training():
+    training = df.Training(steps=9, batch_size=2, seq_len=16, dtype=torch.float32)
+    corpus = np.tile(np.arange(7, dtype=np.uint16) * 5, 40)
+    config = replace(TINY, num_hidden_layers=1, num_nextn_predict_layers=0)
+    trainers = [df.build(config, device="cpu", training=training, compile=False) for _ in range(2)]
+    listener = Listener()
+    with ranged(trainers[0], listener):
+        seen = [trainers[0].train_step(corpus) for _ in range(2)]
+    heard = len(listener.heard)
+    assert listener.open == []
+    # nothing is done twice, and nothing is heard behind the block
+    assert [*seen, trainers[0].train_step(corpus)] == [trainers[1].train_step(corpus) for _ in range(3)]
+    assert len(listener.heard) == heard
+    parts = ["copy_weights", "forward", "backward", "optimizer"]
+    # the first step has ranges of its parts alone
+    assert listener.heard[:5] == [*parts, "copy_weights"]
+    assert {"forward/lm_head/lm_head.linear", "backward/lm_head/lm_head.linear_backward"} <= {*listener.heard[5:]}
+    refused = pytest.raises(ValueError, match="want no directory with nvtx=True for a Trainer")
+    with refused, df.profile(df.build(config, device="cpu", training=training), "run", nvtx=True):
         pass
 
 

@@ -8,6 +8,7 @@ import torch
 from deepfuse.passes.sites import Site
 from deepfuse.profiling.nvtx import COLORS, Naming, Range, Ranges, listed, nested, open_domain
 from deepfuse.profiling.timeline import Part
+from nvtx_log import Listener
 
 MODULES = (
     "embed_tokens",
@@ -79,21 +80,6 @@ def test_neighbours_share_what_they_have_in_common():
     paths = [("a", 1), ("a", 2), ("b", 3), (4,), ("b", 5), ("b", 5)]
     assert nested(paths) == [(("a", 1), 1), ((2,), 2), (("b", 3), 2), ((4,), 1), (("b", 5), 0), ((), 2)]
     assert nested([]) == []
-
-
-class Listener:
-    def __init__(self):
-        self.open, self.heard = [], []
-
-    def prepared(self, range):
-        return range.name
-
-    def push(self, name):
-        self.open.append(name)
-        self.heard.append("/".join(self.open))
-
-    def pop(self):
-        self.open.pop()
 
 
 def test_an_error_leaves_no_range_open():

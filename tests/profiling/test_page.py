@@ -108,6 +108,17 @@ def test_a_run_without_limits_has_no_roofline(tmp_path):
     assert "No op of this graph has both FLOPs and bytes." in text and "No pass changed it." in text
 
 
+def test_a_run_of_training_and_a_step_too_short_for_the_clock(tmp_path):
+    made = run()
+    made.build = {"matches": {}}
+    made.steps.append(Step("decode_1", 5, 5, 5, 5, [], {}))
+    made.parts["optimizer"] = [[Part("optimizer", (), ())]]
+    made.steps.append(Step("optimizer", 7, 7, 7, 7, [Span(0, 0, 7, 7)], {}))
+    text = page(tmp_path, made).read_text()
+    assert "graph breaks" not in text and 'id="optimizer"' in text
+    assert "Built with 0 graph breaks" in page(tmp_path).read_text()
+
+
 def test_points_stand_where_the_axes_say():
     rows = [
         Bounded("g", "on the ridge", 10.0, 1e6, 1e5, 10.0, "memory"),

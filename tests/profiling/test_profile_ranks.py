@@ -48,6 +48,7 @@ def worked(tmp_path_factory):
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     logs = [(folder / f"log{rank}").read_text()[-3000:] for rank in range(2)]
     assert codes == [0, 0], "\n".join(logs)
     return folder, [json.loads((folder / f"said{rank}.json").read_text()) for rank in range(2)]

@@ -10,10 +10,12 @@ import torch._dynamo
 
 import deepfuse as df
 from deepfuse.__main__ import main
+from deepfuse.profiling.model_ranges import ranged
 from deepfuse.profiling.roofline import roofline
 from deepfuse.profiling.run import GUARDS, WRAPPER, Run
 from deepfuse.runtime.build_options import BuildOptions
 from deepfuse.runtime.checkpoint import save_checkpoint
+from nvtx_log import Listener
 from tiny_checkpoint import TINY
 
 CONFIG = replace(TINY, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
@@ -139,3 +141,19 @@ def test_the_command(profiled, monkeypatch, tmp_path, capsys):
     message = "want a Model for shapes, memory or stacks, got a Trainer"
     with pytest.raises(TypeError, match=message), df.profile(trainer, tmp_path / "run", shapes=True):
         pass
+
+
+@pytest.mark.compile
+def test_ranges_of_a_step(profiled):
+    trainer, listener = profiled[0], Listener()
+    with ranged(trainer, listener):
+        losses(trainer, 2)
+    heard = len(listener.heard)
+    assert listener.open == []
+    # the first step has ranges of its parts alone
+    assert listener.heard[:5] == ["copy_weights", "forward", "backward", "optimizer", "copy_weights"]
+    ops = [name.split("/")[::2] for name in listener.heard[5:] if name.count("/") == 2]
+    assert any(graph == "forward" and "layers.0.self_attn.q_a_proj.linear" in op for graph, op in ops)
+    assert any(graph == "backward" and "layers.0.self_attn.q_a_proj.linear_backward" in op for graph, op in ops)
+    losses(trainer, 1)
+    assert len(listener.heard) == heard

@@ -1,18 +1,23 @@
 """Ranges in Inductor's code, as text; that the code runs with them is tests/profiling/test_profile.py's."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 
 import deepfuse.ops.rms_norm  # noqa: F401 - the op is called by its name
 from cuda_code import cuda_code
-from deepfuse.ir.private import KERNEL
+from deepfuse.ir.private import KERNEL, NOTED
 from deepfuse.passes.sites import Site
 from deepfuse.profiling.instrument import instrument
 from deepfuse.profiling.range_code import with_ranges
 
 MODULES = ("layers.0.self_attn.q_a_proj", "layers.0.self_attn.o_proj", "layers.0.mlp.gate", "norm")
 SITES = [Site(i, module, "linear") for i, module in enumerate(MODULES)]
+TEXTS = "".join(f"{NOTED} {json.dumps(asdict(site))}\n" for site in SITES)
 CODE = f"""
+{TEXTS}
 cpp_fused_0 = async_compile.cpp_pybinding(['float*'], r'''
 ''')
 
@@ -44,7 +49,7 @@ A, O, EXPERTS = "layers.0.self_attn", "layers.0.self_attn.o_proj.linear", "layer
 
 def statements(text):
     """Ranges by name as they open, ``-`` as they close, and the kernels between."""
-    text, ranges = with_ranges(text, SITES)
+    text, ranges = with_ranges(text)
     compile(text, "code", "exec")
     found = []
     for line in map(str.strip, text.splitlines()):
@@ -72,13 +77,13 @@ def test_ranges_around_kernels_and_around_those_of_a_block():
 
 
 def test_the_code_is_what_it_was_but_for_ranges():
-    text, _ = with_ranges(CODE, SITES)
+    text, _ = with_ranges(CODE)
     kept = [line for line in text.splitlines() if not line.lstrip().startswith("deepfuse_p")]
     assert kept == CODE.splitlines()
 
 
 def test_clocks_stand_within_the_ranges():
-    text, kernels = instrument(with_ranges(CODE, SITES)[0])
+    text, kernels = instrument(with_ranges(CODE)[0])
     compile(text, "code", "exec")
     assert len(kernels) == 7 == text.count("deepfuse_log((")
     lines = [line.strip() for line in text.splitlines()]
@@ -95,8 +100,8 @@ def test_code_for_a_gpu():
         return torch.softmax(torch.relu(normed @ weight) + 1, -1)
 
     modules = {"rms_norm": "layers.0.mlp.norm", "mm": "layers.0.mlp.gate", "relu": "layers.0.mlp", "div": "lm_head"}
-    code, sites = cuda_code(layer, (8, 128), (128, 128), (128,), modules=modules)
-    text, ranges = with_ranges(code, sites)
+    code, _ = cuda_code(layer, (8, 128), (128, 128), (128,), modules=modules)
+    text, ranges = with_ranges(code)
     compile(text, "code", "exec")
     names = [(r.category, r.name) for r in ranges]
     assert names[:3] == [
@@ -118,4 +123,4 @@ def test_code_for_a_gpu():
 
 def test_code_without_sites_is_refused():
     with pytest.raises(ValueError, match="want code of a graph that this version of deepfuse built, got code without"):
-        with_ranges(CODE.replace(KERNEL, "# kernel:"), SITES)
+        with_ranges(CODE.replace(KERNEL, "# kernel:"))

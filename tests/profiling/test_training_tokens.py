@@ -31,7 +31,7 @@ def test_tokens_of_a_text(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--train", "--prompt", "a"], "want no --nvtx, --shapes, --memory, --stacks or --prompt with --train"),
+        (["--train", "--prompt", "a"], "want no --shapes, --memory, --stacks or --prompt with --train"),
         (["--text", "file"], "want --train with --text, got --text file alone"),
         (["--train", "--seq-len", "0"], "want seq_len >= 1, got 0"),
     ],

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ def other_epsilon(model: CausalLM) -> None:
     model.model.norm.eps = 1.0
 
 
+def other_configuration(model: CausalLM) -> None:
+    attention = model.model.layers[0].self_attn
+    attention.config = replace(attention.config, rope_theta=7.0)
+
+
 def other_block(model: CausalLM) -> None:
     model.lm_head = nn.Linear(CONFIG.hidden_size, CONFIG.vocab_size, bias=False)
 
@@ -42,7 +48,7 @@ def key_with(block: nn.Module) -> str:
     return module_key(model)
 
 
-@pytest.mark.parametrize("change", [narrow_bias, other_strides, other_epsilon, other_block])
+@pytest.mark.parametrize("change", [narrow_bias, other_strides, other_epsilon, other_configuration, other_block])
 def test_what_a_graph_takes_for_granted_changes_the_key(change: Any) -> None:
     model = random_weights(CONFIG)
     before = module_key(model)

@@ -42,6 +42,7 @@ def cuda_code(
         shapes: of its arguments, in float32.
         modules: node name -> path of the module it is called in.
     """
+    from torch._inductor import config
     from torch._inductor.debug import DebugContext
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.graph import GraphLowering
@@ -58,7 +59,8 @@ def cuda_code(
         if node.name in (modules or {}):
             node.meta["nn_module_stack"] = {"": (f"L['self'].model.{modules[node.name]}", None)}
     sites = number_sites(gm.graph)
-    with _a_gpu(), _sites_in_code():
+    # once there is a pool of processes for it, kernels are compiled while code is written
+    with _a_gpu(), _sites_in_code(), config.patch(compile_threads=1):
         lowering = GraphLowering(gm, example_inputs=args, shape_env=mode.shape_env)
         with V.set_debug_handler(DebugContext()), V.set_fake_mode(mode), V.set_graph_handler(lowering):
             lowering.run(*args)

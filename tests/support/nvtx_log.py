@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from deepfuse.profiling.nvtx import Range
+
 SOURCE = Path(__file__).with_name("nvtx_injection.c")
 
 
@@ -20,6 +22,25 @@ class Heard(NamedTuple):
     color: str
     category: str
     name: str
+
+
+class Listener:
+    """Takes ranges within this process."""
+
+    def __init__(self) -> None:
+        self.open: list[str] = []
+        self.heard: list[str] = []
+        """Names, from the outside in, ``/`` between them."""
+
+    def prepared(self, range: Range) -> str:
+        return range.name
+
+    def push(self, name: str) -> None:
+        self.open.append(name)
+        self.heard.append("/".join(self.open))
+
+    def pop(self) -> None:
+        self.open.pop()
 
 
 @functools.cache
