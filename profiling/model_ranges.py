@@ -18,6 +18,7 @@ from deepfuse.profiling.range_code import with_ranges
 from deepfuse.runtime.compile_cache import inductor_cache
 from deepfuse.runtime.engine import CudaGraph
 from deepfuse.runtime.model import Model
+from deepfuse.runtime.module import CompiledModule
 from deepfuse.runtime.trainer import Trainer
 
 WITHOUT_GRAPHS = ("copy_weights", "optimizer")
@@ -25,8 +26,8 @@ WITHOUT_GRAPHS = ("copy_weights", "optimizer")
 
 
 @contextmanager
-def ranged(model: Model | Trainer, domain: Domain | None = None) -> Iterator[None]:
-    """Inside, the graphs of a model or of its training have ranges, compiled or not.
+def ranged(model: Model | Trainer | CompiledModule, domain: Domain | None = None) -> Iterator[None]:
+    """Inside, the graphs of a model, of its training or of a module have ranges, compiled or not.
 
     A decode step that replays a CUDA graph runs no Python, and would have none: its kernels are launched one by one.
 
@@ -48,6 +49,8 @@ def ranged(model: Model | Trainer, domain: Domain | None = None) -> Iterator[Non
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             compiled = model.compiled
             stack.enter_context(model.wrapped(lambda name, part: of(name, compiled).step(part)))
+        elif isinstance(model, CompiledModule):
+            stack.enter_context(model.wrapped(of("forward", model.compiled).call))
         else:
             compiled = model.report.compiled
 

@@ -144,7 +144,7 @@ def test_ranges_alone_take_any_model_of_ours(model):
     assert run.steps == [] and run.dtype == "float32"
     with pytest.raises(ValueError, match="want a compiled model"), df.profile(model, "run", nvtx=True):
         pass
-    with pytest.raises(TypeError, match="want a Model or a Trainer"), df.profile({}, nvtx=True):
+    with pytest.raises(TypeError, match="want what deepfuse.build returns, got dict"), df.profile({}, nvtx=True):
         pass
 
 
@@ -168,6 +168,19 @@ def test_steps_of_training():
     refused = pytest.raises(ValueError, match="want no directory with nvtx=True for a Trainer")
     with refused, df.profile(df.build(config, device="cpu", training=training), "run", nvtx=True):
         pass
+
+
+@torch.no_grad()
+def test_a_module():
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    compiled, listener = df.build(module, compile=False), Listener()
+    x = torch.randn(2, 4)
+    expected = compiled(x)
+    with ranged(compiled, listener):
+        assert torch.equal(compiled(x), expected)
+    assert listener.heard == ["forward", "forward/0", "forward/0/0.linear", "forward/1", "forward/1/1.relu"]
+    compiled(x)
+    assert len(listener.heard) == 5
 
 
 def test_the_command(model, monkeypatch, tmp_path, capsys):
