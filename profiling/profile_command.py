@@ -4,17 +4,20 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from deepfuse.runtime.build_options import BuildOptions
 
+if TYPE_CHECKING:
+    from deepfuse.profiling.run import Run
+
 
 @dataclass(kw_only=True)
 class Profile:
-    """Show where the time of a generation goes, by block, layer and op, and how much of it the device asks for;
-    compare two runs; merge those of several processes; show one in TensorBoard."""
+    """Show where the time of a generation, or of training, goes, by block, layer and op, and how much of it the device
+    asks for; compare two runs; merge those of several processes; show one in TensorBoard."""
 
     model: Positional[str]
     """Checkpoint directory or preset; or one of the words diff, merge and open."""
@@ -24,7 +27,15 @@ class Profile:
     prompt: str | None = None
     """Text to continue; read from standard input where it is not given."""
     steps: int = 32
-    """Decode steps to record."""
+    """Decode steps to record; of training, steps."""
+    train: bool = False
+    """Profile training: forward, backward and optimizer, on random tokens, or on those of --text."""
+    text: Path | None = None
+    """Of --train: a file of text, at least a window long, in UTF-8."""
+    batch_size: int = 4
+    """Of --train: sequences a step."""
+    seq_len: int = 128
+    """Of --train: tokens a sequence."""
     out: str | None = None
     """Directory to make, for the run: tables, traces for Perfetto and TensorBoard, a page for the browser."""
     open: bool = False
@@ -109,11 +120,18 @@ class Profile:
             check_tensorboard()
         if self.nvtx:
             open_domain()
-        prompt = sys.stdin.read() if self.prompt is None else self.prompt
-        model = self.options.build(self.model)
-        with profile(model, self.out, nvtx=self.nvtx, tensorboard=True if self.open else None, **details) as run:
-            # the first token comes from prefill
-            model.generate(prompt, max_new_tokens=self.steps + 1, temperature=0.0, stop_token_ids=())
+        if self.train:
+            if any(details.values()) or self.prompt is not None:
+                raise ValueError("profile: want no --shapes, --memory, --stacks or --prompt with --train, got some")
+            run = self._profiled_training()
+        else:
+            if self.text is not None:
+                raise ValueError(f"profile: want --train with --text, got --text {self.text} alone")
+            prompt = sys.stdin.read() if self.prompt is None else self.prompt
+            model = self.options.build(self.model)
+            with profile(model, self.out, nvtx=self.nvtx, tensorboard=True if self.open else None, **details) as run:
+                # the first token comes from prefill
+                model.generate(prompt, max_new_tokens=self.steps + 1, temperature=0.0, stop_token_ids=())
         if self.nvtx and self.out is None:
             done = {"steps": self.steps, "recorded": 0}
             print(json.dumps(done) if self.json else f"{self.steps} steps with NVTX ranges; to record them, add --out")
@@ -128,3 +146,18 @@ class Profile:
             Console().print(run.table(self.by), roofline_table(run, finest))
         if self.open and self.out is not None:
             serve(Path(self.out))
+
+    def _profiled_training(self) -> "Run":
+        from deepfuse.profiling.profile import profile
+        from deepfuse.profiling.training_tokens import training_tokens
+        from deepfuse.runtime.trainer import Training
+
+        warmup = 2
+        training = Training(steps=self.steps + 1 + warmup, batch_size=self.batch_size, seq_len=self.seq_len)
+        tokens = training_tokens(self.model, self.text, at_least=self.seq_len + 3)
+        trainer = self.options.build(self.model, training=training)
+        how: dict[str, Any] = {"nvtx": self.nvtx, "tensorboard": True if self.open else None}
+        with profile(trainer, self.out, warmup=warmup, **how) as run:
+            for _ in range(training.steps):
+                trainer.train_step(tokens)
+        return run

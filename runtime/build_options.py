@@ -1,7 +1,10 @@
 """How the command line's model is built: options that its commands share."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from deepfuse.runtime.trainer import Training
 
 
 @dataclass(kw_only=True)
@@ -36,7 +39,8 @@ class BuildOptions:
         """Raise the error of a name that is no pass of the pipeline, before a build."""
         self.passes.without(name)
 
-    def build(self, model: str) -> Any:
+    def build(self, model: str, *, training: "Training | None" = None) -> Any:
+        """The model; with ``training`` its trainer, to which batch size, length and dtype of the cache mean nothing."""
         from deepfuse.runtime.build import build
 
         forced = {}
@@ -56,4 +60,5 @@ class BuildOptions:
             passes=self.passes,
             providers=forced,
             compile=self.compile,
+            training=training,
         )

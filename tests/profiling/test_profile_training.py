@@ -9,9 +9,12 @@ import torch
 import torch._dynamo
 
 import deepfuse as df
+from deepfuse.__main__ import main
 from deepfuse.profiling.model_ranges import ranged
 from deepfuse.profiling.roofline import roofline
 from deepfuse.profiling.run import GUARDS, WRAPPER, Run
+from deepfuse.runtime.build_options import BuildOptions
+from deepfuse.runtime.checkpoint import save_checkpoint
 from nvtx_log import Listener
 from tiny_checkpoint import TINY
 
@@ -121,6 +124,22 @@ def test_what_ends_a_profile_of_training(profiled, tmp_path):
 def test_uncompiled_training_is_refused():
     message = "want a compiled model, got one built with compile=False"
     with pytest.raises(ValueError, match=message), df.profile(trainer_of(compile=False)):
+        pass
+
+
+@pytest.mark.compile
+def test_the_command(profiled, monkeypatch, tmp_path, capsys):
+    trainer, _, _ = profiled
+    monkeypatch.setattr(BuildOptions, "build", lambda self, model, training: trainer)
+    save_checkpoint(trainer.model, tmp_path / "model")
+    options = ["--train", "--steps", "2", "--seq-len", "16", "--json"]
+    monkeypatch.setattr("sys.argv", ["deepfuse", "profile", str(tmp_path / "model"), *options])
+    main()
+    data = json.loads(capsys.readouterr().out)
+    assert data["attributed"] >= 0.95 and len(data["steps"]) == 4 * 2
+    assert {row["graph"] for row in data["rows"]["op"]} == {"copy_weights", "forward", "backward", "optimizer"}
+    message = "want a Model for shapes, memory or stacks, got a Trainer"
+    with pytest.raises(TypeError, match=message), df.profile(trainer, tmp_path / "run", shapes=True):
         pass
 
 
