@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,18 +54,24 @@ class Profile:
     options: BuildOptions = field(default_factory=BuildOptions)
 
     def run(self) -> None:
-        if self.model == "diff":
-            self._diff()
-            return
-        if self.model == "merge":
-            self._merge()
-            return
-        if self.model == "open":
-            self._open()
+        verbs = {"diff": (self._diff, ("by", "json")), "merge": (self._merge, ("json",)), "open": (self._open, ())}
+        if self.model in verbs:
+            verb, taken = verbs[self.model]
+            self._refuse_all_but("model", "runs", *taken)
+            verb()
             return
         if self.runs:
             raise ValueError(f"profile: want one model, got {self.model} and {', '.join(self.runs)}")
         self._profile()
+
+    def _refuse_all_but(self, *names: str) -> None:
+        plain = Profile(model=self.model)
+        given = [
+            f.name for f in fields(self) if f.name not in names and getattr(self, f.name) != getattr(plain, f.name)
+        ]
+        if given:
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"profile {self.model}: want directories without options of a profile, got {named}")
 
     def _diff(self) -> None:
         from deepfuse.profiling.diff import compare, difference_table
@@ -120,6 +126,8 @@ class Profile:
             check_tensorboard()
         if self.nvtx:
             open_domain()
+        if not self.options.compile and not (self.nvtx and self.out is None):
+            raise ValueError("profile: want a compiled model, or --nvtx without --out, got --no-compile")
         if self.train:
             if any(details.values()) or self.prompt is not None:
                 raise ValueError("profile: want no --shapes, --memory, --stacks or --prompt with --train, got some")

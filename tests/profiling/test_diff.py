@@ -117,6 +117,12 @@ def test_the_command(command):
     [
         (("diff", "a"), "profile diff: want two run directories, got 1"),
         (("diff", "a", "b", "a"), "profile diff: want two run directories, got 3"),
+        (
+            ("diff", "a", "b", "--steps", "3", "--seq-len", "9"),
+            "profile diff: want directories without options of a pro",
+        ),
+        (("open", "a", "--json"), "options of a profile, got --json"),
+        (("v3-tiny", "--prompt", "a", "--no-compile"), "got --no-compile"),
         (("diff", "a", "c"), "run: want a directory that profile wrote, got c"),
         (("v3-tiny", "a"), "profile: want one model, got v3-tiny and a"),
     ],
