@@ -16,7 +16,6 @@ Inductor's cache. The original does not change: it costs nothing while nobody pr
 import json
 import re
 import sys
-import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ import torch
 
 from deepfuse.ir.private import NOTED, PART, load_code
 from deepfuse.passes.sites import Site
+from deepfuse.profiling.device_clock import Clock, HostClock
 from deepfuse.profiling.kernel_calls import Sites, kernel_calls
 from deepfuse.profiling.timeline import Span
 from deepfuse.runtime.compile_cache import inductor_cache
@@ -63,18 +63,20 @@ class Kernel:
 class Instrumented:
     """The copy of one graph's code, and what its clocks said."""
 
-    def __init__(self, source: str, owner: Mapping[str, Any] | None = None):
-        """``source``: Inductor's Python; ``owner``: the names of its module, of which ours are those of the copy too."""
+    def __init__(self, source: str, owner: Mapping[str, Any] | None = None, clock: Clock | None = None):
+        """``source``: Inductor's Python; ``owner``: the names of its module, of which ours are those of the copy too;
+        ``clock``: the host's where it is ``None``."""
         text, self.kernels = instrument(source)
         self.sites = sites_in(source)
         with inductor_cache():
             self.module = load_code(text)
         self._marks = [torch.zeros(len(k.parts) + 1, dtype=torch.int64) if k.clocked else None for k in self.kernels]
-        self._log: list[tuple[int, int, int]] = []
+        self._log: list[tuple[int, Any, Any]] = []
+        self.clock = clock or HostClock()
         self.sizes: dict[str, int] = {}
         vars(self.module).update({k: v for k, v in (owner or {}).items() if k.startswith("deepfuse_")})
         vars(self.module).update(
-            deepfuse_now=time.perf_counter_ns,
+            deepfuse_now=self.clock.now,
             deepfuse_log=self._log.append,
             deepfuse_marks=self._marks,
             deepfuse_sizes=self.sizes,
@@ -84,16 +86,19 @@ class Instrumented:
 
     def __call__(self, args: Any) -> Any:
         self._log.clear()
-        self.began = time.perf_counter_ns()
+        self.clock.start()
+        began = self.clock.now()
         result = self._call(args)
-        self.ended = time.perf_counter_ns()
+        ended = self.clock.now()
+        self.clock.finish()
+        self.began, self.ended = self.clock.nanoseconds(began), self.clock.nanoseconds(ended)
         return result
 
     def readings(self) -> Readings:
         """Of the last call, each kernel's number and its times: the beginning of each part, and the end."""
-        marks = self._marks
+        marks, ns = self._marks, self.clock.nanoseconds
         return [
-            (number, [began, ended] if marks[number] is None else marks[number].tolist())  # type: ignore[union-attr]
+            (number, [ns(began), ns(ended)] if marks[number] is None else marks[number].tolist())  # type: ignore[union-attr]
             for number, began, ended in self._log
         ]
 
@@ -182,7 +187,7 @@ def code_called_by(fn: Callable[[], Any]) -> tuple[dict[str, Any], str, Any]:
     finally:
         sys.setprofile(before)
     if not found:
-        raise ValueError("profile: want a model compiled for a CPU, got one whose graphs call no code of Inductor's")
+        raise ValueError("profile: want a compiled model, got one whose graphs call no code of Inductor's")
     if "deepfuse_call" in owners[-1] or "deepfuse_log" in owners[-1]:
         raise ValueError("profile: want one profile at a time, got one of a model that is being profiled")
     return owners[-1], Path(found[-1].co_filename).read_text(), result

@@ -20,6 +20,7 @@ import torch
 
 from deepfuse.ir.device import Device, measured_cpu
 from deepfuse.passes.journal import Journal
+from deepfuse.profiling.measured_gpu import measured_gpu
 from deepfuse.profiling.model_ranges import ranged
 from deepfuse.profiling.page import write_page
 from deepfuse.profiling.recorder import Recorder, Recording, WholeRecorder
@@ -28,6 +29,7 @@ from deepfuse.profiling.run import Run
 from deepfuse.profiling.tensorboard_log import check_installed, installed, write_log
 from deepfuse.profiling.torch_trace import TorchTraces
 from deepfuse.profiling.trace import write_trace
+from deepfuse.runtime.engine import CudaGraph
 from deepfuse.runtime.model import Model
 from deepfuse.runtime.module import CompiledModule
 from deepfuse.runtime.trainer import Trainer
@@ -50,13 +52,13 @@ def profile(
     """Record what the graphs of a model, or of its training, do inside.
 
     Args:
-        model: compiled, on a CPU.
+        model: compiled, on a CPU or a CUDA device.
         out: directory to make, for ``run.json``, ``trace.json.gz`` (Perfetto, chrome://tracing), ``page.html``, and of a
             generation ``<graph>.pt.trace.json.gz`` (TensorBoard); ``None`` writes nothing.
         warmup: how often the first call of each graph is repeated before it counts; of a trainer nothing is repeated, and
             the first ``1 + warmup`` steps do not count.
         steps: how many calls of each graph are recorded; ``None`` for all.
-        device: whose limits the roofline is drawn with; this CPU's are measured where it is ``None``, in a second.
+        device: whose limits the roofline is drawn with; those of the model's device are measured where it is ``None``.
         nvtx: whether kernels have NVTX ranges by block and op, for a tool such as Nsight Systems. Without ``out`` ranges are
             all there is: nothing is recorded, and the model may be on any device, and uncompiled.
         shapes, memory, stacks: of operands, each allocation, and of Python, in TensorBoard's traces, which are of further
@@ -79,27 +81,27 @@ def profile(
         raise TypeError("profile: want a Model for shapes, memory or stacks, got a Trainer")
     if tensorboard:
         check_installed("tensorboard")
-    ranges = ranged(model) if nvtx and not isinstance(model, CompiledModule) else nullcontext()
+    ranges = ranged(model) if nvtx else nullcontext()
     if nvtx and out is None:
         with ranges:
-            yield Run(**_what(model), **_machine())
+            yield Run(**_what(model), **_machine(_device(model)))
         return
     folder = None if out is None else Path(out)
     if folder is not None:
         check_out(folder)
         _make(folder)
     traces = TorchTraces(shapes=shapes, memory=memory, stacks=stacks)
-    run = Run(**_what(model), **_machine())
+    run = Run(**_what(model), **_machine(_device(model)))
     try:
         with ranges, ExitStack() as clocks:
-            recording = Recording(run, warmup, steps, clocks, None if folder is None else traces)
+            recording = Recording(run, warmup, steps, clocks, None if folder is None else traces, _device(model))
             with _recorded(model, recording):
                 yield run
         recording.finish()
         if not run.steps:
             raise ValueError(_nothing(model, warmup))
         run.build = _build_of(model)
-        run.limits = limits_of(measured_cpu() if device is None else device)
+        run.limits = limits_of(_limits(_device(model)) if device is None else device)
     except BaseException:
         if folder is not None:
             folder.rmdir()
@@ -118,17 +120,24 @@ def _check(model: Any, warmup: Any, steps: Any, *, recorded: bool, nvtx: bool) -
         raise TypeError(f"profile: want what deepfuse.build returns, got {type(model).__name__}")
     if nvtx and recorded and not isinstance(model, Model):
         raise ValueError(f"profile: want no directory with nvtx=True for a {type(model).__name__}, got one")
-    compiled, device = (
-        (model.report.compiled, model.engine.device) if isinstance(model, Model) else (model.compiled, model.device)
-    )
+    compiled, device = model.report.compiled if isinstance(model, Model) else model.compiled, _device(model)
     if recorded and not compiled:
         raise ValueError("profile: want a compiled model, got one built with compile=False")
-    if recorded and device.type != "cpu":
-        raise ValueError(f"profile: want a model on the CPU, got one on {device}")
+    if recorded and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"profile: want a model on a CPU or a CUDA device, got one on {device}")
     if not isinstance(warmup, int) or warmup < 1:
         raise ValueError(f"profile: want warmup as an integer >= 1, got {warmup!r}")
     if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise ValueError(f"profile: want steps as an integer >= 1 or None, got {steps!r}")
+
+
+def _device(model: Model | Trainer | CompiledModule) -> torch.device:
+    return model.engine.device if isinstance(model, Model) else model.device
+
+
+def _limits(device: torch.device) -> Device:
+    """What was measured of it, in a second or some."""
+    return measured_cpu() if device.type == "cpu" else measured_gpu(device)
 
 
 def _journal(model: Model | Trainer | CompiledModule) -> Journal:
@@ -175,7 +184,8 @@ def _recorded(model: Model | Trainer | CompiledModule, recording: Recording) -> 
         def around(name: str, part: Callable[[], Any]) -> Any:
             return parts.setdefault(name, Recorder(name, recording, repeat=False))(part)
 
-        with model.wrapped(around):
+        # a thread of its own for backward would not be seen
+        with torch.autograd.set_multithreading_enabled(model.device.type == "cpu"), model.wrapped(around):
             yield
         return
 
@@ -186,7 +196,9 @@ def _recorded(model: Model | Trainer | CompiledModule, recording: Recording) -> 
 
     def wrap(name: str, graph: Callable[..., Any]) -> Callable[..., Any]:
         recorder = Recorder(name, recording, repeat=True)
-        return lambda *args: recorder(lambda: graph(*args))
+        # a replayed CUDA graph runs no Python: its step is launched kernel by kernel
+        launched = graph.launched if isinstance(graph, CudaGraph) else graph
+        return lambda *args: recorder(lambda: launched(*args))
 
     with model.engine.wrapped(wrap):
         yield
@@ -212,9 +224,9 @@ def _nothing(model: Model | Trainer | CompiledModule, warmup: int) -> str:
     return "profile: want a step of the model inside the block, got none; call or generate inside"
 
 
-def _machine() -> dict[str, Any]:
+def _machine(device: torch.device) -> dict[str, Any]:
     return {
-        "device": _cpu_name(),
+        "device": _cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),

@@ -13,7 +13,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from deepfuse.passes.sites import Site
+from deepfuse.profiling.device_clock import clock_of
 from deepfuse.profiling.instrument import Instrumented, Readings, code_called_by, replaced, sites_in, spans_of
 from deepfuse.profiling.run import Run
 from deepfuse.profiling.timeline import Part, Step
@@ -21,6 +24,8 @@ from deepfuse.profiling.torch_trace import TorchTraces
 
 Reading = tuple[str, int, int, int, int, Readings, dict[str, int]]
 """What :class:`Step` has, its spans as they were read."""
+
+CPU = torch.device("cpu")
 
 together: ContextVar[bool] = ContextVar("together", default=False)
 """Whether all processes that a graph's collectives need are profiled with this one."""
@@ -35,6 +40,7 @@ class Recording:
         steps: calls of each graph that are recorded; ``None`` for all.
         clocks: removes them from the graphs' code when it is closed.
         traces: of further calls, by torch.profiler, where a call may be repeated; ``None`` for none.
+        device: that the graphs run on.
         readings: of the steps that count.
     """
 
@@ -43,6 +49,7 @@ class Recording:
     steps: int | None
     clocks: ExitStack
     traces: TorchTraces | None = None
+    device: torch.device = CPU
     readings: list[Reading] = field(default_factory=list)
 
     def finish(self) -> None:
@@ -92,6 +99,9 @@ class Recorder:
         assert code is not None
         if code.began < began:
             raise ValueError(f"profile: want calls of {self.name} that one graph serves, got one of other shapes")
+        if code.clock.on_device:
+            # before and after, the host waits for the device
+            began, ended = code.began, code.ended
         return result, (self.name, began, ended, code.began, code.ended, code.readings(), dict(code.sizes))
 
     def _with_clocks(self, call: Callable[[], Any]) -> Any:
@@ -103,7 +113,7 @@ class Recorder:
                 f"profile: want a graph without collectives, got {self.name} with groups {', '.join(groups)}; "
                 "deepfuse.profile_ranks profiles all their processes"
             )
-        self.code = Instrumented(source, owner)
+        self.code = Instrumented(source, owner, clock_of(self.recording.device))
         self.recording.run.parts[self.name] = [
             [_part(kernel.name, own, taken_in, self.code.sites) for own, taken_in in kernel.parts]
             for kernel in self.code.kernels
@@ -120,14 +130,18 @@ class WholeRecorder:
     def __init__(self, name: str, recording: Recording):
         self.name, self.recording = name, recording
         self.waiting, self.left = recording.warmup + 1, recording.steps
+        self.clock = clock_of(recording.device)
 
     def __call__(self, call: Callable[[], Any]) -> Any:
         if self.waiting or self.left == 0:
             self.waiting = max(self.waiting - 1, 0)
             return call()
-        began = time.perf_counter_ns()
+        self.clock.start()
+        first = self.clock.now()
         result = call()
-        ended = time.perf_counter_ns()
+        last = self.clock.now()
+        self.clock.finish()
+        began, ended = self.clock.nanoseconds(first), self.clock.nanoseconds(last)
         self.recording.run.parts.setdefault(self.name, [])
         self.recording.readings.append((self.name, began, ended, began, ended, [], {}))
         if self.left is not None:

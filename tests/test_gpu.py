@@ -1,5 +1,6 @@
 """What only a GPU can show: kernels against references where they run, and the whole model against the CPU."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,3 +65,22 @@ def test_model_agrees_with_the_cpu(compile):
         prompts, max_new_tokens=20, temperature=0.0
     )
     assert on_gpu.report.recompiles == 0
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["generation", "training"])
+def test_a_profile_knows_the_kernels(training, tmp_path):
+    if training:
+        trainer = df.build("v3-tiny", device="cuda", training=df.Training(steps=8, batch_size=2, seq_len=64))
+        tokens = np.arange(1000, dtype=np.uint16) % trainer.model.config.vocab_size
+        with df.profile(trainer, tmp_path / "run") as run:
+            for _ in range(8):
+                trainer.train_step(tokens)
+        assert {"forward", "backward", "optimizer"} <= set(run.graphs)
+    else:
+        model = df.build("v3-tiny", device="cuda", dtype="bfloat16")
+        with df.profile(model, tmp_path / "run") as run:
+            model.generate([0, 17, 33], max_new_tokens=12, stop_token_ids=())
+        # of a decode step that a CUDA graph replays elsewhere
+        assert len(run.steps_of("decode_1")) == 11
+    assert run.attributed() >= 0.95
+    assert all(span.ended > span.began for step in run.steps for span in step.spans)
