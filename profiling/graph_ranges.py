@@ -5,7 +5,6 @@ and a block's range stands around those of its ops. Views and numbers have none.
 """
 
 import json
-import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch.utils import _pytree
 
 from deepfuse.ir.private import SITE_TEXT
 from deepfuse.passes.sites import Site
+from deepfuse.profiling.called_frames import called_frames
 from deepfuse.profiling.nvtx import Domain, Naming, Range, Ranges, nested
 from deepfuse.profiling.timeline import Part
 from deepfuse.profiling.view_ops import is_view
@@ -67,21 +67,16 @@ def graph_called_by(fn: Callable[[], Any]) -> tuple[fx.GraphModule, Any]:
     Raises:
         ValueError: it runs none, or it has ranges already.
     """
-    found: list[fx.GraphModule] = []
 
-    def look(frame: types.FrameType, event: str, arg: Any) -> None:
-        if event == "call" and frame.f_code.co_name in ("forward", "run"):
-            owner = frame.f_locals.get("self")
-            gm = owner.module if isinstance(owner, RangedGraph) else owner
-            if isinstance(gm, fx.GraphModule) and any(SITE_TEXT in node.meta for node in gm.graph.nodes):
-                found.append(gm)
+    def look(frame: types.FrameType) -> fx.GraphModule | None:
+        if frame.f_code.co_name not in ("forward", "run"):
+            return None
+        owner: Any = frame.f_locals.get("self")
+        gm: Any = owner.module if isinstance(owner, RangedGraph) else owner
+        ours = isinstance(gm, fx.GraphModule) and any(SITE_TEXT in node.meta for node in gm.graph.nodes)
+        return gm if ours else None
 
-    before = sys.getprofile()
-    sys.setprofile(look)
-    try:
-        result = fn()
-    finally:
-        sys.setprofile(before)
+    found, result = called_frames(fn, look)
     if not found:
         raise ValueError("profile: want a model whose graphs the passes went through, got one that calls no such graph")
     if "forward" in vars(found[-1]):

@@ -15,7 +15,6 @@ Inductor's cache. The original does not change: it costs nothing while nobody pr
 
 import json
 import re
-import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ import torch
 
 from deepfuse.ir.private import NOTED, PART, load_code
 from deepfuse.passes.sites import Site
+from deepfuse.profiling.called_frames import called_frames
 from deepfuse.profiling.device_clock import Clock, HostClock
 from deepfuse.profiling.kernel_calls import Sites, kernel_calls
 from deepfuse.profiling.timeline import Span
@@ -172,25 +172,19 @@ def code_called_by(fn: Callable[[], Any]) -> tuple[dict[str, Any], str, Any]:
     Raises:
         ValueError: it calls no such code, or it is being profiled already.
     """
-    found: list[types.CodeType] = []
-    owners: list[dict[str, Any]] = []
 
-    def look(frame: types.FrameType, event: str, arg: Any) -> None:
-        if event == "call" and frame.f_code.co_name == "call" and "extern_kernels" in frame.f_globals:
-            found.append(frame.f_code)
-            owners.append(frame.f_globals)
+    def look(frame: types.FrameType) -> tuple[dict[str, Any], str] | None:
+        # not the frame, which would keep its tensors
+        of_inductor = frame.f_code.co_name == "call" and "extern_kernels" in frame.f_globals
+        return (frame.f_globals, frame.f_code.co_filename) if of_inductor else None
 
-    before = sys.getprofile()
-    sys.setprofile(look)
-    try:
-        result = fn()
-    finally:
-        sys.setprofile(before)
+    found, result = called_frames(fn, look)
     if not found:
         raise ValueError("profile: want a compiled model, got one whose graphs call no code of Inductor's")
-    if "deepfuse_call" in owners[-1] or "deepfuse_log" in owners[-1]:
+    owner, path = found[-1]
+    if "deepfuse_call" in owner or "deepfuse_log" in owner:
         raise ValueError("profile: want one profile at a time, got one of a model that is being profiled")
-    return owners[-1], Path(found[-1].co_filename).read_text(), result
+    return owner, Path(path).read_text(), result
 
 
 @contextmanager
