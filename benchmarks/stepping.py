@@ -164,12 +164,13 @@ def check_agreement(calls: Mapping[str, Callable[[], torch.Tensor]], dtype: torc
     """The calls compute the same logits: what is timed is one model.
 
     In float32 the order of sums is all that differs; in bfloat16 each of some ten roundings a layer is 2**-9 of its value,
-    and a token may take another expert. A model that is another one differs by the size of the logits.
+    and a token may take another expert: with llama.cpp, which rounds at other places, 0.13 was seen. A model that is another
+    one differs by the size of the logits, by 1 and more.
 
     Raises:
         ValueError: their difference from the first, in norm, is more than that.
     """
-    bound = 1e-3 if dtype == torch.float32 else 0.1
+    bound = 1e-3 if dtype == torch.float32 else 0.3
     (first, expected), *others = [(label, call()) for label, call in calls.items()]
     for label, logits in others:
         off = float((logits - expected).norm() / expected.norm())
