@@ -117,10 +117,11 @@ def _products(nodes: Iterable[fx.Node]) -> dict[int, tuple[Cost, str]]:
 
 
 def _module(node: fx.Node, modules: Mapping[fx.Node, str]) -> str:
-    """Where it was called; where nobody did (gradients of several readers are added up, a buffer is written back), the
-    module of what was computed last of what it reads."""
+    """Where it was called; where nobody did (gradients of several readers are added up, a buffer is written back, Inductor
+    of torch 2.11 makes an ``addmm`` of two nodes), the module of what was computed last of what it reads."""
     found = module_of(node)
-    nobody = node.meta.get("partitioner_tag") == "is_backward" or node.target is aten.copy_.default
+    made = node.meta.get("partitioner_tag") == "is_backward" or not node.meta.get("stack_trace")
+    nobody = made or node.target is aten.copy_.default
     if found or not nobody:
         return found
     before = [n for n in modules if n in node.all_input_nodes and modules[n]]

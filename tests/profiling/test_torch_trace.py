@@ -16,7 +16,9 @@ from deepfuse.profiling.torch_trace import STEPS, THREAD, TorchTraces, in_older_
 
 NORM, LINEAR = Site(0, "layers.0.input_layernorm", "rms_norm"), Site(1, "layers.0.self_attn.q_proj", "linear")
 # the plugin's last release is older than pandas 3
-OLD_PANDAS = pytest.mark.filterwarnings("ignore:The copy keyword is deprecated")
+OLD_PANDAS = pytest.mark.filterwarnings(
+    "ignore:The copy keyword is deprecated", "ignore:Downcasting object dtype arrays on .fillna:FutureWarning"
+)
 PARTS = [[Part("cpp_fused_0", (NORM,), ())], [Part("extern_kernels.mm", (LINEAR,), (NORM,))]]
 
 
