@@ -56,6 +56,8 @@ def cuda_code(
         args = [torch.empty(shape, device="cuda") for shape in shapes]
         gm: fx.GraphModule = make_fx(fn, decomposition_table=select_decomp_table())(*args)
     for node in gm.graph.nodes:
+        # as Dynamo's graphs have it: a node without one was made by Inductor
+        node.meta["stack_trace"] = "cuda_code"
         if node.name in (modules or {}):
             node.meta["nn_module_stack"] = {"": (f"L['self'].model.{modules[node.name]}", None)}
     sites = number_sites(gm.graph)
