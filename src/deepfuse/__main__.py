@@ -265,7 +265,7 @@ class Passes:
         if self.action == "list":
             from deepfuse.runtime.describe import passes_table
 
-            _print(passes_table(), self.json)
+            _print(passes_table(self.options.passes), self.json)
             return
         if self.argument is None:
             what = "the name of a pass" if self.action == "diff" else "a command"
@@ -300,12 +300,11 @@ class Passes:
 
     def _bisect(self, command: str) -> None:
         from deepfuse.passes.bisect import bisect
-        from deepfuse.passes.pipeline import default
 
         tried = []
 
         def check(name: str | None) -> bool:
-            left_out = ",".join(filter(None, (os.environ.get("DEEPFUSE_WITHOUT"), name)))
+            left_out = ",".join(filter(None, (os.environ.get("DEEPFUSE_WITHOUT"), *self.options.without, name)))
             environment = {**os.environ, "DEEPFUSE_WITHOUT": left_out}
             code = subprocess.run(command, shell=True, env=environment, check=False).returncode
             tried.append({"without": name, "exit status": code})
@@ -313,7 +312,7 @@ class Passes:
                 print(f"{f'without {name}' if name else 'all passes'}: exit status {code}", flush=True)
             return code == 0
 
-        found = bisect(check, default().names)
+        found = bisect(check, self.options.passes.names)
         if self.json:
             print(json.dumps({"pass": found, "tried": tried}))
         else:
