@@ -100,17 +100,15 @@ def read_table(path: Path) -> KernelTable:
     """A table that was written.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such file.
+        ValueError: it cannot be read, or is no such file.
     """
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         kernels = [MachineCode.from_json({**fields, "types": {}}) for fields in found["kernels"]]
         return KernelTable(triton=found["triton"], arch=found["arch"], kernels=kernels)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"kernels: want a table that `deepfuse kernels --json` wrote, got {path} ({type(error).__name__}: {error})"
-        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"kernels: want a table that `deepfuse kernels --json` wrote, got {path} ({why})") from None
 
 
 def tokens_text(tokens: list[int]) -> str:
