@@ -9,6 +9,8 @@ Source: DeepSeek-V3 (arXiv:2412.19437), eq. 12-20.
 import torch
 from torch import Tensor, nn
 
+from deepfuse.blocks.axis import Axis
+from deepfuse.blocks.collectives import same_over, sum_over
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.mlp import MLP
 from deepfuse.ops.expert_permute import expert_permute
@@ -75,6 +77,8 @@ class MoE(nn.Module):
         ("experts.down_proj", "shared_experts.down_proj.weight"),
     )
     """Weights that may lie one behind the other, so that a shared expert of an expert's width is expert E."""
+    tensor: Axis | None = None
+    """Processes that each have some of every expert's inner width, of the shared ones too."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -88,9 +92,11 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[T, D] -> [T, D]``."""
         weights, experts = self.gate(x)
+        x, weights = same_over(x, self.tensor), same_over(weights, self.tensor)
         rows, order, inverse, offsets = expert_permute(x, experts, self.num_experts)
         if self.training:
             counts = offsets.diff(prepend=offsets.new_zeros(1))
             self.gate.tokens_per_expert.add_(counts)
         out = expert_unpermute(self.experts(rows, offsets), order, inverse, weights)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+        # one sum over processes for all experts, the shared ones as well
+        return sum_over(out if self.shared_experts is None else out + self.shared_experts(x), self.tensor)

@@ -2,10 +2,6 @@
 
 import gzip
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ from deepfuse.profiling.exposure import exposed_share
 from deepfuse.profiling.rank_session import merge
 from deepfuse.profiling.ranks import Ranks
 from deepfuse.profiling.run import Run
+from ranks import run_ranks
 
 pytestmark = pytest.mark.compile
 LAYER = "layers.0"
@@ -27,30 +24,7 @@ def worked(tmp_path_factory):
     """The folder the processes worked in, and what each said."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "file").write_text("")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "DEEPFUSE_CACHE_DIR": str(folder / "cache"),
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    processes = []
-    for rank in range(2):
-        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, rank_worker.__file__, str(folder)]
-        with (folder / f"log{rank}").open("w") as log:
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=600) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    logs = [(folder / f"log{rank}").read_text()[-3000:] for rank in range(2)]
-    assert codes == [0, 0], "\n".join(logs)
+    run_ranks(rank_worker.__file__, 2, folder, timeout_s=600)
     return folder, [json.loads((folder / f"said{rank}.json").read_text()) for rank in range(2)]
 
 

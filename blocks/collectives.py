@@ -1,0 +1,93 @@
+"""Collectives as blocks write them, with gradients: functional ones, whose start and wait are nodes apart.
+
+    all_to_all     rows to each process and from each; the gradient goes the other way
+    sum_over       the sum of all processes' tensors; the gradient passes as it is         (ends a parallel region)
+    same_over      a tensor that all processes have; its gradients are summed              (begins one)
+    gather_rows    all processes' rows, one after the other; the gradient is summed and parted
+    gather_columns all processes' columns, side by side, for all to go on with the same; the gradient is parted
+
+Between a start and its wait a pass may put other work; nobody else reads what is on its way.
+Source: torch/distributed/_functional_collectives.py; ``sum_over`` and ``same_over`` are g and f of Shoeybi et al. 2019
+(arXiv:1909.08053), section 3.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepfuse.blocks.axis import Axis
+
+_plain: Any = torch.ops._c10d_functional
+_differentiable: Any = torch.ops._c10d_functional_autograd
+
+
+def all_to_all(x: Tensor, received: Sequence[int], sent: Sequence[int], axis: Axis) -> Tensor:
+    """``x [sum(sent), ...]``, rows for each process in order -> ``[sum(received), ...]``, rows from each in order.
+
+    Args:
+        received, sent: rows from and to each process of ``axis``; integers, or symbolic ones that are known to be >= 0.
+    """
+    return wait(_differentiable.all_to_all_single(x.contiguous(), list(received), list(sent), axis.group))
+
+
+def wait(x: Tensor) -> Tensor:
+    """``x``, once the collective that makes it has ended."""
+    return _plain.wait_tensor(x)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        return wait(_plain.all_reduce(x, "sum", group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
+
+
+class _Same(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return wait(_plain.all_reduce(grads[0].contiguous(), "sum", ctx.group)), None
+
+
+class _Columns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.width = axis, x.shape[-1]
+        rows = wait(_plain.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
+        return torch.cat(rows.chunk(axis.size), -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0].narrow(-1, ctx.axis.rank * ctx.width, ctx.width), None
+
+
+def sum_over(x: Tensor, axis: Axis | None) -> Tensor:
+    """Sum over the processes of ``axis``, each of which goes on with the same: so each gradient is the whole one.
+
+    Here and in the others, ``None`` is a single process, for which nothing happens.
+    """
+    return x if axis is None else _Sum.apply(x.contiguous(), axis.group)
+
+
+def same_over(x: Tensor, axis: Axis | None) -> Tensor:
+    """``x``, which all processes of ``axis`` have, where each begins to compute something else of it."""
+    return x if axis is None else _Same.apply(x, axis.group)
+
+
+def gather_columns(x: Tensor, axis: Axis | None) -> Tensor:
+    """``x [n, c] -> [n, size * c]``, of all processes in order, each of which goes on with the same."""
+    return x if axis is None else _Columns.apply(x, axis)
+
+
+def gather_rows(x: Tensor, axis: Axis) -> Tensor:
+    """``x [n, ...] -> [size * n, ...]``, of all processes in order; each computes something else of it."""
+    return wait(_differentiable.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
