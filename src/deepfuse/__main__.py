@@ -187,6 +187,8 @@ class Kernels:
     """Of one op only."""
     arch: str = "sm_90"
     """sm_90 (Hopper) or sm_100 (Blackwell)."""
+    samples: bool = False
+    """Into the file also those that only samples of ops launch: tests take the machine code of both from it."""
     json: Path | None = None
     """File to write the table to."""
     against: Path | None = None
@@ -211,7 +213,10 @@ class Kernels:
         with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
             task = bar.add_task("compiling", total=None)
             kernels = compile_kernels(
-                self.arch, self.op, progress=lambda done, total: bar.update(task, completed=done, total=total)
+                self.arch,
+                self.op,
+                samples=self.samples,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         table = table_of(kernels, self.arch)
         if self.json is not None:
