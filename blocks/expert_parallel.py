@@ -10,7 +10,10 @@ from torch import nn
 
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.capacity import Capacity, Drop
+from deepfuse.blocks.cut import Cut, taken
 from deepfuse.blocks.dropless import Dropless
+from deepfuse.blocks.fp8 import FP8Experts
+from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import MoE
 
 Mode = Literal["dropless", "capacity"]
@@ -18,7 +21,7 @@ Mode = Literal["dropless", "capacity"]
 
 @torch.no_grad()
 def to_expert_parallel(
-    model: nn.Module,
+    model: CausalLM,
     axis: Axis,
     mode: Mode = "dropless",
     *,
@@ -28,7 +31,7 @@ def to_expert_parallel(
     """Keep this process's share of each layer's experts, and send tokens to where theirs are.
 
     Args:
-        model: on any device; on the meta device nothing is copied. Before ``to_fp8`` or after it.
+        model: not quantized yet; on any device. On the meta device nothing is copied.
         axis: named ``expert``; process i of R has experts ``i * E / R`` up to ``(i + 1) * E / R``.
         mode: ``dropless``, or ``capacity``: what experts take is bounded, and the rest dropped (``capacity.py``).
         capacity_factor, drop: in mode ``capacity``, the bound as a multiple of the mean load, and what is dropped:
@@ -38,20 +41,27 @@ def to_expert_parallel(
         The names of the mixtures of experts.
 
     Raises:
-        ValueError: the processes do not divide the experts, the model has none, or a setting is none of these.
+        ValueError: the processes do not divide the experts, the model has none or has FP8 weights, or a setting is none
+            of these.
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
     if not layers:
         raise ValueError("expert parallelism: want a model with routed experts, got none; leave out the axis 'expert'")
     if mode not in get_args(Mode):
         raise ValueError(f"expert parallelism: want mode out of {list(get_args(Mode))}, got {mode!r}")
-    for _, layer in layers:
-        share = axis.share(layer.num_experts, "n_routed_experts")
+    if any(isinstance(layer.experts, FP8Experts) for _, layer in layers):
+        raise ValueError(
+            "expert parallelism: want a model to be cut before its weights are FP8, got one with FP8 weights"
+        )
+    cut = Cut(axis, 0)
+    for name, layer in layers:
         if mode == "capacity":
             layer.exchange = Capacity(layer.num_experts, axis, capacity_factor=capacity_factor, drop=drop)
         else:
             layer.exchange = Dropless(layer.num_experts, axis)
-        for name, whole in list(layer.experts.named_parameters()):
-            part = nn.Parameter(whole[share].clone(), requires_grad=whole.requires_grad)
-            setattr(layer.experts, name, part)
+        for part, whole in list(layer.experts.named_parameters()):
+            kept = taken(whole, [cut]).clone()
+            setattr(layer.experts, part, nn.Parameter(kept, requires_grad=whole.requires_grad))
+            key = f"{name}.experts.{part}"
+            model.cuts[key] = (*model.cuts.get(key, ()), cut)
     return [name for name, _ in layers]

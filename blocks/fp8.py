@@ -17,8 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.decoder import DecoderLayer
-from deepfuse.blocks.linear import Linear
+from deepfuse.blocks.linear import Linear, whole
 from deepfuse.blocks.moe import Experts
 from deepfuse.ops.dequantize import dequantize
 from deepfuse.ops.grouped_matmul import grouped_matmul
@@ -36,6 +37,8 @@ class FP8Linear(nn.Module):
 
     stored = ("weight", "weight_scale_inv")
     """Parameters whose dtypes are not the model's."""
+    summed: Axis | None = None
+    """As of ``Linear``."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False, activations: bool = True):
         super().__init__()
@@ -48,6 +51,8 @@ class FP8Linear(nn.Module):
         compute = torch.promote_types(x.dtype, torch.float32) if self.activations else x.dtype
         weight = dequantize(self.weight, self.weight_scale_inv, BLOCK, BLOCK, compute)
         y = linear(_rounded(x, compute) if self.activations else x, weight, None)
+        if self.summed is not None:
+            return whole(y.to(x.dtype), self.bias, self.summed)
         return (y if self.bias is None else y + self.bias.to(compute)).to(x.dtype)
 
 
@@ -122,7 +127,7 @@ def _quantized(module: Linear | Experts, activations: bool) -> FP8Linear | FP8Ex
         if isinstance(module, Linear):
             N, K = weight.shape
             made = FP8Linear(K, N, activations=activations)
-            made.bias = module.bias
+            made.bias, made.summed = module.bias, module.summed
             put(made.weight, made.weight_scale_inv, weight)
             return made
         E, D, I = weight.shape

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deepfuse.blocks.fp8 import BLOCK, E4M3, in_decoder_layers
-from deepfuse.blocks.linear import Linear
+from deepfuse.blocks.linear import Linear, whole
 from deepfuse.blocks.moe import Experts
 from deepfuse.ops.dequantize import dequantize
 from deepfuse.ops.grouped_matmul import grouped_matmul
@@ -84,7 +84,7 @@ class TrainedFP8Linear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = _Linear.apply(x, self.weight, self.saved)  # type: ignore[no-untyped-call]
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return whole(y, self.bias, self.summed)
 
 
 class TrainedFP8Experts(Experts):

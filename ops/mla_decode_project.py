@@ -32,19 +32,12 @@ from deepfuse.ops.absorbed_weight import (
 from deepfuse.ops.append_latent_fp8 import is_in_fp8
 from deepfuse.ops.dequantize import in_memory
 from deepfuse.ops.dot import dot
+from deepfuse.ops.fp8_rounding import amax_bits, quotient_for_fp8, scale_from_amax_bits
 from deepfuse.ops.head_matmul import head_matmul_ref
 from deepfuse.ops.mla_decode import mla_decode, mla_decode_ref
 from deepfuse.ops.mla_decode_fp8 import mla_decode_fp8, mla_decode_fp8_ref
 from deepfuse.ops.mla_decode_splits import split_attention, splits_fit
-from deepfuse.ops.quantize import (
-    amax_bits,
-    check_blocks,
-    empty_scale,
-    quantize_ref,
-    quantized_bytes,
-    quotient_for_fp8,
-    scale_from_amax_bits,
-)
+from deepfuse.ops.quantize import check_blocks, empty_scale, quantize_ref, quantized_bytes
 
 
 def mla_decode_project_ref(

@@ -1,6 +1,7 @@
 """Experts on 2 and on 4 processes over Gloo, against one process that has all tokens and all experts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ import expert_parallel_worker
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.expert_parallel import to_expert_parallel
 from deepfuse.blocks.fp8 import to_fp8
-from deepfuse.blocks.mlp import MLP
 from deepfuse.blocks.model import CausalLM
 from expert_parallel_worker import TINY
 from ranks import run_ranks
@@ -75,31 +75,31 @@ def test_names_stay_and_experts_are_shares():
         assert list(parameter.shape) == ([E // 4, *rest] if ".experts." in name else [E, *rest]), name
 
 
-def test_each_process_keeps_its_own_share_of_what_is_there_in_fp8_too():
-    whole = CausalLM(TINY)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_each_process_keeps_its_share_of_what_is_there(fp8):
+    whole, part = CausalLM(TINY), CausalLM(TINY)
     whole.initialize()
-    expected = whole.model.layers[1].mlp.experts.down_proj[4:6].clone()
-    to_expert_parallel(whole, Axis("expert", "0", 4, 2))
-    assert torch.equal(whole.model.layers[1].mlp.experts.down_proj, expected)
-
-    before, after = CausalLM(TINY), CausalLM(TINY)
-    for model in (before, after):
-        model.initialize()
-    axis = Axis("expert", "0", 2, 1)
-    to_expert_parallel(before, axis)
-    to_fp8(before)
-    to_fp8(after)
-    to_expert_parallel(after, axis)
-    expected = after.state_dict()
-    for name, value in before.state_dict().items():
-        assert torch.equal(value.float(), expected[name].float()), name
+    part.load_state_dict(whole.state_dict())
+    to_expert_parallel(part, Axis("expert", "0", 4, 2))
+    drawn = parallel(2).to_empty(device="cpu")
+    drawn.initialize()
+    for model in (whole, part, drawn) if fp8 else ():
+        to_fp8(model)
+    expected = {k: v[4:6] if ".experts." in k else v for k, v in whole.named_parameters()}
+    for model in (part, drawn):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.float(), expected[name].float()), name
 
 
 def test_bad_input():
     with pytest.raises(ValueError, match="want n_routed_experts divisible by the 3 processes of axis 'expert', got 8"):
         parallel(size=3, rank=0)
     with pytest.raises(ValueError, match="want a model with routed experts, got none; leave out the axis 'expert'"):
-        to_expert_parallel(MLP(8, 8), Axis("expert", "0", 2, 0))
+        parallel(config=replace(TINY, n_routed_experts=None))
+    model = CausalLM(TINY)
+    to_fp8(model)
+    with pytest.raises(ValueError, match="want a model to be cut before its weights are FP8, got one with FP8 weights"):
+        to_expert_parallel(model, Axis("expert", "0", 2, 0))
     with pytest.raises(ValueError, match=r"want mode out of \['dropless', 'capacity'\], got 'dropping'"):
         parallel(mode="dropping")
     for factor in (0, -1.0, float("inf"), float("nan")):
