@@ -99,7 +99,7 @@ class Engine:
         try:
             graph = load_captured(self.folder.graph_path(name).read_bytes())
             graph(*args)
-        except Exception:  # noqa: BLE001 - unpickling damaged bytes may raise anything; the graph is made again
+        except Exception:  # noqa: BLE001 - unpickling damaged bytes may raise anything, as may the code that they hold
             return None
         return graph
 

@@ -18,6 +18,24 @@ def test_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert [row["pass"] for row in json.loads(capsys.readouterr().out)] == list(df.passes.default().names)
 
 
+def test_passes_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    left_out = ["absorb_mla", "fuse_rope_append"]
+    run(monkeypatch, "passes", "--json", "--without", *left_out)
+    listed = [row["pass"] for row in json.loads(capsys.readouterr().out)]
+    assert listed == list(df.passes.default().without(*left_out).names)
+    run(
+        monkeypatch,
+        "passes",
+        "bisect",
+        'test "$DEEPFUSE_WITHOUT" = absorb_mla,lower',
+        "--json",
+        "--without",
+        "absorb_mla",
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["pass"] == "lower" and all(tried["without"] != "absorb_mla" for tried in found["tried"])
+
+
 def test_explain(model: df.Model, folder: Path, monkeypatch: Any, capsys: Any) -> None:
     run(monkeypatch, "explain", "absorb_mla", folder)
     text = capsys.readouterr().out
