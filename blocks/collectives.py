@@ -83,6 +83,11 @@ def same_over(x: Tensor, axis: Axis | None) -> Tensor:
     return x if axis is None else _Same.apply(x, axis.group)
 
 
+def largest_over(x: Tensor, axis: Axis | None) -> Tensor:
+    """The largest of each number over the processes of ``axis``; without a gradient."""
+    return x if axis is None else wait(_plain.all_reduce(x, "max", axis.group))
+
+
 def gather_columns(x: Tensor, axis: Axis | None) -> Tensor:
     """``x [n, c] -> [n, size * c]``, of all processes in order, each of which goes on with the same."""
     return x if axis is None else _Columns.apply(x, axis)
