@@ -63,7 +63,7 @@ class _Columns(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis, ctx.width = axis, x.shape[-1]
         rows = wait(_plain.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
-        return torch.cat(rows.chunk(axis.size), -1)
+        return rows.view(axis.size, *x.shape).movedim(0, -2).flatten(-2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -1,7 +1,8 @@
 """Mixture of experts: every token goes through the shared experts and through its best routed experts.
 
 The steps stand in the graph one by one (route, permute, expert matmuls, unpermute), so that passes can see and move
-them. Experts are fused in memory, ``[E, 2I, D]`` and ``[E, D, I]``; on disk each has its own tensors.
+them; those between router and shared expert are an exchange's (``exchange.py``). Experts are fused in memory,
+``[E, 2I, D]`` and ``[E, D, I]``; on disk each has its own tensors.
 Dims: T tokens, D model width, E experts, K experts per token, I expert width, M = T * K rows.
 Source: DeepSeek-V3 (arXiv:2412.19437), eq. 12-20.
 """
@@ -12,9 +13,8 @@ from torch import Tensor, nn
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.collectives import same_over, sum_over
 from deepfuse.blocks.config import Config
+from deepfuse.blocks.exchange import Local
 from deepfuse.blocks.mlp import MLP
-from deepfuse.ops.expert_permute import expert_permute
-from deepfuse.ops.expert_unpermute import expert_unpermute
 from deepfuse.ops.grouped_matmul import grouped_matmul
 from deepfuse.ops.linear import linear
 from deepfuse.ops.route import route
@@ -85,6 +85,8 @@ class MoE(nn.Module):
         assert config.n_routed_experts is not None
         self.num_experts = config.n_routed_experts
         self.gate = Router(config)
+        self.exchange: nn.Module = Local(self.num_experts)
+        """How tokens reach their experts; another where these lie on several processes."""
         self.experts = Experts(self.num_experts, config.hidden_size, config.moe_intermediate_size)
         shared = (config.n_shared_experts or 0) * config.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
@@ -93,10 +95,8 @@ class MoE(nn.Module):
         """``[T, D] -> [T, D]``."""
         weights, experts = self.gate(x)
         x, weights = same_over(x, self.tensor), same_over(weights, self.tensor)
-        rows, order, inverse, offsets = expert_permute(x, experts, self.num_experts)
+        out, load = self.exchange(x, weights, experts, self.experts)
         if self.training:
-            counts = offsets.diff(prepend=offsets.new_zeros(1))
-            self.gate.tokens_per_expert.add_(counts)
-        out = expert_unpermute(self.experts(rows, offsets), order, inverse, weights)
+            self.gate.tokens_per_expert.add_(load)
         # one sum over processes for all experts, the shared ones as well
         return sum_over(out if self.shared_experts is None else out + self.shared_experts(x), self.tensor)

@@ -5,6 +5,7 @@ must not pay for them.
 """
 
 import contextlib
+import datetime
 import os
 import threading
 import types
@@ -390,6 +391,18 @@ def process_group(name: str) -> Any:
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def set_group_timeout(group: Any, timeout: datetime.timedelta) -> None:
+    """How long collectives of a process group wait from now on: public from torch 2.15 on."""
+    distributed = torch.distributed
+    public = getattr(distributed, "set_timeout", None)
+    (public or distributed.distributed_c10d._set_pg_timeout)(timeout, group)
+
+
+def default_store() -> Any:
+    """The store over which the processes of torch.distributed met."""
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def cuda_memory_snapshot(call: Callable[[], object]) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def tokens_axis(mesh: DeviceMesh, axes: Axes, timeout_s: float) -> Axis | None:
         together = ranks[:, i].flatten().tolist()
         group = dist.new_group(together, timeout=timedelta(seconds=timeout_s))
         if axes.rank in together:
+            assert isinstance(group, dist.ProcessGroup)
             mine = Axis("data x expert", group.group_name, len(together), together.index(axes.rank))
     return mine
 

@@ -11,7 +11,7 @@ Source: README_WEIGHTS of DeepSeek-V3, section "FP8 Weight Documentation".
 
 import functools
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ __all__ = [
     "CheckpointError",
     "load_weights",
     "present_mtp_layers",
+    "rebuild_buffers",
     "save_checkpoint",
     "stored_dtype",
     "stored_in_fp8",
@@ -128,7 +129,7 @@ def load_weights(
             f"{path}: want finite weights, got {text}; load_weights(allow_nan=True) takes them as they are"
         )
     model.load_state_dict(state, assign=True)
-    _rebuild_buffers(model, torch.device(device))
+    rebuild_buffers(model, torch.device(device))
 
 
 def checked_plan(model: CausalLM, folder: Path, stored: Mapping[str, Stored]) -> Plan:
@@ -183,10 +184,23 @@ def stored_in_fp8(folder: str | os.PathLike[str], config: Config) -> tuple[set[s
     return whole, some - whole
 
 
-def weights_bytes(config: Config, dtype: torch.dtype, *, in_fp8: Collection[str] = ()) -> int:
-    """Bytes of the model's weights in memory, counted on the meta device; ``in_fp8``: names of FP8 modules."""
+def weights_bytes(
+    config: Config,
+    dtype: torch.dtype,
+    *,
+    in_fp8: Collection[str] = (),
+    cut: Callable[[CausalLM], None] | None = None,
+) -> int:
+    """Bytes of the model's weights in memory, counted on the meta device.
+
+    Args:
+        in_fp8: names of FP8 modules.
+        cut: leaves a model the part of one process.
+    """
     with torch.device("meta"):
         model = CausalLM(config)
+        if cut is not None:
+            cut(model)
         to_fp8(model, wanted=in_fp8.__contains__)
     return sum(v.numel() * _dtype_of(k, v, dtype).itemsize for k, v in model.state_dict().items())
 
@@ -297,7 +311,7 @@ def _finite(x: Tensor) -> bool:
     return x.numel() == 0 or all(bool(end.isfinite()) for end in x.aminmax())
 
 
-def _rebuild_buffers(model: CausalLM, device: torch.device) -> None:
+def rebuild_buffers(model: CausalLM, device: torch.device) -> None:
     """Buffers that are computed, and not in a checkpoint."""
     for module in model.modules():
         if isinstance(module, Rotary):

@@ -69,7 +69,7 @@ class Engine:
         max_batch_size: int,
         folder: BuildFolder | None,
         lockstep: Lockstep | None = None,
-        meet: Callable[[], None] | None = None,
+        meet: Callable[[], object] | None = None,
     ):
         """Capture all graphs.
 
@@ -90,7 +90,7 @@ class Engine:
         self.graphs_from_cache = 0
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad(), sizes_from_data():
-            examples = {"prefill": (prefill, self._example_prefill())}
+            examples: dict[str, tuple[Graph, tuple[Tensor, ...]]] = {"prefill": (prefill, self._example_prefill())}
             examples |= {f"decode_{b}": (decode, self._example_decode(b)) for b in self.buckets}
             made = {name: self._graph(name, fn, *inputs) for name, (fn, inputs) in examples.items()}
             if meet is not None:

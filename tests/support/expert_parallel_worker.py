@@ -1,0 +1,172 @@
+"""One of the processes of tests/blocks/test_expert_parallel.py: how far each case is from one process with all tokens.
+
+Every process computes what one process would, without a word to others, and compares its own part.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from deepfuse.blocks.axis import Axis
+from deepfuse.blocks.config import Config
+from deepfuse.blocks.dropless import Dropless
+from deepfuse.blocks.exchange import Local
+from deepfuse.blocks.expert_parallel import to_expert_parallel
+from deepfuse.blocks.model import CausalLM
+from deepfuse.blocks.moe import Experts
+
+D, I = 32, 24
+TINY = Config(
+    vocab_size=64,
+    hidden_size=D,
+    intermediate_size=40,
+    moe_intermediate_size=I,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_group=4,
+    topk_group=2,
+    first_k_dense_replace=1,
+    q_lora_rank=20,
+    kv_lora_rank=24,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+)
+
+
+class Worker:
+    """A process, its place among the others, and what it has to say."""
+
+    def __init__(self):
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.axis = Axis("expert", dist.group.WORLD.group_name, self.size, self.rank)
+        self.said = {}
+
+    def tokens(self, each):
+        """This process's tokens, where process i has ``each[i]``."""
+        return slice(sum(each[: self.rank]), sum(each[: self.rank + 1]))
+
+    def exchange(self, name, E, chosen, each, backend=None):
+        """A dropless exchange on its own; ``chosen [T, K]``."""
+        T = sum(each)
+        torch.manual_seed(0)
+        x, dy, weights = torch.randn(T, D), torch.randn(T, D), torch.rand(chosen.shape)
+        whole = Experts(E, D, I)
+        for parameter in whole.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        expected = self._gradients(Local(E), x, weights, chosen, whole, dy)
+
+        share, mine = self.axis.share(E, "experts"), self.tokens(each)
+        part = Experts(E // self.size, D, I)
+        for own, all_of in zip(part.parameters(), whole.parameters(), strict=True):
+            own.data = all_of.data[share].clone()
+        exchange = Dropless(E, self.axis)
+        run = torch.compile(exchange, fullgraph=True, backend=backend) if backend else exchange
+        actual = self._gradients(run, x[mine], weights[mine], chosen[mine], part, dy[mine])
+        for key in ("y", "x", "weights"):
+            expected[key] = expected[key][mine]
+        for key in ("gate_up_proj", "down_proj"):
+            expected[key] = expected[key][share]
+        # every expert's load is counted where its tokens are
+        expected["load"] = torch.bincount(chosen[mine].flatten(), minlength=E)
+        self.compare(name, actual, expected)
+
+    @staticmethod
+    def _gradients(exchange, x, weights, chosen, ffn, dy):
+        x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        y, load = exchange(x, weights, chosen, ffn)
+        y.backward(dy)
+        gradients = {name: p.grad for name, p in ffn.named_parameters()}
+        return {"y": y.detach(), "x": x.grad, "weights": weights.grad, "load": load, **gradients}
+
+    def model(self, name, each, backend=None):
+        """A whole model: its loss, its logits, every gradient and the load of every expert."""
+        config, T = TINY, sum(each)
+        whole = CausalLM(config)
+        whole.initialize()
+        part = CausalLM(config)
+        part.load_state_dict(whole.state_dict())
+        layers = to_expert_parallel(part, self.axis)
+        assert layers == ["model.layers.1.mlp"], layers
+        torch.manual_seed(1)
+        ids, targets = torch.randint(config.vocab_size, (2, T))
+        expected = self._step(whole, ids, targets, each)
+        mine = self.tokens(each)
+        actual = self._step(part, ids[mine], targets[mine], [each[self.rank]], backend)
+        share = self.axis.share(config.n_routed_experts, "experts")
+        expected["logits"] = expected["logits"][mine]
+        for key, value in list(actual.items()):
+            if ".experts." in key:
+                expected[key] = expected[key][share]
+            elif key != "logits":
+                dist.all_reduce(value)
+        self.compare(name, actual, expected)
+
+    @staticmethod
+    def _step(model, ids, targets, lengths, backend=None):
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        positions = torch.cat([torch.arange(n) for n in lengths])
+
+        def loss_of(model, ids, targets):
+            logits = model(ids, positions, ends.to(torch.int32))
+            return nn.functional.cross_entropy(logits, targets, reduction="sum"), logits
+
+        run = torch.compile(loss_of, fullgraph=True, backend=backend) if backend else loss_of
+        loss, logits = run(model.train(), ids, targets)
+        loss.backward()
+        found = {"loss": loss.detach(), "logits": logits.detach()}
+        found |= {name: p.grad for name, p in model.named_parameters()}
+        return found | {"load": model.model.layers[1].mlp.gate.tokens_per_expert}
+
+    def compare(self, name, actual, expected):
+        """Keep the largest difference of each tensor, as a share of the largest number in it."""
+        assert list(actual) == list(expected), (name, list(actual), list(expected))
+        found = {}
+        for key, value in actual.items():
+            wanted = expected[key]
+            assert value.shape == wanted.shape, (name, key, value.shape, wanted.shape)
+            scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+            difference = float((value - wanted).abs().max()) if wanted.numel() else 0.0
+            found[key] = difference / (scale or 1.0)
+        self.said[name] = found
+
+
+def uniform(T, K, E, seed=0):
+    """``[T, K]``: K different experts for each token."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(T, E, generator=generator).topk(K).indices
+
+
+def main(folder):
+    dist.init_process_group("gloo")
+    worker = Worker()
+    R = worker.size
+    torch._dynamo.config.capture_scalar_outputs = True
+    even, uneven = [6] * R, [3 + 4 * (i % 3) for i in range(R)]
+    for L in (1, 2, 4):
+        E = L * R
+        worker.exchange(f"{L} a process", E, uniform(6 * R, min(3, E), E), even)
+    E = 2 * R
+    worker.exchange("uneven", E, uniform(sum(uneven), 2, E), uneven)
+    worker.exchange("all to one", E, torch.full((sum(uneven), 1), 1), uneven)
+    worker.exchange("empty experts", E, uniform(sum(even), 2, 3), even)
+    silent = [0 if i == R - 1 else 5 for i in range(R)]
+    worker.exchange("a process without tokens", E, uniform(sum(silent), 2, E), silent)
+    worker.exchange("no tokens at all", E, uniform(0, 2, E), [0] * R)
+    worker.exchange("compiled by aot_eager", E, uniform(sum(uneven), 2, E), uneven, "aot_eager")
+    worker.model("model", uneven)
+    if R == 2:
+        worker.model("model compiled by aot_eager", uneven, "aot_eager")
+        worker.exchange("compiled by inductor", E, uniform(sum(uneven), 2, E), uneven, "inductor")
+    (folder / f"said{worker.rank}.json").write_text(json.dumps(worker.said))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
