@@ -27,8 +27,13 @@ class Axes:
     """Processes in all."""
 
     def __str__(self) -> str:
-        named = [f"{a.name} {a.size}" for a in (self.data, self.tensor, self.expert) if a is not None]
-        return f"{' x '.join(named) or 'one process'}, this is process {self.rank} of {self.size}"
+        named = [f"{name} {size}" for name, size in self.sizes.items()]
+        return f"{' x '.join(named) or 'one process'}, this is rank {self.rank} of {self.size}"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the axes there are."""
+        return {axis.name: axis.size for axis in (self.data, self.tensor, self.expert) if axis is not None}
 
     @property
     def token_processes(self) -> int:

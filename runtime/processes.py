@@ -13,6 +13,9 @@ from deepfuse.runtime.axes import Axes, axes_of, tokens_axis
 from deepfuse.runtime.lockstep import Lockstep
 from deepfuse.runtime.meeting import any_of
 
+PATIENCE_S = 3600.0
+"""Seconds for what takes longer on one process than on another: compiling, and files. One that dies is found sooner."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Processes:
@@ -22,6 +25,7 @@ class Processes:
     axes: Axes = field(default_factory=Axes)
     parallel: Parallel = field(default_factory=Parallel)
     timeout_s: float = 60.0
+    patience_s: float = PATIENCE_S
 
     @classmethod
     def of(cls, mesh: DeviceMesh | None, parallel: Parallel | None, timeout_s: float) -> "Processes":
@@ -49,7 +53,7 @@ class Processes:
 
     def any_of(self, said: bool = False) -> bool:
         """Wait for the others, however long they compile; whether one of them said so."""
-        return any_of(said, self.axes)
+        return any_of(said, self.axes, self.patience_s)
 
     def tokens_axis(self) -> Axis | None:
         """The processes that have tokens of their own; all must ask at the same time."""
