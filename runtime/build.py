@@ -116,6 +116,9 @@ def build(
     began = time.perf_counter()
     if not isinstance(training, Training | None):
         raise TypeError(f"build: want training as a Training, got {training!r:.80}")
+    for name, switch in (("compile", compile), ("verify", verify), ("strict", strict)):
+        if not isinstance(switch, bool) and not (name == "strict" and switch is None):
+            raise TypeError(f"build: want {name} as {'None, ' * (name == 'strict')}True or False, got {switch!r:.80}")
     pipeline, forced = pipeline_of(passes), _checked_providers(providers or {})
     how: dict[str, Any] = {
         "strict": strict_by_default() if strict is None else strict,
@@ -148,10 +151,11 @@ def build(
     else:
         # masters are float32: FP8 weights dequantized to bfloat16 would be rounded twice
         dtype = torch.float32 if training is not None and dtype == "auto" else dtype_of(dtype, folder)
-    if not isinstance(max_batch_size, int) or max_batch_size < 1:
+    # True is an int
+    if type(max_batch_size) is bool or not isinstance(max_batch_size, int) or max_batch_size < 1:
         raise ValueError(f"build: want max_batch_size as an integer >= 1, got {max_batch_size!r}")
     length = min(cfg.max_position_embeddings, MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
-    if not isinstance(length, int) or not 1 <= length <= cfg.max_position_embeddings:
+    if type(length) is bool or not isinstance(length, int) or not 1 <= length <= cfg.max_position_embeddings:
         raise ValueError(
             f"build: want max_seq_len as an integer in 1 .. max_position_embeddings = {cfg.max_position_embeddings}, "
             f"got {length!r}"

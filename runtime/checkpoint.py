@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepfuse.blocks.capacity import Capacity
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.fp8 import BLOCK, E4M3, put, to_fp8
 from deepfuse.blocks.model import CausalLM
@@ -319,5 +320,7 @@ def rebuild_buffers(model: CausalLM, device: torch.device) -> None:
             module.inv_freq = inverse_frequencies(c.qk_rope_head_dim, c.rope_theta, c.rope_scaling).to(device)
         elif isinstance(module, Router):
             module.tokens_per_expert = torch.zeros(module.tokens_per_expert.shape, dtype=torch.float32, device=device)
+        elif isinstance(module, Capacity):
+            module.dropped = torch.zeros_like(module.dropped, device=device)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not left, f"buffers that nothing rebuilds: {left}"

@@ -133,7 +133,7 @@ class Engine:
             graph = load_captured(self.folder.graph_path(name).read_bytes())
             if self._meet is None:  # else it runs with others, and only when all have theirs
                 graph(*args)
-        except Exception:  # noqa: BLE001 - unpickling damaged bytes may raise anything; the graph is made again
+        except Exception:  # noqa: BLE001 - unpickling damaged bytes may raise anything, as may the code that they hold
             return None
         return graph
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from deepfuse.blocks.axis import Axis
+from deepfuse.blocks.capacity import Capacity
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.dropless import Dropless
 from deepfuse.blocks.exchange import Local
@@ -52,21 +53,22 @@ class Worker:
         """This process's tokens, where process i has ``each[i]``."""
         return slice(sum(each[: self.rank]), sum(each[: self.rank + 1]))
 
-    def exchange(self, name, E, chosen, each, backend=None):
-        """A dropless exchange on its own; ``chosen [T, K]``."""
-        T = sum(each)
+    def exchange(self, name, exchange, chosen, each, backend=None, kept=None):
+        """An exchange on its own; ``chosen [T, K]``; ``kept(weights)`` are the choices that are not dropped."""
+        E, T = exchange.num_experts, sum(each)
         torch.manual_seed(0)
         x, dy, weights = torch.randn(T, D), torch.randn(T, D), torch.rand(chosen.shape)
         whole = Experts(E, D, I)
         for parameter in whole.parameters():
             nn.init.normal_(parameter, std=0.3)
-        expected = self._gradients(Local(E), x, weights, chosen, whole, dy)
+        keep = torch.ones_like(weights) if kept is None else kept(weights)
+        expected = self._gradients(Local(E), x, weights * keep, chosen, whole, dy)
+        expected["weights"] *= keep
 
         share, mine = self.axis.share(E, "experts"), self.tokens(each)
         part = Experts(E // self.size, D, I)
         for own, all_of in zip(part.parameters(), whole.parameters(), strict=True):
             own.data = all_of.data[share].clone()
-        exchange = Dropless(E, self.axis)
         run = torch.compile(exchange, fullgraph=True, backend=backend) if backend else exchange
         actual = self._gradients(run, x[mine], weights[mine], chosen[mine], part, dy[mine])
         for key in ("y", "x", "weights"):
@@ -84,6 +86,32 @@ class Worker:
         y.backward(dy)
         gradients = {name: p.grad for name, p in ffn.named_parameters()}
         return {"y": y.detach(), "x": x.grad, "weights": weights.grad, "load": load, **gradients}
+
+    def capacity(self, name, drop, factor, each, backend=None):
+        """Of four experts a process."""
+        E, T, K = 4 * self.size, sum(each), 2
+        chosen = uniform(T, K, E)
+        # more than the mean for one of them
+        chosen[::2, 0], chosen[::2, 1] = 1, chosen[::2, 1].clamp(min=2)
+        exchange = Capacity(E, self.axis, capacity_factor=factor, drop=drop)
+        capacity = exchange.capacity(each[0], K)
+        lost = []
+
+        def kept(weights):
+            keep = torch.zeros_like(weights)
+            for r in range(self.size):
+                begin = sum(each[:r])
+                for e in range(E):
+                    pairs = [(begin + t, k) for t, k in (chosen[begin : begin + each[r]] == e).nonzero().tolist()]
+                    if drop == "affinity":
+                        pairs.sort(key=lambda pair: -float(weights[pair]))
+                    for pair in pairs[:capacity]:
+                        keep[pair] = 1.0
+            lost.append(int((keep[self.tokens(each)] == 0).sum()))
+            return keep
+
+        self.exchange(name, exchange, chosen, each, backend, kept)
+        self.said[name + ", counts"] = [exchange.dropped.tolist(), [lost[0], chosen[self.tokens(each)].numel()]]
 
     def model(self, name, each, backend=None):
         """A whole model: its loss, its logits, every gradient and the load of every expert."""
@@ -146,24 +174,31 @@ def uniform(T, K, E, seed=0):
 def main(folder):
     dist.init_process_group("gloo")
     worker = Worker()
-    R = worker.size
+    R, axis = worker.size, worker.axis
     torch._dynamo.config.capture_scalar_outputs = True
     even, uneven = [6] * R, [3 + 4 * (i % 3) for i in range(R)]
     for L in (1, 2, 4):
-        E = L * R
-        worker.exchange(f"{L} a process", E, uniform(6 * R, min(3, E), E), even)
-    E = 2 * R
-    worker.exchange("uneven", E, uniform(sum(uneven), 2, E), uneven)
-    worker.exchange("all to one", E, torch.full((sum(uneven), 1), 1), uneven)
-    worker.exchange("empty experts", E, uniform(sum(even), 2, 3), even)
+        worker.exchange(f"{L} a process", Dropless(L * R, axis), uniform(6 * R, min(3, L * R), L * R), even)
+    E, dropless = 2 * R, Dropless(2 * R, axis)
+    of_uneven = uniform(sum(uneven), 2, E)
+    worker.exchange("uneven", dropless, of_uneven, uneven)
+    worker.exchange("all to one", dropless, torch.full((sum(uneven), 1), 1), uneven)
+    worker.exchange("empty experts", dropless, uniform(sum(even), 2, 3), even)
     silent = [0 if i == R - 1 else 5 for i in range(R)]
-    worker.exchange("a process without tokens", E, uniform(sum(silent), 2, E), silent)
-    worker.exchange("no tokens at all", E, uniform(0, 2, E), [0] * R)
-    worker.exchange("compiled by aot_eager", E, uniform(sum(uneven), 2, E), uneven, "aot_eager")
+    worker.exchange("a process without tokens", dropless, uniform(sum(silent), 2, E), silent)
+    worker.exchange("no tokens at all", dropless, uniform(0, 2, E), [0] * R)
+    worker.exchange("compiled by aot_eager", dropless, of_uneven, uneven, "aot_eager")
+
+    worker.capacity("dropped by affinity", "affinity", 1.0, even)
+    worker.capacity("dropped by position", "position", 1.0, even)
+    worker.capacity("half dropped", "affinity", 0.3, even)
+    worker.capacity("nothing dropped", "affinity", 100.0, even)
+    worker.capacity("capacity compiled by aot_eager", "affinity", 1.0, even, "aot_eager")
+
     worker.model("model", uneven)
     if R == 2:
         worker.model("model compiled by aot_eager", uneven, "aot_eager")
-        worker.exchange("compiled by inductor", E, uniform(sum(uneven), 2, E), uneven, "inductor")
+        worker.exchange("compiled by inductor", dropless, of_uneven, uneven, "inductor")
     (folder / f"said{worker.rank}.json").write_text(json.dumps(worker.said))
     dist.destroy_process_group()
 
