@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.collectives import all_to_all
 from deepfuse.blocks.dropless import count
-from deepfuse.blocks.slots import from_slots, sources, to_slots
+from deepfuse.blocks.message import Dispatch, Message
+from deepfuse.blocks.slots import from_slots, sources
 
 Drop = Literal["affinity", "position"]
 
@@ -32,7 +33,15 @@ class Capacity(nn.Module):
 
     dropped: Tensor
 
-    def __init__(self, num_experts: int, axis: Axis, *, capacity_factor: float, drop: Drop = "affinity"):
+    def __init__(
+        self,
+        num_experts: int,
+        axis: Axis,
+        *,
+        capacity_factor: float,
+        drop: Drop = "affinity",
+        dispatch: Dispatch = "auto",
+    ):
         super().__init__()
         axis.share(num_experts, "n_routed_experts")
         if not 0 < capacity_factor < math.inf:
@@ -42,7 +51,7 @@ class Capacity(nn.Module):
             )
         if drop not in get_args(Drop):
             raise ValueError(f"capacity: want drop out of {list(get_args(Drop))}, got {drop!r}")
-        self.num_experts, self.axis, self.drop = num_experts, axis, drop
+        self.num_experts, self.axis, self.drop, self.dispatch = num_experts, axis, drop, dispatch
         # of integers alone, which may be symbols
         self.factor = Fraction(str(capacity_factor))
         # choices dropped, and all choices, since somebody last looked
@@ -61,10 +70,11 @@ class Capacity(nn.Module):
         slot = self._slots(weights, experts, load, C)
         self.dropped.add_(torch.stack(((slot < 0).sum(), load.sum())))
         source = sources(slot, E * C)
-        rows = all_to_all(to_slots(x, source, slot), [L * C] * R, [L * C] * R, self.axis)
+        rows = Message.of(x, self.dispatch, ffn).in_slots(source, slot).sent([L * C] * R, [L * C] * R, self.axis)
         ends = torch.arange(1, L + 1, dtype=torch.int32, device=x.device) * (R * C)
         # by expert and then by process, and back
-        y = ffn(_swapped(rows, R, L), ends)
+        rows_here, quantized = rows.reordered(lambda part: _swapped(part, R, L)).opened()
+        y = ffn(rows_here, ends, quantized)
         y = all_to_all(_swapped(y, L, R), [L * C] * R, [L * C] * R, self.axis)
         return from_slots(y, source, slot, weights), load
 

@@ -13,6 +13,7 @@ from deepfuse.blocks.capacity import Capacity, Drop
 from deepfuse.blocks.cut import Cut, taken
 from deepfuse.blocks.dropless import Dropless
 from deepfuse.blocks.fp8 import FP8Experts
+from deepfuse.blocks.message import Dispatch
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import MoE
 
@@ -27,6 +28,7 @@ def to_expert_parallel(
     *,
     capacity_factor: float = 1.25,
     drop: Drop = "affinity",
+    dispatch: Dispatch = "auto",
 ) -> list[str]:
     """Keep this process's share of each layer's experts, and send tokens to where theirs are.
 
@@ -36,6 +38,7 @@ def to_expert_parallel(
         mode: ``dropless``, or ``capacity``: what experts take is bounded, and the rest dropped (``capacity.py``).
         capacity_factor, drop: in mode ``capacity``, the bound as a multiple of the mean load, and what is dropped:
             choices of the lowest weight (``affinity``), or of the last tokens (``position``).
+        dispatch: ``fp8``: rows travel to experts as FP8; ``auto``: where the experts would quantize them anyway.
 
     Returns:
         The names of the mixtures of experts.
@@ -49,6 +52,8 @@ def to_expert_parallel(
         raise ValueError("expert parallelism: want a model with routed experts, got none; leave out the axis 'expert'")
     if mode not in get_args(Mode):
         raise ValueError(f"expert parallelism: want mode out of {list(get_args(Mode))}, got {mode!r}")
+    if dispatch not in get_args(Dispatch):
+        raise ValueError(f"expert parallelism: want dispatch out of {list(get_args(Dispatch))}, got {dispatch!r}")
     if any(isinstance(layer.experts, FP8Experts) for _, layer in layers):
         raise ValueError(
             "expert parallelism: want a model to be cut before its weights are FP8, got one with FP8 weights"
@@ -56,9 +61,11 @@ def to_expert_parallel(
     cut = Cut(axis, 0)
     for name, layer in layers:
         if mode == "capacity":
-            layer.exchange = Capacity(layer.num_experts, axis, capacity_factor=capacity_factor, drop=drop)
+            layer.exchange = Capacity(
+                layer.num_experts, axis, capacity_factor=capacity_factor, drop=drop, dispatch=dispatch
+            )
         else:
-            layer.exchange = Dropless(layer.num_experts, axis)
+            layer.exchange = Dropless(layer.num_experts, axis, dispatch=dispatch)
         for part, whole in list(layer.experts.named_parameters()):
             kept = taken(whole, [cut]).clone()
             setattr(layer.experts, part, nn.Parameter(kept, requires_grad=whole.requires_grad))

@@ -68,21 +68,29 @@ class FP8Experts(nn.Module):
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, *, activations: bool = True):
         super().__init__()
         self.intermediate_size, self.activations = intermediate_size, activations
+        self.reads_fp8 = activations
         padded = -(-intermediate_size // BLOCK) * BLOCK
         self.gate_up_proj, self.gate_up_proj_scale_inv = _storage(num_experts, 2 * padded, hidden_size)
         self.down_proj, self.down_proj_scale_inv = _storage(num_experts, hidden_size, intermediate_size)
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """``rows [M, D]``, ``offsets [E]`` int32 -> ``[M, D]``."""
+    def forward(self, rows: Tensor, offsets: Tensor, quantized: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """As of ``Experts``."""
         _refuse_gradient(rows)
-        gate_up = self._product(rows, self.gate_up_proj, self.gate_up_proj_scale_inv, offsets)
+        gate_up = self._product(rows, self.gate_up_proj, self.gate_up_proj_scale_inv, offsets, quantized)
         gate, up = gate_up.unflatten(-1, (2, -1))[..., : self.intermediate_size].unbind(-2)
         return self._product(swiglu(gate, up), self.down_proj, self.down_proj_scale_inv, offsets)
 
-    def _product(self, rows: Tensor, weight: Tensor, scale: Tensor, offsets: Tensor) -> Tensor:
+    def _product(
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        offsets: Tensor,
+        quantized: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         compute = torch.promote_types(rows.dtype, torch.float32) if self.activations else rows.dtype
         weight = dequantize(weight, scale, BLOCK, BLOCK, compute)
-        x = _rounded(rows, compute) if self.activations else rows
+        x = _rounded(rows, compute, quantized) if self.activations else rows
         return grouped_matmul(x, weight, offsets).to(rows.dtype)
 
 
@@ -158,8 +166,8 @@ def put(values: Tensor, scale: Tensor, weight: Tensor) -> None:
         scale[..., i : i + 1, :].copy_(new_scale)
 
 
-def _rounded(x: Tensor, compute: torch.dtype) -> Tensor:
-    values, scale = quantize(x, E4M3, 1, BLOCK, False)
+def _rounded(x: Tensor, compute: torch.dtype, quantized: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    values, scale = quantize(x, E4M3, 1, BLOCK, False) if quantized is None else quantized
     return dequantize(values, scale, 1, BLOCK, compute)
 
 

@@ -58,13 +58,19 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The routed experts' weights, and their matmuls over rows sorted by expert."""
 
+    reads_fp8 = False
+    """Whether they read the FP8 numbers of rows that come with these, and lose nothing where only these come."""
+
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """``rows [M, D]``, ``offsets [E]`` int32 -> ``[M, D]``."""
+    def forward(self, rows: Tensor, offsets: Tensor, quantized: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """``rows [M, D]``, ``offsets [E]`` int32 -> ``[M, D]``.
+
+        ``quantized``: values and scales of the rows, in blocks of 1x128, where they have been FP8 already.
+        """
         gate, up = grouped_matmul(rows, self.gate_up_proj, offsets).chunk(2, dim=-1)
         return grouped_matmul(swiglu(gate, up), self.down_proj, offsets)
 

@@ -17,8 +17,11 @@ from deepfuse.blocks.config import Config
 from deepfuse.blocks.dropless import Dropless
 from deepfuse.blocks.exchange import Local
 from deepfuse.blocks.expert_parallel import to_expert_parallel
+from deepfuse.blocks.fp8 import FP8Experts, to_fp8
+from deepfuse.blocks.fp8_training import TrainedFP8Experts
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import Experts
+from deepfuse.ops.dequantize import straight_through
 
 D, I = 32, 24
 TINY = Config(
@@ -53,37 +56,53 @@ class Worker:
         """This process's tokens, where process i has ``each[i]``."""
         return slice(sum(each[: self.rank]), sum(each[: self.rank + 1]))
 
-    def exchange(self, name, exchange, chosen, each, backend=None, kept=None):
-        """An exchange on its own; ``chosen [T, K]``; ``kept(weights)`` are the choices that are not dropped."""
+    def exchange(self, name, exchange, chosen, each, backend=None, kept=None, kind="plain", width=D):
+        """An exchange on its own.
+
+        Args:
+            chosen: ``[T, K]``.
+            kept: of the weights, which choices are not dropped.
+            kind: of experts.
+        """
         E, T = exchange.num_experts, sum(each)
         torch.manual_seed(0)
-        x, dy, weights = torch.randn(T, D), torch.randn(T, D), torch.rand(chosen.shape)
-        whole = Experts(E, D, I)
+        x, dy, weights = torch.randn(T, width), torch.randn(T, width), torch.rand(chosen.shape)
+        whole = Experts(E, width, I)
         for parameter in whole.parameters():
             nn.init.normal_(parameter, std=0.3)
         keep = torch.ones_like(weights) if kept is None else kept(weights)
-        expected = self._gradients(Local(E), x, weights * keep, chosen, whole, dy)
-        expected["weights"] *= keep
-
         share, mine = self.axis.share(E, "experts"), self.tokens(each)
-        part = Experts(E // self.size, D, I)
+        part = Experts(E // self.size, width, I)
         for own, all_of in zip(part.parameters(), whole.parameters(), strict=True):
             own.data = all_of.data[share].clone()
+        whole, part = of_kind(kind, whole), of_kind(kind, part)
+        local = Local(E)
+        if kind == "plain" and exchange.dispatch == "fp8":
+            local = Rounded(local)
+        expected = self._gradients(local, x, weights * keep, chosen, whole, dy)
+        if kept is not None:
+            expected["weights"] *= keep
         run = torch.compile(exchange, fullgraph=True, backend=backend) if backend else exchange
         actual = self._gradients(run, x[mine], weights[mine], chosen[mine], part, dy[mine])
         for key in ("y", "x", "weights"):
-            expected[key] = expected[key][mine]
-        for key in ("gate_up_proj", "down_proj"):
+            expected[key] = None if expected[key] is None else expected[key][mine]
+        for key in ("gate_up_proj", "down_proj") if kind == "plain" else ():
             expected[key] = expected[key][share]
+        if kind != "plain":
+            # in FP8 for inference they have no gradient, and blocks of 128 rows begin elsewhere in the trained kind's
+            for key in [key for key in expected if "proj" in key or expected[key] is None]:
+                del expected[key], actual[key]
         # every expert's load is counted where its tokens are
         expected["load"] = torch.bincount(chosen[mine].flatten(), minlength=E)
         self.compare(name, actual, expected)
 
     @staticmethod
     def _gradients(exchange, x, weights, chosen, ffn, dy):
-        x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
-        y, load = exchange(x, weights, chosen, ffn)
-        y.backward(dy)
+        with torch.set_grad_enabled(not isinstance(ffn, FP8Experts)):
+            x, weights = (t.clone().requires_grad_(torch.is_grad_enabled()) for t in (x, weights))
+            y, load = exchange(x, weights, chosen, ffn)
+        if y.requires_grad:
+            y.backward(dy)
         gradients = {name: p.grad for name, p in ffn.named_parameters()}
         return {"y": y.detach(), "x": x.grad, "weights": weights.grad, "load": load, **gradients}
 
@@ -165,6 +184,26 @@ class Worker:
         self.said[name] = found
 
 
+class Rounded(nn.Module):
+    """An exchange of tokens rounded to FP8, with the gradient of the identity."""
+
+    def __init__(self, exchange):
+        super().__init__()
+        self.exchange = exchange
+
+    def forward(self, x, weights, chosen, ffn):
+        return self.exchange(straight_through(x, torch.float8_e4m3fn, 1, 128, False), weights, chosen, ffn)
+
+
+def of_kind(kind, experts):
+    if kind.startswith("trained"):
+        experts.__class__, experts.saved = TrainedFP8Experts, kind.split()[1]
+    holder = nn.ModuleDict({"experts": experts})
+    if kind.startswith("fp8"):
+        to_fp8(holder, wanted=lambda name: True, activations=kind != "fp8 weights")
+    return holder["experts"]
+
+
 def uniform(T, K, E, seed=0):
     """``[T, K]``: K different experts for each token."""
     generator = torch.Generator().manual_seed(seed)
@@ -194,6 +233,15 @@ def main(folder):
     worker.capacity("half dropped", "affinity", 0.3, even)
     worker.capacity("nothing dropped", "affinity", 100.0, even)
     worker.capacity("capacity compiled by aot_eager", "affinity", 1.0, even, "aot_eager")
+
+    # one block of 128 columns and a part of one; not a multiple of 16
+    fp8 = Dropless(E, axis, dispatch="fp8")
+    for kind in ("fp8", "fp8 weights", "trained fp8", "trained high"):
+        worker.exchange(f"experts {kind}", dropless, of_uneven, uneven, kind=kind, width=200)
+    worker.exchange("dispatch in fp8", fp8, of_uneven, uneven, width=200)
+    worker.exchange("dispatch in fp8 compiled by aot_eager", fp8, of_uneven, uneven, "aot_eager", width=200)
+    bounded = Capacity(E, axis, capacity_factor=2 * R, dispatch="fp8")
+    worker.exchange("dispatch in fp8 with a capacity", bounded, uniform(sum(even), 2, E), even, width=200)
 
     worker.model("model", uneven)
     if R == 2:
