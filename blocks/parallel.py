@@ -1,30 +1,35 @@
 """A model cut down to what one process of a mesh has of it, and the settings of that."""
 
+import math
 from dataclasses import dataclass
-
-import torch
+from typing import get_args
 
 from deepfuse.blocks.axis import Axis
-from deepfuse.blocks.cut import Cut
-from deepfuse.blocks.expert_parallel import to_expert_parallel
+from deepfuse.blocks.capacity import Drop
+from deepfuse.blocks.expert_parallel import Mode, to_expert_parallel
 from deepfuse.blocks.model import CausalLM
-from deepfuse.blocks.moe import MoE
 from deepfuse.blocks.tensor_parallel import to_tensor_parallel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
-    """How a model is built over several processes."""
+    """How tokens reach the experts of other processes."""
 
-    mode: str = "dropless"
-    """How tokens reach experts of other processes: ``dropless``, all of them."""
+    mode: Mode = "dropless"
+    """``dropless``: all of them; ``capacity``: of each process, an expert takes a bounded number, and drops the rest."""
+    capacity_factor: float = 1.25
+    """That bound, as a multiple of the mean load of an expert."""
+    drop: Drop = "affinity"
+    """What goes beyond it: the choices of the lowest weight, or by ``position`` those of the last tokens."""
 
     def __post_init__(self) -> None:
-        if self.mode != "dropless":
-            raise ValueError(f"parallel: want mode 'dropless', got {self.mode!r}")
+        for name, kinds in (("mode", get_args(Mode)), ("drop", get_args(Drop))):
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"parallel: want {name} out of {list(kinds)}, got {getattr(self, name)!r}")
+        if not 0 < self.capacity_factor < math.inf:
+            raise ValueError(f"parallel: want a finite capacity_factor > 0, got {self.capacity_factor}")
 
 
-@torch.no_grad()
 def to_parallel(model: CausalLM, parallel: Parallel, *, tensor: Axis | None, expert: Axis | None) -> None:
     """Cut a model down to one process's part, in place; names of parameters stay.
 
@@ -37,10 +42,7 @@ def to_parallel(model: CausalLM, parallel: Parallel, *, tensor: Axis | None, exp
         ValueError: the model cannot be dealt out evenly over them.
     """
     if expert is not None:
-        to_expert_parallel(model, expert)
-        for name, module in model.named_modules():
-            if isinstance(module, MoE):
-                for weight in ("gate_up_proj", "down_proj"):
-                    model.cuts[f"{name}.experts.{weight}"] = (Cut(expert, 0),)
+        settings = {"capacity_factor": parallel.capacity_factor, "drop": parallel.drop}
+        to_expert_parallel(model, expert, parallel.mode, **settings)  # type: ignore[arg-type]
     if tensor is not None:
         to_tensor_parallel(model, tensor)
