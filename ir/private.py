@@ -226,6 +226,15 @@ def mark_unbacked(tensor: Tensor, dim: int) -> None:
     torch._dynamo.decorators.mark_unbacked(tensor, dim)
 
 
+@contextlib.contextmanager
+def sizes_from_data() -> Iterator[None]:
+    """Inside, what a graph reads out of tensors (``tolist``) is a symbol of it when it is captured, and no break."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        yield
+
+
 def with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with a code object of its own.
 
