@@ -1,54 +1,56 @@
 """Which overlap hides the exchange of a layer of experts, and what a stack of such layers then takes.
 
 A layer is attention (with norms and routing), dispatch, routed experts, combine; the shared expert waits for none of these
-but attention. A rank does one thing at a time, and one exchange at a time beside it.
+but attention.
 
 - none: all in turn.
 - shared expert: it runs while dispatch and combine travel.
 - chunked xN: the layer's tokens in N parts; one part's exchange runs beside another's experts, and the shared expert.
 - two-batch: the batch in halves through all layers; one half's exchange runs beside whatever the other has to compute.
 
-Parts of a batch take what they take: weights are read for each of them, and each message has its latency.
+The order of each is that of the pass ``overlap_all_to_all``. Parts of a batch take what they take: weights are read for each
+of them, and each message has its latency.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from deepfuse.passes.overlap_all_to_all import REACHES
+from deepfuse.passes.overlap_schedule import Task, by_depth, play, schedule, starts_of
+
 CHUNKS = (2, 4)
 NONE, SHARED, TWO_BATCH = "none", "shared expert", "two-batch"
+SCHEDULED = 4
+"""Layers that are put in order; behind the first of them each takes what the one before took."""
+
+Ops = tuple[float, ...]
+"""Seconds of ops, each of which waits for the one before."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSeconds:
     """Of a layer of experts, or of a part of its tokens."""
 
-    attention: float
-    shared: float
+    attention: Ops
+    shared: Ops
     dispatch: float
-    routed: float
+    routed: Ops
     combine: float
 
     @property
     def compute(self) -> float:
-        return self.attention + self.shared + self.routed
-
-    def slowed(self, factor: float) -> "LayerSeconds":
-        """With computation that takes so many times as long."""
-        return replace(
-            self, attention=factor * self.attention, shared=factor * self.shared, routed=factor * self.routed
-        )
+        return sum(self.attention) + sum(self.shared) + sum(self.routed)
 
     @property
     def exchange(self) -> float:
         return self.dispatch + self.combine
 
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    on_link: bool
-    seconds: float
-    after: tuple[int, ...]
-    """Places in the list of tasks."""
+    def slowed(self, factor: float) -> "LayerSeconds":
+        """With computation that takes so many times as long."""
+        attention, shared, routed = (
+            tuple(factor * seconds for seconds in ops) for ops in (self.attention, self.shared, self.routed)
+        )
+        return replace(self, attention=attention, shared=shared, routed=routed)
 
 
 def plans(
@@ -65,14 +67,14 @@ def plans(
     found = {NONE: layers * (whole.compute + whole.exchange)}
     if not whole.exchange:
         return found
-    beside = whole.slowed(1 / (1 - busy))
-    found[SHARED] = layers * (whole.attention + whole.routed + max(whole.exchange, beside.shared))
+    slower = 1 / (1 - busy)
+    # what a layer begins with has nothing beside it, and neither have experts that are not chunked
+    beside = replace(whole, shared=whole.slowed(slower).shared)
+    found[SHARED] = layers * _fastest(_Tasks().layer(beside, [beside]))
     if can_split:
-        parts = {n: at(1 / n).slowed(1 / (1 - busy)) for n in CHUNKS}
-        found |= {
-            f"chunked x{n}": layers * _makespan(_chunked(whole.attention, beside.shared, parts[n], n)) for n in CHUNKS
-        }
-        found[TWO_BATCH] = _makespan(_two_batch(parts[2], layers))
+        parts = {n: at(1 / n).slowed(slower) for n in CHUNKS}
+        found |= {f"chunked x{n}": layers * _fastest(_Tasks().layer(beside, [parts[n]] * n)) for n in CHUNKS}
+        found[TWO_BATCH] = _stack(parts[2], layers)
     return found
 
 
@@ -81,45 +83,53 @@ def best(seconds: Mapping[str, float]) -> str:
     return min(seconds, key=seconds.__getitem__)
 
 
-def _chunked(attention: float, shared: float, part: LayerSeconds, chunks: int) -> list[_Task]:
-    tasks = [_Task(False, attention, ())]
-    tasks += [_Task(True, part.dispatch, (0,)) for _ in range(chunks)]
-    tasks.append(_Task(False, shared, (0,)))
-    for i in range(chunks):
-        tasks.append(_Task(False, part.routed, (1 + i,)))
-        tasks.append(_Task(True, part.combine, (len(tasks) - 1,)))
-    return tasks
+def _stack(half: LayerSeconds, layers: int) -> float:
+    """Of two halves of a batch."""
+
+    def seconds(depth: int) -> float:
+        tasks = _Tasks()
+        ends: list[tuple[int, ...]] = [(), ()]
+        for _ in range(depth):
+            for h in range(2):
+                tasks.layer(half, [half], ends[h])
+                ends[h] = tasks.ends
+        return _fastest(tasks)
+
+    few, more = min(layers, SCHEDULED // 2), min(layers, SCHEDULED)
+    first, last = seconds(few), seconds(more)
+    return last if more == layers else last + (layers - more) * (last - first) / (more - few)
 
 
-def _two_batch(half: LayerSeconds, layers: int) -> list[_Task]:
-    tasks: list[_Task] = []
-    ready: list[tuple[int, ...]] = [(), ()]
-    for _ in range(layers):
-        for h in range(2):
-            at = len(tasks)
-            tasks += [
-                _Task(False, half.attention, ready[h]),
-                _Task(True, half.dispatch, (at,)),
-                _Task(False, half.shared, (at,)),
-                _Task(False, half.routed, (at + 1,)),
-                _Task(True, half.combine, (at + 3,)),
-            ]
-            ready[h] = (at + 2, at + 4)
-    return tasks
+class _Tasks(list[Task]):
+    """Tasks of layers, in an order in which they could run."""
+
+    ends: tuple[int, ...] = ()
+    """What the next layer waits for."""
+
+    def layer(self, whole: LayerSeconds, parts: Sequence[LayerSeconds], after: tuple[int, ...] = ()) -> "_Tasks":
+        """A layer whose attention and shared expert are those of ``whole``, and whose experts come in parts."""
+        routed = self._chain(whole.attention, after)
+        ends: list[int] = []
+        for part in parts:
+            there = self._chain(part.routed, self._message(part.dispatch, routed))
+            ends += self._message(part.combine, there)
+        self.ends = (*ends, *self._chain(whole.shared, routed))
+        return self
+
+    def _chain(self, ops: Ops, after: tuple[int, ...]) -> tuple[int, ...]:
+        for seconds in ops:
+            self.append(Task(seconds=seconds, after=after))
+            after = (len(self) - 1,)
+        return after
+
+    def _message(self, seconds: float, after: tuple[int, ...]) -> tuple[int, ...]:
+        self.append(Task(link_seconds=seconds, after=after))
+        start = len(self) - 1
+        self.append(Task(start=start, after=(start,)))
+        return (start + 1,)
 
 
-def _makespan(tasks: Sequence[_Task]) -> float:
-    """Of two workers, each of which takes what can start first; of those that could, what comes first in the list."""
-    ends: dict[int, float] = {}
-    free = {True: 0.0, False: 0.0}
-    waiting = list(range(len(tasks)))
-    while waiting:
-        starts = [
-            (max([free[tasks[i].on_link], *(ends[j] for j in tasks[i].after)]), i)
-            for i in waiting[:16]  # further ones wait for these
-            if all(j in ends for j in tasks[i].after)
-        ]
-        start, i = min(starts)
-        ends[i] = free[tasks[i].on_link] = start + tasks[i].seconds
-        waiting.remove(i)
-    return max(ends.values(), default=0.0)
+def _fastest(tasks: Sequence[Task]) -> float:
+    """Seconds of the best order that the pass tries."""
+    orders = (schedule(tasks, starts, reach) for starts in (starts_of(tasks), by_depth(tasks)) for reach in REACHES)
+    return min(play(tasks, order).seconds for order in orders)

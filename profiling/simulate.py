@@ -15,8 +15,8 @@ from deepfuse.blocks.config import Config
 from deepfuse.ops.quantize import scale_shape
 from deepfuse.profiling.cluster import Cluster, Exchange
 from deepfuse.profiling.fake_step import Workload
-from deepfuse.profiling.layer_work import PARTS, OpWork, Phase, RankWork, compute_dtype
-from deepfuse.profiling.overlap_choice import LayerSeconds, best, plans
+from deepfuse.profiling.layer_work import PARTS, Phase, RankWork, compute_dtype
+from deepfuse.profiling.overlap_choice import LayerSeconds, Ops, best, plans
 
 OPTIMIZER_BYTES = 16
 """A parameter in training: float32 weight, gradient and two moments of Adam; of what is not FP8, a working copy besides."""
@@ -131,6 +131,11 @@ class Simulation:
             check(self.config, self.cluster, setup)
         return [self.predict(setup) for setup in setups]
 
+    def layer(self, setup: Setup, fraction: float = 1.0) -> LayerSeconds:
+        """One layer of experts by its ops and messages, with a fraction of the tokens: what a measured layer is held against."""
+        check(self.config, self.cluster, setup)
+        return _Rank(self.config, self.cluster, setup, self._work(setup)).layer(fraction)
+
     def _work(self, setup: Setup) -> RankWork:
         key = setup.phase, setup.sequences, setup.length, setup.tensor, setup.fp8
         if key not in self._works:
@@ -205,17 +210,16 @@ class _Rank:
     def layers(self, kind: str) -> int:
         return sum(self.config.feed_forward(i) == kind for i in range(self.config.num_hidden_layers))
 
-    def part(self, kind: str, part: str, fraction: float = 1.0) -> float:
-        """Seconds of one layer with a fraction of the tokens."""
+    def part(self, kind: str, part: str, fraction: float = 1.0) -> Ops:
+        """Seconds of the ops of one layer with a fraction of the tokens."""
         sequences = fraction * self.setup.sequences
         ops = [] if (kind, part) == ("sparse", "routed") else self.work.ops((kind, part), sequences)
-        seconds = self._seconds(ops)
         if kind == "sparse" and part in ("routed", "permute"):
             rows = self.setup.imbalance * sequences * self.new_tokens * self.config.num_experts_per_tok
             # alone, what is permuted for the experts is permuted already
             if part == "routed" or self.setup.expert > 1:
-                seconds += self._seconds(self.work.routed_ops(part, rows, self.slots))
-        return seconds
+                ops += self.work.routed_ops(part, rows, self.slots)
+        return tuple(self.cluster.seconds(op.cost, op.dtype) for op in ops)
 
     def layer(self, fraction: float) -> LayerSeconds:
         """Of a layer of experts."""
@@ -248,7 +252,8 @@ class _Rank:
 
     def rest(self) -> float:
         """Seconds of computation outside of layers of experts."""
-        return self.part("", "head") + self.layers("dense") * sum(self.part("dense", name) for name in PARTS)
+        dense = sum(sum(self.part("dense", name)) for name in PARTS)
+        return sum(self.part("", "head")) + self.layers("dense") * dense
 
     def tensor_sums(self) -> float:
         """Of what attention and feed-forward blocks of all layers add; of their gradients as well."""
@@ -274,7 +279,7 @@ class _Rank:
     def parts(self) -> dict[str, float]:
         """Seconds of all layers by part, computation and communication."""
         kinds = {kind: self.layers(kind) for kind in ("dense", "sparse")} | {"": 1}
-        found = {name: sum(n * self.part(kind, name) for kind, n in kinds.items()) for name in PARTS}
+        found = {name: sum(n * sum(self.part(kind, name)) for kind, n in kinds.items()) for name in PARTS}
         dispatch, combine = (kinds["sparse"] * seconds for seconds in self.exchanges(1.0))
         found |= {"dispatch": dispatch, "combine": combine}
         found |= {"tensor sums": self.tensor_sums(), "gradient sums": self.gradient_sums()}
@@ -312,6 +317,3 @@ class _Rank:
         row = self.config.cache_width * compute_dtype(self.cluster.device).itemsize
         cache = tokens * row * self.config.num_hidden_layers
         return {"weights": self.weights(), "cache": float(cache), "activations": float(base.activation_bytes)}
-
-    def _seconds(self, ops: Sequence[OpWork]) -> float:
-        return sum(self.cluster.seconds(op.cost, op.dtype) for op in ops)

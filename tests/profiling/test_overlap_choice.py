@@ -1,20 +1,24 @@
 """Plans of a layer, held against schedules drawn by hand."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 
 from deepfuse.profiling.overlap_choice import LayerSeconds, best, plans
 
 
 def layer(attention: float, shared: float, dispatch: float, routed: float, combine: float) -> LayerSeconds:
-    return LayerSeconds(attention=attention, shared=shared, dispatch=dispatch, routed=routed, combine=combine)
+    """A shared expert of two ops, and others of one."""
+    return LayerSeconds((attention,), (shared / 2, shared / 2), dispatch, (routed,), combine)
 
 
-def evenly(whole: LayerSeconds, latency: float = 0.0):  # type: ignore[no-untyped-def]
+def evenly(whole: LayerSeconds, latency: float = 0.0) -> Callable[[float], LayerSeconds]:
     """Parts take their share, and each message its latency."""
 
     def at(n: float) -> LayerSeconds:
-        link = (n * whole.dispatch + latency, n * whole.combine + latency)
-        return layer(n * whole.attention, n * whole.shared, link[0], n * whole.routed, link[1])
+        link = {"dispatch": n * whole.dispatch + latency, "combine": n * whole.combine + latency}
+        return replace(whole.slowed(n), **link)
 
     return at
 

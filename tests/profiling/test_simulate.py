@@ -81,6 +81,18 @@ def test_all_weights_of_the_shipped_model_are_counted(by_ranks: dict[int, Predic
     assert by_ranks[1].memory["weights"] == 4 * numbers
 
 
+def test_a_layer_by_itself_is_a_share_of_the_stack(tiny: Simulation, by_ranks: dict[int, Prediction]) -> None:
+    layer = tiny.layer(replace(PREFILL, expert=2))
+    parts, sparse = by_ranks[2].parts, 4
+    assert sparse * layer.dispatch == pytest.approx(parts["dispatch"])
+    assert sparse * sum(layer.shared) == pytest.approx(parts["shared"])
+    assert sparse * sum(layer.routed) == pytest.approx(parts["routed"] + parts["permute"])
+    half = tiny.layer(replace(PREFILL, expert=2), 0.5)
+    # half of the rows, but the same weights and as many launches
+    assert layer.compute / 2 < half.compute < layer.compute
+    assert half.dispatch - LOOPBACK.latency == pytest.approx((layer.dispatch - LOOPBACK.latency) / 2)
+
+
 def test_imbalance_costs_experts_and_exchange(tiny: Simulation, by_ranks: dict[int, Prediction]) -> None:
     even, uneven = by_ranks[2].parts, tiny.predict(replace(PREFILL, expert=2, imbalance=1.5)).parts
     dearer = {name for name in even if uneven[name] > even[name]}
