@@ -32,7 +32,7 @@ from deepfuse.runtime.heartbeat import watched
 from deepfuse.runtime.process_group import device_mesh
 from deepfuse.runtime.written_by_all import written_by_all
 
-WORLD, TIMEOUT_S, STEP = 3, 6.0, 4
+WORLD, TIMEOUT_S, STEP = 3, 8.0, 4
 """The fault is in this step."""
 WIDTH = 8
 
