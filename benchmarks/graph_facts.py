@@ -11,16 +11,14 @@ rule of `profiling/regions.py`. Beside them stands plain Inductor: no pass, and 
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from sections import computed_or_kept, table, write_sections
-from torch import Tensor, fx
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deepfuse.runtime.describe  # noqa: F401 - defines every op
@@ -31,51 +29,23 @@ from deepfuse.blocks.presets import PRESETS
 from deepfuse.ir.device import H200
 from deepfuse.ir.op import OPS
 from deepfuse.ir.private import uncompiled_backend, with_own_code
-from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.passes.check_values import copied
 from deepfuse.passes.pipeline import Pipeline, default
 from deepfuse.passes.record import Pass
 from deepfuse.passes.runner import HOOKS, Runner
+from deepfuse.profiling.fake_step import Workload, fake_model, hopper
 from deepfuse.profiling.regions import Launch, launches
-from deepfuse.runtime.engine import decode, prefill
 from deepfuse.runtime.weight_layout import lay_side_by_side, layout_key
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "graph_facts.json"
 TEXT = ROOT / "docs" / "passes.md"
-CACHED = 4096
-"""Tokens of each sequence at a decode step."""
 DEVICE = H200
 PLAIN = "plain Inductor"
 UNREWRITTEN = "no pass"
 LAYER = "a layer of experts"
 FORMS: dict[str, Callable[[CausalLM], object]] = {"bfloat16": lambda model: None, "FP8": to_fp8}
 """What is done to the model's weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """One step: tokens of each of so many sequences."""
-
-    name: str
-    sequences: int
-    tokens: int
-    """1 in decode."""
-
-    def inputs(self, device: torch.device) -> tuple[Callable[..., Tensor], list[Tensor]]:
-        """The engine's function, and what it is given beside model and caches."""
-
-        def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        B, T = self.sequences, self.tokens
-        if T == 1:
-            return decode, [integers(4, B), integers(B, self.pages // B)]
-        return prefill, [integers(3, B * T), integers(B + 1, dtype=torch.int32), integers(B)]
-
-    @property
-    def pages(self) -> int:
-        return self.sequences * (-(-(CACHED + self.tokens if self.tokens == 1 else self.tokens) // PAGE_SIZE))
 
 
 WORKLOADS = (
@@ -96,11 +66,11 @@ class Captured:
 
     def run(self, pipeline: Pipeline, providers: Mapping[str, str]) -> tuple[list[Launch], dict[str, int]]:
         """Launches of the graph rewritten and lowered, and how often each pass rewrote it."""
-        known = {"device": DEVICE, "max_seq_len": 2 * CACHED, "layout": self.layout}
+        known = {"device": DEVICE, "max_seq_len": 2 * WORKLOADS[0].cached, "layout": self.layout}
         settings = {"providers": dict(providers), **known}
         runner = Runner(pipeline, settings, strict=True)
         graph = copied(self.module.graph).graph
-        with torch.no_grad(), _hopper():
+        with torch.no_grad(), hopper():
             for hook in HOOKS:
                 runner.run(graph, hook)
             graph.eliminate_dead_code()
@@ -121,11 +91,10 @@ def capture(config: Config, workload: Workload, form: str = "bfloat16") -> Captu
             graphs.append(fx.GraphModule(module, copied(module.graph).graph))
 
     with mode, torch.no_grad():
-        model = _model(config, dtype, device)
+        model = fake_model(config, dtype, device)
         FORMS[form](model)
         lay_side_by_side(model, with_experts=True)
-        shape = (workload.pages + 1, PAGE_SIZE, config.cache_width)
-        caches = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        caches = workload.caches(config, dtype, device)
         step, given = workload.inputs(device)
         torch.compile(with_own_code(step), fullgraph=True, dynamic=False, backend=uncompiled_backend(keep))(
             model, caches, *given
@@ -137,29 +106,6 @@ def capture(config: Config, workload: Workload, form: str = "bfloat16") -> Captu
     # each cache is an input of its own; what the model computes once (rotary frequencies) counts as a weight
     assert is_weight.count(False) == len(caches) + len(given)
     return Captured(module, is_weight, layout_key(model))
-
-
-def _model(config: Config, dtype: torch.dtype, device: torch.device) -> CausalLM:
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = CausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(device))
-    return model
-
-
-@contextmanager
-def _hopper() -> Iterator[None]:
-    """Providers ask which GPU there is."""
-    with (
-        mock.patch.object(torch.cuda, "is_available", lambda: True),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
-    ):
-        yield
 
 
 def cut(layers: int) -> Config:

@@ -1,7 +1,8 @@
 """Mixture of experts: every token goes through the shared experts and through its best routed experts.
 
 The steps stand in the graph one by one (route, permute, expert matmuls, unpermute), so that passes can see and move
-them. Experts are fused in memory, ``[E, 2I, D]`` and ``[E, D, I]``; on disk each has its own tensors.
+them; those between router and shared expert are an exchange's (``exchange.py``). Experts are fused in memory,
+``[E, 2I, D]`` and ``[E, D, I]``; on disk each has its own tensors.
 Dims: T tokens, D model width, E experts, K experts per token, I expert width, M = T * K rows.
 Source: DeepSeek-V3 (arXiv:2412.19437), eq. 12-20.
 """
@@ -9,10 +10,11 @@ Source: DeepSeek-V3 (arXiv:2412.19437), eq. 12-20.
 import torch
 from torch import Tensor, nn
 
+from deepfuse.blocks.axis import Axis
+from deepfuse.blocks.collectives import same_over, sum_over
 from deepfuse.blocks.config import Config
+from deepfuse.blocks.exchange import Local
 from deepfuse.blocks.mlp import MLP
-from deepfuse.ops.expert_permute import expert_permute
-from deepfuse.ops.expert_unpermute import expert_unpermute
 from deepfuse.ops.grouped_matmul import grouped_matmul
 from deepfuse.ops.linear import linear
 from deepfuse.ops.route import route
@@ -56,13 +58,19 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The routed experts' weights, and their matmuls over rows sorted by expert."""
 
+    reads_fp8 = False
+    """Whether they read the FP8 numbers of rows that come with these, and lose nothing where only these come."""
+
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """``rows [M, D]``, ``offsets [E]`` int32 -> ``[M, D]``."""
+    def forward(self, rows: Tensor, offsets: Tensor, quantized: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """``rows [M, D]``, ``offsets [E]`` int32 -> ``[M, D]``.
+
+        ``quantized``: values and scales of the rows, in blocks of 1x128, where they have been FP8 already.
+        """
         gate, up = grouped_matmul(rows, self.gate_up_proj, offsets).chunk(2, dim=-1)
         return grouped_matmul(swiglu(gate, up), self.down_proj, offsets)
 
@@ -75,12 +83,16 @@ class MoE(nn.Module):
         ("experts.down_proj", "shared_experts.down_proj.weight"),
     )
     """Weights that may lie one behind the other, so that a shared expert of an expert's width is expert E."""
+    tensor: Axis | None = None
+    """Processes that each have some of every expert's inner width, of the shared ones too."""
 
     def __init__(self, config: Config):
         super().__init__()
         assert config.n_routed_experts is not None
         self.num_experts = config.n_routed_experts
         self.gate = Router(config)
+        self.exchange: nn.Module = Local(self.num_experts)
+        """How tokens reach their experts; another where these lie on several processes."""
         self.experts = Experts(self.num_experts, config.hidden_size, config.moe_intermediate_size)
         shared = (config.n_shared_experts or 0) * config.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
@@ -88,9 +100,9 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[T, D] -> [T, D]``."""
         weights, experts = self.gate(x)
-        rows, order, inverse, offsets = expert_permute(x, experts, self.num_experts)
+        x, weights = same_over(x, self.tensor), same_over(weights, self.tensor)
+        out, load = self.exchange(x, weights, experts, self.experts)
         if self.training:
-            counts = offsets.diff(prepend=offsets.new_zeros(1))
-            self.gate.tokens_per_expert.add_(counts)
-        out = expert_unpermute(self.experts(rows, offsets), order, inverse, weights)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+            self.gate.tokens_per_expert.add_(load)
+        # one sum over processes for all experts, the shared ones as well
+        return sum_over(out if self.shared_experts is None else out + self.shared_experts(x), self.tensor)

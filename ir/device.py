@@ -1,8 +1,8 @@
 """Devices as rows of numbers: what the cost model, the roofline and the simulation know of them.
 
 GPU figures are the vendor's, dense (no sparsity): H100 SXM5 and H200 SXM datasheets (2024), B200 in the HGX B200
-datasheet (2024). The CPU row is nominal, so that decisions made from it are the same on every machine;
-:func:`measured_cpu` measures this one.
+datasheet (2024). An H800 is an H100 with less NVLink and FP64. The CPU row is nominal, so that decisions made from it
+are the same on every machine; :func:`measured_cpu` measures this one.
 """
 
 import time
@@ -52,6 +52,7 @@ H100 = Device(
     memory_bytes=80 * GIB,
     launch_seconds=2e-6,
 )
+H800 = replace(H100, name="H800", flops={**H100.flops, torch.float64: 1e12})
 H200 = replace(H100, name="H200", memory_bandwidth=4.8e12, memory_bytes=141 * GIB)
 B200 = Device(
     name="B200",
@@ -74,7 +75,7 @@ CPU = Device(
     launch_seconds=5e-6,
     kind="cpu",
 )
-DEVICES: Mapping[str, Device] = {d.name: d for d in (H100, H200, B200, CPU)}
+DEVICES: Mapping[str, Device] = {d.name: d for d in (H100, H800, H200, B200, CPU)}
 
 
 def device_row(device: torch.device) -> Device:

@@ -31,12 +31,13 @@ def test_figures_are_those_of_the_datasheets() -> None:
 
 def test_a_row_says_what_kind_of_device_it_is() -> None:
     kinds = {row.name: row.kind for row in DEVICES.values()}
-    assert kinds == {"H100": "cuda", "H200": "cuda", "B200": "cuda", "cpu": "cpu"}
+    assert kinds == {"H100": "cuda", "H800": "cuda", "H200": "cuda", "B200": "cuda", "cpu": "cpu"}
     assert device_row(torch.device("cpu")).kind == "cpu"
 
 
 @pytest.mark.parametrize(
-    ("name", "row"), [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA B200", "B200")]
+    ("name", "row"),
+    [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H800", "H800"), ("NVIDIA H200", "H200"), ("NVIDIA B200", "B200")],
 )
 def test_a_gpu_is_known_by_its_name(name: str, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)

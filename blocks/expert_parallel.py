@@ -1,0 +1,74 @@
+"""Experts dealt out to the processes of an axis: a rewrite of a model, in place, by every process the same.
+
+Names of parameters stay; each process's hold its share of the experts. Router and shared expert are whole on every one.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from deepfuse.blocks.axis import Axis
+from deepfuse.blocks.capacity import Capacity, Drop
+from deepfuse.blocks.cut import Cut, taken
+from deepfuse.blocks.dropless import Dropless
+from deepfuse.blocks.fp8 import FP8Experts
+from deepfuse.blocks.message import Dispatch
+from deepfuse.blocks.model import CausalLM
+from deepfuse.blocks.moe import MoE
+
+Mode = Literal["dropless", "capacity"]
+
+
+@torch.no_grad()
+def to_expert_parallel(
+    model: CausalLM,
+    axis: Axis,
+    mode: Mode = "dropless",
+    *,
+    capacity_factor: float = 1.25,
+    drop: Drop = "affinity",
+    dispatch: Dispatch = "auto",
+) -> list[str]:
+    """Keep this process's share of each layer's experts, and send tokens to where theirs are.
+
+    Args:
+        model: not quantized yet; on any device. On the meta device nothing is copied.
+        axis: named ``expert``; process i of R has experts ``i * E / R`` up to ``(i + 1) * E / R``.
+        mode: ``dropless``, or ``capacity``: what experts take is bounded, and the rest dropped (``capacity.py``).
+        capacity_factor, drop: in mode ``capacity``, the bound as a multiple of the mean load, and what is dropped:
+            choices of the lowest weight (``affinity``), or of the last tokens (``position``).
+        dispatch: ``fp8``: rows travel to experts as FP8; ``auto``: where the experts would quantize them anyway.
+
+    Returns:
+        The names of the mixtures of experts.
+
+    Raises:
+        ValueError: the processes do not divide the experts, the model has none or has FP8 weights, or a setting is none
+            of these.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
+    if not layers:
+        raise ValueError("expert parallelism: want a model with routed experts, got none; leave out the axis 'expert'")
+    if mode not in get_args(Mode):
+        raise ValueError(f"expert parallelism: want mode out of {list(get_args(Mode))}, got {mode!r}")
+    if dispatch not in get_args(Dispatch):
+        raise ValueError(f"expert parallelism: want dispatch out of {list(get_args(Dispatch))}, got {dispatch!r}")
+    if any(isinstance(layer.experts, FP8Experts) for _, layer in layers):
+        raise ValueError(
+            "expert parallelism: want a model to be cut before its weights are FP8, got one with FP8 weights"
+        )
+    cut = Cut(axis, 0)
+    for name, layer in layers:
+        if mode == "capacity":
+            layer.exchange = Capacity(
+                layer.num_experts, axis, capacity_factor=capacity_factor, drop=drop, dispatch=dispatch
+            )
+        else:
+            layer.exchange = Dropless(layer.num_experts, axis, dispatch=dispatch)
+        for part, whole in list(layer.experts.named_parameters()):
+            kept = taken(whole, [cut]).clone()
+            setattr(layer.experts, part, nn.Parameter(kept, requires_grad=whole.requires_grad))
+            key = f"{name}.experts.{part}"
+            model.cuts[key] = (*model.cuts.get(key, ()), cut)
+    return [name for name, _ in layers]
