@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,13 +30,14 @@ from deepfuse.ir.private import default_store
 from deepfuse.runtime.blame import Beat, RankError, blame, ranks, where
 
 
-class Doing(NamedTuple):
+class Doing:
     """What a thread is at: phase ``""`` is outside of any."""
 
-    phase: str
-    step: int | None
-    began: float
-    thread: int
+    __slots__ = ("began", "phase", "step", "thread")
+
+    def __init__(self, phase: str, step: int | None):
+        self.phase, self.step = phase, step
+        self.began, self.thread = time.monotonic(), threading.get_ident()
 
 
 class Heartbeat:
@@ -63,7 +64,7 @@ class Heartbeat:
         self._met_over, self._client = default_store(), client
         Heartbeat.made += 1
         self._store = dist.PrefixStore(f"deepfuse/beats{Heartbeat.made}", client)
-        self._doing = Doing("", None, time.monotonic(), threading.get_ident())
+        self._doing = Doing("", None)
         self._end: Mapping[str, Any] = {}
         self._count = 0
         self._heard: dict[int, tuple[Beat, float]] = {}
@@ -241,7 +242,7 @@ class Watched:
 
     def __init__(self, heartbeat: Heartbeat, phase: str, step: int | None):
         self.heartbeat, self.before = heartbeat, heartbeat._doing
-        self.now = Doing(phase, self.before.step if step is None else step, time.monotonic(), threading.get_ident())
+        self.now = Doing(phase, self.before.step if step is None else step)
 
     def __enter__(self) -> None:
         self.heartbeat._doing, self.heartbeat._end = self.now, {}
@@ -256,7 +257,8 @@ class Watched:
                 raise self.heartbeat.lost(error, self.now) from error
             self.heartbeat.failed(error, by_itself=isinstance(error, Exception))
         finally:
-            self.heartbeat._doing = self.before._replace(step=self.now.step)
+            self.before.step = self.now.step
+            self.heartbeat._doing = self.before
 
 
 _running: Heartbeat | None = None

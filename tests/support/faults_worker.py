@@ -242,7 +242,7 @@ def run_all(folder):
         case, rank = running.pop(pid)
         ended[case][rank] = os.waitstatus_to_exitcode(status), time.monotonic()
         # who is stopped has survivors to outlive, and no end of its own
-        if case in stopped and len(ended[case]) == WORLD - 1:
+        if stopped.get(case) in running and len(ended[case]) == WORLD - 1:
             os.kill(stopped[case], signal.SIGKILL)
     (folder / "ended.json").write_text(json.dumps(ended))
 
