@@ -63,7 +63,7 @@ class _Columns(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis, ctx.width = axis, x.shape[-1]
         rows = wait(_plain.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
-        return torch.cat(rows.chunk(axis.size), -1)
+        return rows.view(axis.size, *x.shape).movedim(0, -2).flatten(-2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -81,6 +81,11 @@ def sum_over(x: Tensor, axis: Axis | None) -> Tensor:
 def same_over(x: Tensor, axis: Axis | None) -> Tensor:
     """``x``, which all processes of ``axis`` have, where each begins to compute something else of it."""
     return x if axis is None else _Same.apply(x, axis.group)
+
+
+def largest_over(x: Tensor, axis: Axis | None) -> Tensor:
+    """The largest of each number over the processes of ``axis``; without a gradient."""
+    return x if axis is None else wait(_plain.all_reduce(x, "max", axis.group))
 
 
 def gather_columns(x: Tensor, axis: Axis | None) -> Tensor:

@@ -7,13 +7,10 @@ import builtins
 import contextlib
 import hashlib
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,10 +19,15 @@ from deepfuse.blocks.config import Config
 from deepfuse.ir.private import default_store
 from deepfuse.passes.pipeline import Pipeline
 from deepfuse.runtime.blame import ranks
-from deepfuse.runtime.heartbeat import watched
+from deepfuse.runtime.heartbeat import alone, fault, running, watched
+from deepfuse.runtime.told_once import told_once
 
 MOST = 8
 """Differences that an error tells of."""
+SLOW = 10
+"""Timeouts that others wait for a process that is late, and lives: it may be reading a checkpoint."""
+ORDER = "order of passes"
+"""Told where the passes are the same."""
 _meetings = 0
 
 
@@ -34,17 +36,17 @@ def agree(facts: Mapping[str, str], timeout_s: float) -> None:
 
     Args:
         facts: what must be alike, by name; :func:`setup` has those of a build.
-        timeout_s: seconds to wait for the others.
+        timeout_s: seconds to wait for the others; ``SLOW`` times as many as long as they beat.
 
     Raises:
         ValueError: the same in every process: what differs, with the values and the ranks that have them.
         RuntimeError: the others did not come.
     """
-    if _alone():
+    if alone():
         return
     text = _verdict("setup", json.dumps(dict(facts)), _differences, timeout_s)
     if text:
-        raise _told_once(ValueError(text))
+        raise told_once(ValueError(text))
 
 
 @contextlib.contextmanager
@@ -60,7 +62,7 @@ def raised_by_every_rank(timeout_s: float) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - whatever it is, all raise it
         mine = error
-    if _alone():
+    if alone():
         if mine is not None:
             raise mine
         return
@@ -70,9 +72,9 @@ def raised_by_every_rank(timeout_s: float) -> Iterator[None]:
         return
     kind, text = verdict
     if mine is not None and [type(mine).__name__, str(mine)] == verdict:
-        raise _told_once(mine)
+        raise told_once(mine)
     known = getattr(builtins, kind, RuntimeError)
-    raise _told_once((known if issubclass(known, Exception) else RuntimeError)(text)) from mine
+    raise told_once((known if issubclass(known, Exception) else RuntimeError)(text)) from mine
 
 
 def setup(config: Config, folder: Path | None, pipeline: Pipeline, **settings: object) -> dict[str, str]:
@@ -87,7 +89,7 @@ def setup(config: Config, folder: Path | None, pipeline: Pipeline, **settings: o
         facts[f"checkpoint {path.name}"] = f"{path.stat().st_size} bytes, {_sampled_hash(path)}"
     for p in pipeline.passes:
         facts[f"pass {p.name}"] = f"{p.stage}, source {p.source_hash()[:8]}"
-    facts["order of passes"] = " ".join(pipeline.names)
+    facts[ORDER] = " ".join(pipeline.names)
     return facts | {name: repr(value) for name, value in sorted(settings.items())}
 
 
@@ -110,28 +112,29 @@ def _sampled_hash(path: Path) -> str:
     return f"sample {digest.hexdigest()[:8]}"
 
 
-def _alone() -> bool:
-    return not dist.is_initialized() or dist.get_world_size() == 1 or "fake" in dist.get_backend_config()
-
-
 def _verdict(what: str, mine: str, judge: Callable[[list[str]], str], timeout_s: float) -> str:
     """What the first process makes of what all of them say."""
     global _meetings
     _meetings += 1
-    store = dist.PrefixStore(f"deepfuse/{what}{_meetings}", default_store().clone())
+    store = dist.PrefixStore(f"deepfuse/{what}{_meetings}", default_store())
     rank, names = dist.get_rank(), [str(r) for r in range(dist.get_world_size())]
+    patience_s = timeout_s * (SLOW if running() else 1)
     store.set(str(rank), mine)
     with watched(what):
         if rank == 0:
-            missing = _missing(store, names, timeout_s)
+            missing = _missing(store, names, patience_s)
             judged = None if missing else judge([text.decode() for text in store.multi_get(names)])
             store.set("verdict", json.dumps([missing, judged]))
-        elif _missing(store, ["verdict"], 1.25 * timeout_s):
-            raise RuntimeError(f"{what}: want a verdict of rank 0 within {timeout_s:g} s, got none")
+        elif _missing(store, ["verdict"], 1.25 * patience_s):
+            raise RuntimeError(f"{what}: want a verdict of rank 0 within {patience_s:g} s, got none")
         missing, judged = json.loads(store.get("verdict"))
+        if rank != 0:
+            store.set(f"{rank} knows", "")
+        elif not missing:  # the store may be this process's, which the verdict may end
+            _missing(store, [f"{name} knows" for name in names[1:]], timeout_s)
     if missing:
         raise RuntimeError(
-            f"{what}: want every process within {timeout_s:g} s, got nothing of {ranks(list(map(int, missing)))}"
+            f"{what}: want every process within {patience_s:g} s, got nothing of {ranks(list(map(int, missing)))}"
         )
     return judged
 
@@ -145,6 +148,8 @@ def _missing(store: dist.Store, names: list[str], timeout_s: float) -> list[str]
             names = names[1:]
         if not names:
             return []
+        if fault():
+            raise dist.DistStoreError(f"waits for {', '.join(names[:MOST])} in vain")
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
     return [name for name in names if not store.check([name])]
@@ -159,11 +164,13 @@ def _differences(said: list[str]) -> str:
             by_value.setdefault(had.get(name, "none"), []).append(rank)
         if len(by_value) > 1:
             values = "; ".join(f"{value:.200} in {ranks(having)}" for value, having in by_value.items())
-            found.append(f"\n  {name}: {values}")
+            found.append(f"{name}: {values}")
+    if any(difference.startswith("pass ") for difference in found):
+        found = [difference for difference in found if not difference.startswith(ORDER)]
     if not found:
         return ""
-    more = f"\n  and {len(found) - MOST} more" if len(found) > MOST else ""
-    return f"build: want the same setup in every process, got{''.join(found[:MOST])}{more}"
+    more = [f"and {len(found) - MOST} more"] if len(found) > MOST else []
+    return "\n  ".join(["build: want the same setup in every process, got", *found[:MOST], *more])
 
 
 def _first_failure(said: list[str]) -> str:
@@ -178,21 +185,3 @@ def _first_failure(said: list[str]) -> str:
     for rank, (_, each) in told.items():
         by_text.setdefault(each, []).append(rank)
     return json.dumps([kind, "; ".join(f"{ranks(having)}: {each}" for each, having in by_text.items())])
-
-
-def _told_once(error: Exception) -> Exception:
-    """An error that each machine's first process alone prints, where nobody catches it: all of them raise it."""
-    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0":
-        error.__deepfuse_told__ = True  # type: ignore[attr-defined]
-        if sys.excepthook.__name__ != _print_unless_told.__name__:
-            global _before
-            _before, sys.excepthook = sys.excepthook, _print_unless_told
-    return error
-
-
-_before: Callable[..., Any] = sys.excepthook
-
-
-def _print_unless_told(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    if not getattr(error, "__deepfuse_told__", False):
-        _before(kind, error, trace)

@@ -3,10 +3,12 @@
 Three threads have a part in it:
     main        what it is at (:func:`watched`); where a collective fails there, it waits for the others' last words
     beats       all traffic with the store, which may never answer: that of a stopped process does not
-    last        ends the process where the main thread is still in the same phase half a timeout after a fault is known
+    last        ends the process where the main thread does not, as in a wait of NCCL's
 
-With T = ``timeout_s``: a beat each T / 30, at most 1 s; Gloo's waits end after T / 2 (``runtime/process_group.py``), the
-others are listened to for T / 6, at most 10 s, and the process that hosts the store then stays as long for them.
+With T = ``timeout_s``: a beat each T / 30, at most 1 s; who gives none for T / 8, at most 7.5 s, is silent. Gloo's waits
+end after T / 2 (``runtime/process_group.py``); the others are then listened to for T / 6, at most 10 s, and the process
+that hosts the store stays as long for them: 5/6 T in all. Where the main thread is in one phase for T / 4, others are
+looked after, and where it stays in it for 0.4 T more after a fault is known, the process ends: T / 4 + T / 8 + 0.4 T.
 """
 
 import atexit
@@ -16,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
@@ -42,26 +44,34 @@ class Heartbeat:
 
     made = 0
 
-    def __init__(self, timeout_s: float):
+    def __init__(self, timeout_s: float, client: dist.Store):
         """Beat, and wait for the first beat of all others.
+
+        Args:
+            timeout_s: as of :func:`start`.
+            client: of the store, for this alone: one is locked as long as somebody waits.
 
         Raises:
             RuntimeError: it did not come in ``timeout_s``.
         """
         self.timeout_s = timeout_s
-        self.interval, self.settle = min(timeout_s / 30, 1.0), min(timeout_s / 6, 10.0)
+        self.interval, self.silence, self.settle = (
+            min(timeout_s / 30, 1.0),
+            min(timeout_s / 8, 7.5),
+            min(timeout_s / 6, 10.0),
+        )
         self.rank, self.others = dist.get_rank(), [r for r in range(dist.get_world_size()) if r != dist.get_rank()]
         # the store lives as long as this reference, also where the group is destroyed before others are done
-        self._met_over = default_store()
+        self._met_over, self._client = default_store(), client
         Heartbeat.made += 1
-        # a client of its own: another's is locked as long as it waits
-        self._store = dist.PrefixStore(f"deepfuse/beats{Heartbeat.made}", self._met_over.clone())
+        self._store = dist.PrefixStore(f"deepfuse/beats{Heartbeat.made}", client)
         self._doing = Doing("", None, time.monotonic(), threading.get_ident())
-        self._end: dict[str, Any] = {}
+        self._end: Mapping[str, Any] = {}
         self._count = 0
         self._heard: dict[int, tuple[Beat, float]] = {}
         self._looking, self._stopping, self._store_lost = False, False, False
         self._asked: float | None = None
+        self._answered = time.monotonic()
         self._wake, self._changed = threading.Event(), threading.Condition()
         self._meet()
         self._beats = threading.Thread(target=self._beat, name="deepfuse beats", daemon=True)
@@ -110,7 +120,7 @@ class Heartbeat:
                     self._store_lost = True
                     self._changed.notify_all()
                 return
-            self._asked = None
+            self._asked, self._answered = None, time.monotonic()
             self._wake.wait(self.interval)
         with contextlib.suppress(RuntimeError):
             self._exchange()
@@ -134,43 +144,44 @@ class Heartbeat:
 
     def _known(self) -> tuple[tuple[int, ...], str]:
         """:func:`blame`, of what is known now."""
-        now = time.monotonic()
         beats = {r: self._heard[r][0] if r in self._heard else None for r in self.others}
-        silent = [r for r, (_, at) in self._heard.items() if now - at > 0.75 * self.settle]
+        silent = [r for r in self.others if self._silent(r)]
         return blame(beats, silent, self.rank, store_lost=self._no_answer(), agent=agents_store())
+
+    def _silent(self, r: int) -> bool:
+        # as long as the store does not answer, nobody's silence means anything
+        return r in self._heard and self._answered - self._heard[r][1] > self.silence
 
     def _no_answer(self) -> bool:
         asked = self._asked
-        return self._store_lost or (asked is not None and time.monotonic() - asked > 0.75 * self.settle)
+        return self._store_lost or (asked is not None and time.monotonic() - asked > self.silence)
 
-    def _fault(self) -> bool:
+    def fault(self) -> bool:
         """Whether something has happened to another process."""
-        now = time.monotonic()
-        return self._no_answer() or any(
-            beat.end in ("lost", "failed") or now - at > 0.75 * self.settle for beat, at in self._heard.values()
-        )
+        ended = any(beat.end in ("lost", "failed") for beat, _ in self._heard.values())
+        return ended or self._no_answer() or any(map(self._silent, self.others))
 
-    def _told(self, done: Callable[[Beat], bool]) -> bool:
-        """Whether all others have said a last word, or nobody can hear it."""
-        return self._store_lost or all(r in self._heard and done(self._heard[r][0]) for r in self.others)
+    def _listen(self, done: Callable[[Beat], bool]) -> None:
+        """Wait until all others that are not silent have said a last word, or nobody can hear it."""
 
-    def failed(self, error: BaseException) -> None:
-        """An error that is this process's own: the others are told."""
-        self._say(end="failed", reason=first_line(error))
+        def told(r: int) -> bool:
+            return r in self._heard and (done(self._heard[r][0]) or self._silent(r))
+
+        with self._changed:
+            self._changed.wait_for(lambda: self._store_lost or all(map(told, self.others)), self.settle)
+
+    def failed(self, error: BaseException, *, by_itself: bool) -> None:
+        """An error that no other process made: they are told. It may be caught, and the next phase takes it back."""
+        self._say(end="failed" if by_itself else "left", reason=first_line(error))
 
     def lost(self, error: BaseException, doing: Doing) -> RankError:
         """What a collective's error comes from: listens to the others, which know as much in the same time."""
         self._say(end="lost", reason=first_line(error))
-        with self._changed:
-            self._changed.wait_for(lambda: self._told(lambda beat: beat.end != ""), self.settle)
-            blamed, why = self._known()
+        self._listen(lambda beat: beat.end != "")
+        blamed, why = self._known()
         self._say(end="lost", reason=first_line(error), blamed=blamed)
         if self.rank == 0:  # others may still be listening, and this process has the store
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._told(lambda beat: beat.blamed is not None or beat.end in ("failed", "left")),
-                    self.settle,
-                )
+            self._listen(lambda beat: beat.blamed is not None or beat.end in ("failed", "left"))
         text = f"{where(doing.step, doing.phase)}: want all processes, got: {why} (rank {self.rank} says: {error})"
         return RankError(text, ranks=blamed, step=doing.step, phase=doing.phase)
 
@@ -184,15 +195,15 @@ class Heartbeat:
         while not self._stopping:
             time.sleep(self.interval)
             doing, now = self._doing, time.monotonic()
-            if not doing.phase:
+            if not doing.phase or self._end:
                 continue
             if now - doing.began > self.timeout_s / 4:
                 self._looking = True
-            if not self._fault():
+            if not self.fault():
                 stuck = None
             elif doing is not stuck:
                 stuck, since = doing, now
-            elif now - since > self.timeout_s / 2:
+            elif now - since > 0.4 * self.timeout_s:
                 self._exit(doing)
 
     def _exit(self, doing: Doing) -> NoReturn:
@@ -210,9 +221,8 @@ class Heartbeat:
         if not self._end:
             error = getattr(sys, "last_value", None)
             self._say(end="failed", reason=first_line(error)) if error is not None else self._say(end="left")
-        if patiently and self.rank == 0:
-            with self._changed:
-                self._changed.wait_for(lambda: self._told(lambda beat: beat.end != ""), self.settle)
+            if patiently and self.rank == 0:
+                self._listen(lambda beat: beat.end != "")
         self._stopping = True
         self._wake.set()
         self._beats.join(self.settle)
@@ -228,7 +238,7 @@ class Watched:
         self.now = Doing(phase, self.before.step if step is None else step, time.monotonic(), threading.get_ident())
 
     def __enter__(self) -> None:
-        self.heartbeat._doing = self.now
+        self.heartbeat._doing, self.heartbeat._end = self.now, {}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -238,7 +248,7 @@ class Watched:
                 return
             if of_a_collective(error):
                 raise self.heartbeat.lost(error, self.now) from error
-            self.heartbeat.failed(error)
+            self.heartbeat.failed(error, by_itself=isinstance(error, Exception))
         finally:
             self.heartbeat._doing = self.before._replace(step=self.now.step)
 
@@ -257,13 +267,31 @@ def start(timeout_s: float) -> None:
         RuntimeError: others did not come.
     """
     global _running
-    if not dist.is_initialized() or dist.get_world_size() == 1 or "fake" in dist.get_backend_config():
+    if alone():
         return
     if _running is None:
         atexit.register(_stop)
+        client = default_store().clone()
     else:
         _running.stop(patiently=False)
-    _running = Heartbeat(timeout_s)
+        same = _running._met_over is default_store()
+        client = _running._client if same else default_store().clone()
+    _running = Heartbeat(timeout_s, client)
+
+
+def alone() -> bool:
+    """Whether there is no other process to hear of: those of the fake backend are none."""
+    return not dist.is_initialized() or dist.get_world_size() == 1 or "fake" in dist.get_backend_config()
+
+
+def running() -> bool:
+    """Whether this process beats."""
+    return _running is not None
+
+
+def fault() -> bool:
+    """Whether another process is known to be lost; others are looked after once a phase lasts."""
+    return _running is not None and _running.fault()
 
 
 def _stop() -> None:

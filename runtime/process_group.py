@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from deepfuse.blocks.axis import AXES
 from deepfuse.ir.private import set_group_timeout
+from deepfuse.runtime.told_once import told_once
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = {"gloo": 0.5, "nccl": 1.0}
@@ -57,9 +58,7 @@ def started(
             ) from error
     _check_backend(dist.get_backend_config(), device)
     if processes is not None and processes != dist.get_world_size():
-        raise ValueError(
-            f"process group: want {processes} processes, got {dist.get_world_size()}; start it with: {command(processes)}"
-        )
+        raise told_once(_wrong_number(processes, dist.get_world_size()))
 
 
 def device_mesh(device: torch.device, timeout_s: float, *, backend: str | None = None, **sizes: int) -> DeviceMesh:
@@ -75,12 +74,6 @@ def device_mesh(device: torch.device, timeout_s: float, *, backend: str | None =
     processes = 1
     for size in sizes.values():
         processes *= size
-    if dist.is_initialized() and dist.get_world_size() != processes:
-        listed = " x ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(
-            f"mesh: want {listed} = {processes} processes, got {dist.get_world_size()}; change the sizes, or start it "
-            f"with: {command(processes)}"
-        )
     started(device, timeout_s, processes=processes, backend=backend)
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     check_mesh(mesh, device, timeout_s)
@@ -108,10 +101,7 @@ def check_mesh(mesh: DeviceMesh, device: torch.device, timeout_s: float) -> None
             f"mesh: want one of device {device.type}, which the model is on, got one of {mesh.device_type}"
         )
     if mesh.size() != dist.get_world_size():
-        raise ValueError(
-            f"mesh: want all {dist.get_world_size()} processes in it, got {mesh.size()}; change the sizes, or start it "
-            f"with: {command(mesh.size())}"
-        )
+        raise told_once(_wrong_number(mesh.size(), dist.get_world_size()))
     for group in (dist.group.WORLD, *mesh.get_all_groups()):
         _check_backend(dist.get_backend_config(group), device)
         set_group_timeout(group, timedelta(seconds=timeout_s * PATIENCE.get(dist.get_backend(group), 1.0)))
@@ -125,6 +115,12 @@ def command(processes: int) -> str:
     else:
         program = ["script.py" if sys.argv[0] in ("", "-", "-c") else sys.argv[0]]
     return " ".join(["torchrun", "--standalone", f"--nproc-per-node={processes}", *program, *sys.argv[1:]])
+
+
+def _wrong_number(want: int, got: int) -> ValueError:
+    return ValueError(
+        f"process group: want {want} processes, got {got}; change the sizes of the mesh, or start it with: {command(want)}"
+    )
 
 
 def _check_axes(names: tuple[str, ...]) -> None:
@@ -150,9 +146,7 @@ def _check_variables(processes: int | None) -> None:
             f"WORLD_SIZE={world_size!r}, MASTER_PORT={port!r}; start it with: {command(processes or 2)}"
         )
     if processes is not None and int(world_size) != processes:
-        raise ValueError(
-            f"process group: want {processes} processes, got WORLD_SIZE={world_size}; start it with: {command(processes)}"
-        )
+        raise told_once(_wrong_number(processes, int(world_size)))
 
 
 def _check_backend(backends: str, device: torch.device) -> None:
