@@ -7,6 +7,7 @@ A collective may wait for a part of ``timeout_s``; in what is left, processes fi
 import os
 import sys
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -104,7 +105,12 @@ def check_mesh(mesh: DeviceMesh, device: torch.device, timeout_s: float) -> None
         raise told_once(_wrong_number(mesh.size(), dist.get_world_size()))
     for group in (dist.group.WORLD, *mesh.get_all_groups()):
         _check_backend(dist.get_backend_config(group), device)
-        set_group_timeout(group, timedelta(seconds=timeout_s * PATIENCE.get(dist.get_backend(group), 1.0)))
+        limit_waits(group, timeout_s)
+
+
+def limit_waits(group: Any, timeout_s: float) -> None:
+    """From now on, collectives of a group wait for a part of ``timeout_s``."""
+    set_group_timeout(group, timedelta(seconds=timeout_s * PATIENCE.get(dist.get_backend(group), 1.0)))
 
 
 def command(processes: int) -> str:
