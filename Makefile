@@ -96,8 +96,8 @@ check-lowest: .venv-lowest/.ready ## Part of the tests with the lowest versions 
 	@.venv-lowest/bin/pytest -m compile $(LOWEST_COMPILED) $(ARGS)
 
 kernels: .venv/.ready .venv-lowest/.ready ## Write the tables of compiled kernels anew
-	@$(BIN)/deepfuse kernels --json benchmarks/results/kernels.json > /dev/null
-	@.venv-lowest/bin/deepfuse kernels --json benchmarks/results/kernels_lowest.json > /dev/null
+	@$(BIN)/deepfuse kernels --samples --json benchmarks/results/kernels.json > /dev/null
+	@.venv-lowest/bin/deepfuse kernels --samples --json benchmarks/results/kernels_lowest.json > /dev/null
 
 COMPILE := $(UV) --no-config pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links

@@ -24,10 +24,11 @@ from stepping import (
     LENGTH,
     SEQUENCES,
     STEPS,
+    Call,
     LlamaCpp,
     Ours,
     Transformers,
-    check_agreement,
+    disagreement,
     our_training,
     transformers_training,
 )
@@ -172,14 +173,21 @@ def shipped(bench: Bench, checkpoint: Checkpoint, name: str) -> None:
     for context in SHIPPED_CONTEXTS:
         what = f"shipped model, decode, context {context}"
         calls = {label: model.steps(context) for label, model in models.items()}
-        check_agreement(calls, dtype)
-        bench.interleaved(f"{what}, {name}", calls, calls=STEPS, what=what, dtype=name)
+        compared(bench, what, name, calls, steps=STEPS)
         models["deepfuse"].release()
     what = f"shipped model, prefill, {PREFILL} tokens"
     calls = {label: model.prefill(PREFILL) for label, model in models.items()}
-    check_agreement(calls, dtype)
-    bench.interleaved(f"{what}, {name}", calls, what=what, dtype=name)
+    compared(bench, what, name, calls)
     models["deepfuse"].release()
+
+
+def compared(bench: Bench, what: str, name: str, calls: dict[str, Call], steps: int = 1) -> None:
+    """The row, or why it is left out: what does not compute the same is not timed side by side."""
+    problem = disagreement(calls, getattr(torch, name))
+    if problem is not None:
+        bench.leave_out(f"{what}, {name}", problem)
+        return
+    bench.interleaved(f"{what}, {name}", calls, calls=steps, what=what, dtype=name)
 
 
 BUILD = """

@@ -12,8 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.batch import Batch
 from deepfuse.blocks.cached_latent import append, gather
+from deepfuse.blocks.collectives import same_over
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.linear import Linear
 from deepfuse.blocks.norm import RMSNorm
@@ -32,10 +34,12 @@ class MLA(nn.Module):
         ("q_proj.weight", "kv_a_proj_with_mqa.weight"),
     )
     """Weights of one input, which may lie one behind the other; a model has one of the two."""
+    tensor: Axis | None = None
+    """Processes that each have some of the heads; latents and rotary key are every one's."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config = config
+        self.config, self.num_heads = config, config.num_attention_heads
         D, H, C = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
         bias = config.attention_bias
         if config.q_lora_rank is None:
@@ -52,8 +56,11 @@ class MLA(nn.Module):
     def forward(self, x: Tensor, batch: Batch, cache: Tensor | None = None) -> Tensor:
         """``x [T, D] -> [T, D]``; ``cache``, a layer's, is written, and read where ``batch`` has a block table."""
         c = self.config
-        H, C = c.num_attention_heads, c.kv_lora_rank
-        q_TE = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        H, C = self.num_heads, c.kv_lora_rank
+        if c.q_lora_rank is None:
+            q_TE = self.q_proj(same_over(x, self.tensor))
+        else:
+            q_TE = self.q_b_proj(same_over(self.q_a_layernorm(self.q_a_proj(x)), self.tensor))
         q_nope, q_rope = q_TE.unflatten(-1, (H, c.qk_head_dim)).split((c.qk_nope_head_dim, c.qk_rope_head_dim), -1)
         q_THE = torch.cat((q_nope, rotary(q_rope, batch.cos, batch.sin, c.rope_interleave)), -1)
 
@@ -70,6 +77,7 @@ class MLA(nn.Module):
             cached, k_start = gather(cache, batch.block_table, C, x.dtype)
             latent, k_rope = cached.split((C, c.qk_rope_head_dim), -1)
             k_len = batch.seqlens
+        latent, k_rope = same_over(latent, self.tensor), same_over(k_rope, self.tensor)
         kv_SHE = self.kv_b_proj(latent).unflatten(-1, (H, c.qk_nope_head_dim + c.v_head_dim))
         out_THV, _ = mla_attention(q_THE, kv_SHE, k_rope, batch.q_start, k_start, k_len, c.softmax_scale)
         return self.o_proj(out_THV.flatten(1))

@@ -4,6 +4,7 @@
     sum_over       the sum of all processes' tensors; the gradient passes as it is         (ends a parallel region)
     same_over      a tensor that all processes have; its gradients are summed              (begins one)
     gather_rows    all processes' rows, one after the other; the gradient is summed and parted
+    gather_columns all processes' columns, side by side, for all to go on with the same; the gradient is parted
 
 Between a start and its wait a pass may put other work; nobody else reads what is on its way.
 Source: torch/distributed/_functional_collectives.py; ``sum_over`` and ``same_over`` are g and f of Shoeybi et al. 2019
@@ -57,14 +58,39 @@ class _Same(torch.autograd.Function):
         return wait(_plain.all_reduce(grads[0].contiguous(), "sum", ctx.group)), None
 
 
-def sum_over(x: Tensor, axis: Axis) -> Tensor:
-    """Sum over the processes of ``axis``, each of which goes on with the same: so each gradient is the whole one."""
-    return _Sum.apply(x.contiguous(), axis.group)
+class _Columns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.width = axis, x.shape[-1]
+        rows = wait(_plain.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
+        return rows.view(axis.size, *x.shape).movedim(0, -2).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0].narrow(-1, ctx.axis.rank * ctx.width, ctx.width), None
 
 
-def same_over(x: Tensor, axis: Axis) -> Tensor:
+def sum_over(x: Tensor, axis: Axis | None) -> Tensor:
+    """Sum over the processes of ``axis``, each of which goes on with the same: so each gradient is the whole one.
+
+    Here and in the others, ``None`` is a single process, for which nothing happens.
+    """
+    return x if axis is None else _Sum.apply(x.contiguous(), axis.group)
+
+
+def same_over(x: Tensor, axis: Axis | None) -> Tensor:
     """``x``, which all processes of ``axis`` have, where each begins to compute something else of it."""
-    return _Same.apply(x, axis.group)
+    return x if axis is None else _Same.apply(x, axis.group)
+
+
+def largest_over(x: Tensor, axis: Axis | None) -> Tensor:
+    """The largest of each number over the processes of ``axis``; without a gradient."""
+    return x if axis is None else wait(_plain.all_reduce(x, "max", axis.group))
+
+
+def gather_columns(x: Tensor, axis: Axis | None) -> Tensor:
+    """``x [n, c] -> [n, size * c]``, of all processes in order, each of which goes on with the same."""
+    return x if axis is None else _Columns.apply(x, axis)
 
 
 def gather_rows(x: Tensor, axis: Axis) -> Tensor:

@@ -18,23 +18,24 @@ from torch import Tensor, nn
 
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.collectives import all_to_all
-from deepfuse.ops.expert_permute import expert_permute
+from deepfuse.blocks.message import Dispatch, Message
 from deepfuse.ops.expert_unpermute import expert_unpermute
 
 
 class Dropless(nn.Module):
     """All tokens reach all their experts."""
 
-    def __init__(self, num_experts: int, axis: Axis):
+    def __init__(self, num_experts: int, axis: Axis, *, dispatch: Dispatch = "auto"):
         super().__init__()
         axis.share(num_experts, "n_routed_experts")
-        self.num_experts, self.axis = num_experts, axis
+        self.num_experts, self.axis, self.dispatch = num_experts, axis, dispatch
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor, ffn: nn.Module) -> tuple[Tensor, Tensor]:
         """As :class:`~deepfuse.blocks.exchange.Local`'s; ``ffn`` has the experts of this process's share."""
         load = count(experts, self.num_experts)
         sizes = Sizes(load, self.axis)
-        rows, order, inverse, _ = expert_permute(x, experts, self.num_experts)
+        message = Message.of(x, self.dispatch, ffn)
+        rows, order, inverse, _ = message.permuted(experts, self.num_experts)
         return expert_unpermute(there_and_back(rows, sizes, ffn, self.axis), order, inverse, weights), load
 
 
@@ -63,14 +64,15 @@ def count(experts: Tensor, num_experts: int) -> Tensor:
     return chosen.new_zeros(num_experts).scatter_add(0, chosen, torch.ones_like(chosen))
 
 
-def there_and_back(rows: Tensor, sizes: Sizes, ffn: nn.Module, axis: Axis) -> Tensor:
+def there_and_back(rows: Message, sizes: Sizes, ffn: nn.Module, axis: Axis) -> Tensor:
     """``rows``, sorted by expert, through experts that lie on the processes of ``axis``."""
-    rows = all_to_all(rows, sizes.received, sizes.sent, axis)
+    there = rows.sent(sizes.received, sizes.sent, axis)
     L = sizes.come.shape[0] // axis.size
-    of_source = torch.arange(L, device=rows.device).repeat(axis.size)
+    of_source = torch.arange(L, device=sizes.come.device).repeat(axis.size)
     expert = torch.repeat_interleave(of_source, sizes.come, output_size=sum(sizes.received))
-    rows, order, inverse, offsets = expert_permute(rows, expert[:, None], L)
+    there, order, inverse, offsets = there.permuted(expert[:, None], L)
+    x, quantized = there.opened()
     # an unpermute with weights of 1 moves rows only, and so does its gradient
     ones = torch.ones_like(expert[:, None], dtype=torch.float32)
-    y = expert_unpermute(ffn(rows, offsets), order, inverse, ones)
+    y = expert_unpermute(ffn(x, offsets, quantized), order, inverse, ones)
     return all_to_all(y, sizes.sent, sizes.received, axis)

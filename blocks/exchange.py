@@ -25,7 +25,7 @@ class Local(nn.Module):
             x: ``[T, D]``.
             weights: ``[T, K]`` float32, of the router.
             experts: ``[T, K]`` int64, out of all E.
-            ffn: the experts of this process, ``(rows [n, D], offsets int32) -> [n, D]``, rows sorted by expert.
+            ffn: the experts of this process, :class:`~deepfuse.blocks.moe.Experts` or a kind of it in FP8.
 
         Returns:
             ``[T, D]``, each token's weighted sum; ``[E]``, how many of this process's tokens chose each expert.

@@ -3,35 +3,91 @@
 Names of parameters stay; each process's hold its share of the experts. Router and shared expert are whole on every one.
 """
 
+from typing import Literal, get_args
+
 import torch
 from torch import nn
 
 from deepfuse.blocks.axis import Axis
+from deepfuse.blocks.capacity import Capacity, Drop
+from deepfuse.blocks.cut import Cut, taken
 from deepfuse.blocks.dropless import Dropless
+from deepfuse.blocks.fp8 import FP8Experts
+from deepfuse.blocks.message import Dispatch
+from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import MoE
+from deepfuse.blocks.node_limited import NodeLimited
+
+Mode = Literal["dropless", "capacity"]
 
 
 @torch.no_grad()
-def to_expert_parallel(model: nn.Module, axis: Axis) -> list[str]:
+def to_expert_parallel(
+    model: CausalLM,
+    axis: Axis,
+    mode: Mode = "dropless",
+    *,
+    capacity_factor: float = 1.25,
+    drop: Drop = "affinity",
+    dispatch: Dispatch = "auto",
+    nodes: tuple[Axis, Axis] | None = None,
+) -> list[str]:
     """Keep this process's share of each layer's experts, and send tokens to where theirs are.
 
     Args:
-        model: on any device; on the meta device nothing is copied. Before ``to_fp8`` or after it.
+        model: not quantized yet; on any device. On the meta device nothing is copied.
         axis: named ``expert``; process i of R has experts ``i * E / R`` up to ``(i + 1) * E / R``.
+        mode: ``dropless``, or ``capacity``: what experts take is bounded, and the rest dropped (``capacity.py``).
+        capacity_factor, drop: in mode ``capacity``, the bound as a multiple of the mean load, and what is dropped:
+            choices of the lowest weight (``affinity``), or of the last tokens (``position``).
+        dispatch: ``fp8``: rows travel to experts as FP8; ``auto``: where the experts would quantize them anyway.
+        nodes: the processes of this one's place in each node, and those of its node, where a token shall travel once to
+            each node (``node_limited.py``); those of ``axis``, node by node. In mode ``dropless`` only.
 
     Returns:
         The names of the mixtures of experts.
 
     Raises:
-        ValueError: the processes do not divide the experts, or the model has none.
+        ValueError: the processes do not divide the experts, the model has none or has FP8 weights, or a setting is none
+            of these.
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
     if not layers:
         raise ValueError("expert parallelism: want a model with routed experts, got none; leave out the axis 'expert'")
-    for _, layer in layers:
-        share = axis.share(layer.num_experts, "n_routed_experts")
-        layer.exchange = Dropless(layer.num_experts, axis)
-        for name, whole in list(layer.experts.named_parameters()):
-            part = nn.Parameter(whole[share].clone(), requires_grad=whole.requires_grad)
-            setattr(layer.experts, name, part)
+    if mode not in get_args(Mode):
+        raise ValueError(f"expert parallelism: want mode out of {list(get_args(Mode))}, got {mode!r}")
+    if dispatch not in get_args(Dispatch):
+        raise ValueError(f"expert parallelism: want dispatch out of {list(get_args(Dispatch))}, got {dispatch!r}")
+    if nodes is not None:
+        _check_nodes(axis, *nodes, mode)
+    if any(isinstance(layer.experts, FP8Experts) for _, layer in layers):
+        raise ValueError(
+            "expert parallelism: want a model to be cut before its weights are FP8, got one with FP8 weights"
+        )
+    cut = Cut(axis, 0)
+    for name, layer in layers:
+        if nodes is not None:
+            layer.exchange = NodeLimited(layer.num_experts, *nodes, dispatch=dispatch)
+        elif mode == "capacity":
+            layer.exchange = Capacity(
+                layer.num_experts, axis, capacity_factor=capacity_factor, drop=drop, dispatch=dispatch
+            )
+        else:
+            layer.exchange = Dropless(layer.num_experts, axis, dispatch=dispatch)
+        for part, whole in list(layer.experts.named_parameters()):
+            kept = taken(whole, [cut]).clone()
+            setattr(layer.experts, part, nn.Parameter(kept, requires_grad=whole.requires_grad))
+            key = f"{name}.experts.{part}"
+            model.cuts[key] = (*model.cuts.get(key, ()), cut)
     return [name for name, _ in layers]
+
+
+def _check_nodes(axis: Axis, across: Axis, within: Axis, mode: Mode) -> None:
+    if mode != "dropless":
+        raise ValueError(f"expert parallelism: want mode 'dropless' for tokens that travel by node, got {mode!r}")
+    size, rank = across.size * within.size, across.rank * within.size + within.rank
+    if (size, rank) != (axis.size, axis.rank):
+        raise ValueError(
+            f"expert parallelism: want the {axis.size} processes of axis {axis.name!r} node by node, got {across.size} "
+            f"nodes of {within.size}, where process {axis.rank} is number {rank}"
+        )

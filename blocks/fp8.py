@@ -17,8 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.decoder import DecoderLayer
-from deepfuse.blocks.linear import Linear
+from deepfuse.blocks.linear import Linear, whole
 from deepfuse.blocks.moe import Experts
 from deepfuse.ops.dequantize import dequantize
 from deepfuse.ops.grouped_matmul import grouped_matmul
@@ -36,6 +37,8 @@ class FP8Linear(nn.Module):
 
     stored = ("weight", "weight_scale_inv")
     """Parameters whose dtypes are not the model's."""
+    summed: Axis | None = None
+    """As of ``Linear``."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False, activations: bool = True):
         super().__init__()
@@ -48,6 +51,8 @@ class FP8Linear(nn.Module):
         compute = torch.promote_types(x.dtype, torch.float32) if self.activations else x.dtype
         weight = dequantize(self.weight, self.weight_scale_inv, BLOCK, BLOCK, compute)
         y = linear(_rounded(x, compute) if self.activations else x, weight, None)
+        if self.summed is not None:
+            return whole(y.to(x.dtype), self.bias, self.summed)
         return (y if self.bias is None else y + self.bias.to(compute)).to(x.dtype)
 
 
@@ -63,21 +68,29 @@ class FP8Experts(nn.Module):
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, *, activations: bool = True):
         super().__init__()
         self.intermediate_size, self.activations = intermediate_size, activations
+        self.reads_fp8 = activations
         padded = -(-intermediate_size // BLOCK) * BLOCK
         self.gate_up_proj, self.gate_up_proj_scale_inv = _storage(num_experts, 2 * padded, hidden_size)
         self.down_proj, self.down_proj_scale_inv = _storage(num_experts, hidden_size, intermediate_size)
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """``rows [M, D]``, ``offsets [E]`` int32 -> ``[M, D]``."""
+    def forward(self, rows: Tensor, offsets: Tensor, quantized: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """As of ``Experts``."""
         _refuse_gradient(rows)
-        gate_up = self._product(rows, self.gate_up_proj, self.gate_up_proj_scale_inv, offsets)
+        gate_up = self._product(rows, self.gate_up_proj, self.gate_up_proj_scale_inv, offsets, quantized)
         gate, up = gate_up.unflatten(-1, (2, -1))[..., : self.intermediate_size].unbind(-2)
         return self._product(swiglu(gate, up), self.down_proj, self.down_proj_scale_inv, offsets)
 
-    def _product(self, rows: Tensor, weight: Tensor, scale: Tensor, offsets: Tensor) -> Tensor:
+    def _product(
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        offsets: Tensor,
+        quantized: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         compute = torch.promote_types(rows.dtype, torch.float32) if self.activations else rows.dtype
         weight = dequantize(weight, scale, BLOCK, BLOCK, compute)
-        x = _rounded(rows, compute) if self.activations else rows
+        x = _rounded(rows, compute, quantized) if self.activations else rows
         return grouped_matmul(x, weight, offsets).to(rows.dtype)
 
 
@@ -122,7 +135,7 @@ def _quantized(module: Linear | Experts, activations: bool) -> FP8Linear | FP8Ex
         if isinstance(module, Linear):
             N, K = weight.shape
             made = FP8Linear(K, N, activations=activations)
-            made.bias = module.bias
+            made.bias, made.summed = module.bias, module.summed
             put(made.weight, made.weight_scale_inv, weight)
             return made
         E, D, I = weight.shape
@@ -153,8 +166,8 @@ def put(values: Tensor, scale: Tensor, weight: Tensor) -> None:
         scale[..., i : i + 1, :].copy_(new_scale)
 
 
-def _rounded(x: Tensor, compute: torch.dtype) -> Tensor:
-    values, scale = quantize(x, E4M3, 1, BLOCK, False)
+def _rounded(x: Tensor, compute: torch.dtype, quantized: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    values, scale = quantize(x, E4M3, 1, BLOCK, False) if quantized is None else quantized
     return dequantize(values, scale, 1, BLOCK, compute)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deepfuse.blocks.fp8 import BLOCK, E4M3, in_decoder_layers
-from deepfuse.blocks.linear import Linear
+from deepfuse.blocks.linear import Linear, whole
 from deepfuse.blocks.moe import Experts
 from deepfuse.ops.dequantize import dequantize
 from deepfuse.ops.grouped_matmul import grouped_matmul
@@ -54,15 +54,24 @@ class _Linear(torch.autograd.Function):
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, saved: Saved) -> Tensor:
-        x_values, x_scale = quantize(x, E4M3, 1, BLOCK, False)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        offsets: Tensor,
+        saved: Saved,
+        x_values: Tensor | None = None,
+        x_scale: Tensor | None = None,
+    ) -> Tensor:
+        if x_values is None or x_scale is None:
+            x_values, x_scale = quantize(x, E4M3, 1, BLOCK, False)
         values, scale = quantize(weight, E4M3, BLOCK, BLOCK, False)
         ctx.save_for_backward(*((x,) if saved == "high" else (x_values, x_scale)), values, scale, offsets)
         ctx.dtypes = x.dtype, weight.dtype
         return _rounded(_grouped_product(x_values, x_scale, values, scale, offsets), x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *x, values, scale, offsets = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
         dy_values, dy_scale = quantize(dy, E4M3, 1, BLOCK, False)
@@ -74,7 +83,7 @@ class _Grouped(torch.autograd.Function):
             dequantize(x_values, x_scale, BLOCK, 1, torch.float32),
             offsets,
         )
-        return dx.to(x_dtype), dw.to(weight_dtype), None, None
+        return dx.to(x_dtype), dw.to(weight_dtype), None, None, None, None
 
 
 class TrainedFP8Linear(Linear):
@@ -84,7 +93,7 @@ class TrainedFP8Linear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = _Linear.apply(x, self.weight, self.saved)  # type: ignore[no-untyped-call]
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return whole(y, self.bias, self.summed)
 
 
 class TrainedFP8Experts(Experts):
@@ -92,8 +101,13 @@ class TrainedFP8Experts(Experts):
 
     saved: Saved = "high"
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        gate_up = _Grouped.apply(rows, self.gate_up_proj, offsets, self.saved)  # type: ignore[no-untyped-call]
+    @property
+    def reads_fp8(self) -> bool:  # type: ignore[override]
+        # the weight gradient of the other kind reads the rows as they were
+        return self.saved == "fp8"
+
+    def forward(self, rows: Tensor, offsets: Tensor, quantized: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        gate_up = _Grouped.apply(rows, self.gate_up_proj, offsets, self.saved, *(quantized or ()))  # type: ignore[no-untyped-call]
         gate, up = gate_up.chunk(2, dim=-1)
         return _Grouped.apply(swiglu(gate, up), self.down_proj, offsets, self.saved)  # type: ignore[no-untyped-call,no-any-return]
 

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from deepfuse.blocks.axis import Axis
+from deepfuse.blocks.collectives import same_over
 from deepfuse.blocks.linear import Linear
 from deepfuse.ops.swiglu import swiglu
 
@@ -11,6 +13,8 @@ class MLP(nn.Module):
 
     side_by_side = (("gate_proj.weight", "up_proj.weight"),)
     """Weights of one input, which may lie one behind the other."""
+    tensor: Axis | None = None
+    """Processes that each have some of the inner width."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -19,4 +23,5 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = same_over(x, self.tensor)
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.batch import Batch
+from deepfuse.blocks.collectives import gather_columns, same_over
 from deepfuse.blocks.config import Config
+from deepfuse.blocks.cut import Cut, taken, whole_shape
 from deepfuse.blocks.decoder import DecoderLayer
 from deepfuse.blocks.linear import Linear
 from deepfuse.blocks.mtp import MTP
@@ -32,10 +35,15 @@ class Decoder(nn.Module):
 class CausalLM(nn.Module):
     """Tokens to logits; parameter names are those of the checkpoints."""
 
+    tensor: Axis | None = None
+    """Processes that each have some of the vocabulary."""
+
     def __init__(self, config: Config, *, mtp_layers: int | None = None):
         """``mtp_layers`` may be fewer than the configuration names: some checkpoints leave these modules out."""
         super().__init__()
         self.config = config
+        # by name: how a parameter, before it is quantized, is this process's part of the whole one
+        self.cuts: dict[str, tuple[Cut, ...]] = {}
         self.model = Decoder(config, config.num_nextn_predict_layers if mtp_layers is None else mtp_layers)
         # tied: the head reads the embedding's weight
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
@@ -93,12 +101,16 @@ class CausalLM(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """``[R, D]``, normed -> ``[R, vocab_size]`` float32."""
-        head = self.lm_head
-        return (linear(x, self.model.embed_tokens.weight, None) if head is None else head(x)).float()
+        head, x = self.lm_head, same_over(x, self.tensor)
+        logits = linear(x, self.model.embed_tokens.weight, None) if head is None else head(x)
+        return gather_columns(logits, self.tensor).float()
 
     @torch.no_grad()
     def initialize(self, seed: int = 0) -> None:
-        """Draw weights: normal with ``initializer_range``, as section 4.2 of the V3 report; norms one, biases zero."""
+        """Draw weights: normal with ``initializer_range``, as section 4.2 of the V3 report; norms one, biases zero.
+
+        A process that has parts of the weights gets those of the whole model's, of which it has one at a time.
+        """
         generator = torch.Generator(device="cpu").manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -106,5 +118,7 @@ class CausalLM(nn.Module):
             elif parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                noise = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-                parameter.copy_(noise.normal_(std=self.config.initializer_range, generator=generator))
+                cuts = self.cuts.get(name, ())
+                noise = torch.empty(whole_shape(parameter.shape, cuts), dtype=torch.float32, device="cpu")
+                noise.normal_(std=self.config.initializer_range, generator=generator)
+                parameter.copy_(taken(noise, cuts))

@@ -10,6 +10,8 @@ Source: DeepSeek-V3 (arXiv:2412.19437), eq. 12-20.
 import torch
 from torch import Tensor, nn
 
+from deepfuse.blocks.axis import Axis
+from deepfuse.blocks.collectives import same_over, sum_over
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.exchange import Local
 from deepfuse.blocks.mlp import MLP
@@ -56,13 +58,19 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The routed experts' weights, and their matmuls over rows sorted by expert."""
 
+    reads_fp8 = False
+    """Whether they read the FP8 numbers of rows that come with these, and lose nothing where only these come."""
+
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """``rows [M, D]``, ``offsets [E]`` int32 -> ``[M, D]``."""
+    def forward(self, rows: Tensor, offsets: Tensor, quantized: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """``rows [M, D]``, ``offsets [E]`` int32 -> ``[M, D]``.
+
+        ``quantized``: values and scales of the rows, in blocks of 1x128, where they have been FP8 already.
+        """
         gate, up = grouped_matmul(rows, self.gate_up_proj, offsets).chunk(2, dim=-1)
         return grouped_matmul(swiglu(gate, up), self.down_proj, offsets)
 
@@ -75,6 +83,8 @@ class MoE(nn.Module):
         ("experts.down_proj", "shared_experts.down_proj.weight"),
     )
     """Weights that may lie one behind the other, so that a shared expert of an expert's width is expert E."""
+    tensor: Axis | None = None
+    """Processes that each have some of every expert's inner width, of the shared ones too."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -90,7 +100,9 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[T, D] -> [T, D]``."""
         weights, experts = self.gate(x)
+        x, weights = same_over(x, self.tensor), same_over(weights, self.tensor)
         out, load = self.exchange(x, weights, experts, self.experts)
         if self.training:
             self.gate.tokens_per_expert.add_(load)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+        # one sum over processes for all experts, the shared ones as well
+        return sum_over(out if self.shared_experts is None else out + self.shared_experts(x), self.tensor)

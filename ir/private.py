@@ -5,6 +5,7 @@ must not pay for them.
 """
 
 import contextlib
+import datetime
 import os
 import threading
 import types
@@ -225,6 +226,15 @@ def mark_unbacked(tensor: Tensor, dim: int) -> None:
     torch._dynamo.decorators.mark_unbacked(tensor, dim)
 
 
+@contextlib.contextmanager
+def sizes_from_data() -> Iterator[None]:
+    """Inside, what a graph reads out of tensors (``tolist``) is a symbol of it when it is captured, and no break."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        yield
+
+
 def with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with a code object of its own.
 
@@ -426,6 +436,18 @@ def process_group(name: str) -> Any:
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def set_group_timeout(group: Any, timeout: datetime.timedelta) -> None:
+    """How long collectives of a process group wait from now on: public from torch 2.15 on."""
+    distributed = torch.distributed
+    public = getattr(distributed, "set_timeout", None)
+    (public or distributed.distributed_c10d._set_pg_timeout)(timeout, group)
+
+
+def default_store() -> Any:
+    """The store over which the processes of torch.distributed met."""
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def cuda_memory_snapshot(call: Callable[[], object]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
 from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.ops.dequantize import dequantize_ref
-from deepfuse.ops.quantize import amax_bits, quantize_ref, quotient_for_fp8, scale_from_amax_bits
+from deepfuse.ops.fp8_rounding import amax_bits, quotient_for_fp8, scale_from_amax_bits
+from deepfuse.ops.quantize import quantize_ref
 
 
 def append_latent_fp8_ref(cache: Tensor, latent: Tensor, k_rope: Tensor, slots: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deepfuse.ir.cost import Cost
 from deepfuse.ir.interpreter import interpreted
-from deepfuse.ir.op import define
+from deepfuse.ir.op import Op, define
 from deepfuse.ir.tolerance import Tolerance
 from deepfuse.ops.absorbed_weight import (
     check_weight,
@@ -32,27 +32,19 @@ from deepfuse.ops.absorbed_weight import (
 from deepfuse.ops.append_latent_fp8 import is_in_fp8
 from deepfuse.ops.dequantize import in_memory
 from deepfuse.ops.dot import dot
+from deepfuse.ops.fp8_rounding import amax_bits, quotient_for_fp8, scale_from_amax_bits
 from deepfuse.ops.head_matmul import head_matmul_ref
-from deepfuse.ops.mla_decode import mla_decode, mla_decode_ref
-from deepfuse.ops.mla_decode_fp8 import mla_decode_fp8, mla_decode_fp8_ref
+from deepfuse.ops.mla_decode import mla_decode
+from deepfuse.ops.mla_decode_fp8 import mla_decode_fp8
 from deepfuse.ops.mla_decode_splits import split_attention, splits_fit
-from deepfuse.ops.quantize import (
-    amax_bits,
-    check_blocks,
-    empty_scale,
-    quantize_ref,
-    quantized_bytes,
-    quotient_for_fp8,
-    scale_from_amax_bits,
-)
+from deepfuse.ops.quantize import check_blocks, empty_scale, quantize_ref, quantized_bytes
 
 
 def mla_decode_project_ref(
     q_latent: Tensor, q_rope: Tensor, cache: Tensor, block_table: Tensor, seqlens: Tensor, scale: float, weight: Tensor,
     weight_scale: Tensor | None, value_width: int, dtype: torch.dtype | None, power_of_two: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    decode = mla_decode_fp8_ref if is_in_fp8(cache) else mla_decode_ref
-    mixed_BHC = decode(q_latent, q_rope, cache, block_table, seqlens, scale)
+    mixed_BHC = _decode_of(cache).reference(q_latent, q_rope, cache, block_table, seqlens, scale)
     w_uv_HVC = per_head(weight, weight_scale, q_latent.shape[1], q_latent.dtype)[:, -value_width:]
     y_BHV = head_matmul_ref(mixed_BHC, w_uv_HVC.transpose(1, 2))
     if dtype is None:
@@ -167,11 +159,16 @@ def _tiles(B: int, num_splits: int, C: int, V: int, dtype: torch.dtype) -> dict[
     }
 
 
+def _decode_of(cache: Tensor) -> Op:
+    """The op that reads a cache of this format."""
+    return mla_decode_fp8 if is_in_fp8(cache) else mla_decode
+
+
 def _check(
     q_latent: Tensor, q_rope: Tensor, cache: Tensor, block_table: Tensor, seqlens: Tensor, scale: float, weight: Tensor,
     weight_scale: Tensor | None, value_width: int, dtype: torch.dtype | None, power_of_two: bool, keep: bool,
 ) -> None:  # fmt: skip
-    decode = mla_decode_fp8 if is_in_fp8(cache) else mla_decode
+    decode = _decode_of(cache)
     decode.check(q_latent, q_rope, cache, block_table, seqlens, scale)
     check_weight("mla_decode_project", q_latent, weight, weight_scale, value_width)
     if weight.shape[1] != q_latent.shape[2] or value_width < 1:
@@ -203,7 +200,7 @@ def _cost(
     weight_scale: Tensor | None, value_width: int, dtype: torch.dtype | None, power_of_two: bool, keep: bool,
 ) -> Cost:  # fmt: skip
     (B, H, C), V = q_latent.shape, value_width
-    decode = mla_decode_fp8 if is_in_fp8(cache) else mla_decode
+    decode = _decode_of(cache)
     cost = decode.cost(q_latent, q_rope, cache, block_table, seqlens, scale)
     # the mix of the splits is not written
     moved = weight_bytes(weight, weight_scale, H, V) - B * H * C * q_latent.element_size()

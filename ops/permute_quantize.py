@@ -21,17 +21,8 @@ from deepfuse.ir.tolerance import EXACT
 from deepfuse.ops.dequantize import in_memory
 from deepfuse.ops.expert_order import find_offsets, find_order, nth_place, token_places
 from deepfuse.ops.expert_permute import compare_few, expert_permute_ref, few_rows
-from deepfuse.ops.quantize import (
-    BITWISE,
-    FP8_DTYPES,
-    amax_bits,
-    check_blocks,
-    empty_scale,
-    quantize_ref,
-    quantized_bytes,
-    quotient_for_fp8,
-    scale_from_amax_bits,
-)
+from deepfuse.ops.fp8_rounding import amax_bits, quotient_for_fp8, scale_from_amax_bits
+from deepfuse.ops.quantize import BITWISE, FP8_DTYPES, check_blocks, empty_scale, quantize_ref, quantized_bytes
 
 
 def permute_quantize_ref(

@@ -19,6 +19,7 @@ from deepfuse.ir.cost import Cost, tensor_bytes
 from deepfuse.ir.op import define
 from deepfuse.ir.provider import float32_at_most
 from deepfuse.ops.dequantize import check_scale, in_memory, widen_scale
+from deepfuse.ops.fp8_rounding import quotient, saturate
 from deepfuse.ops.quantize import (
     BITWISE,
     BLOCKS,
@@ -28,9 +29,7 @@ from deepfuse.ops.quantize import (
     expand_scale,
     flat_tile_of,
     quantize,
-    quotient,
     round_to_fp8,
-    saturate,
     scale_shape,
 )
 

@@ -17,16 +17,8 @@ from deepfuse.ir.op import define
 from deepfuse.ir.provider import float32_at_most
 from deepfuse.ir.tolerance import ONE_FLOAT8_STEP
 from deepfuse.ops.dequantize import in_memory
-from deepfuse.ops.quantize import (
-    FP8_DTYPES,
-    amax_bits,
-    check_blocks,
-    empty_scale,
-    quantize_ref,
-    quantized_bytes,
-    quotient_for_fp8,
-    scale_from_amax_bits,
-)
+from deepfuse.ops.fp8_rounding import amax_bits, quotient_for_fp8, scale_from_amax_bits
+from deepfuse.ops.quantize import FP8_DTYPES, check_blocks, empty_scale, quantize_ref, quantized_bytes
 from deepfuse.ops.rms_norm import normed_row, rms_norm_ref, row_tile
 
 

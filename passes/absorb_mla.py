@@ -35,17 +35,17 @@ from deepfuse.ops.mla_decode import mla_decode
 from deepfuse.ops.mla_decode_fp8 import mla_decode_fp8
 from deepfuse.ops.quantize import quantize
 from deepfuse.passes.journal import note
+from deepfuse.passes.match import CAST, RESHAPES
 from deepfuse.passes.record import graph_pass
 from deepfuse.passes.splice import call, values
 
 aten = torch.ops.aten
-CAST = torch.ops.prims.convert_element_type.default
 ABSORBED = {
     gather_latent.overload: (gather_latent, mla_decode),
     gather_latent_fp8.overload: (gather_latent_fp8, mla_decode_fp8),
 }
 """What reads a cache, expanded and absorbed, by the former's overload."""
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default)
+_SAME_VALUES = RESHAPES | {aten.alias.default}
 
 
 @graph_pass(stage="semantic", kind="reassociating")
@@ -194,7 +194,7 @@ def _before_rounding(x: Any) -> Any:
 
 
 def _behind_views(node: Any) -> Any:
-    while node.target in VIEWS:
+    while node.target in _SAME_VALUES:
         node = node.args[0]
     return node
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from deepfuse.ir.printer import where
 from deepfuse.passes.fusion import fusion
 from deepfuse.passes.journal import note
-from deepfuse.passes.match import VIEWS, op_name
+from deepfuse.passes.match import CAST, VIEWS, op_name
 
 aten = torch.ops.aten
 _RESHAPED = {
@@ -30,7 +30,7 @@ _RESHAPED = {
     aten.permute.default,
     aten.alias.default,
     aten.detach.default,
-    torch.ops.prims.convert_element_type.default,
+    CAST,
 }
 """No-ops where nothing changes in shape, dtype and layout."""
 

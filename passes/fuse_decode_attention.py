@@ -15,7 +15,7 @@ Numerics: reassociating; splits are weighted before they are summed, not after.
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,12 +33,11 @@ from deepfuse.ops.mla_decode_project import mla_decode_project
 from deepfuse.ops.quantize import quantize
 from deepfuse.ops.rotary import rotary
 from deepfuse.passes.journal import note
-from deepfuse.passes.match import op_name, source_name
+from deepfuse.passes.match import RESHAPES, op_name, source_name
 from deepfuse.passes.record import graph_pass
-from deepfuse.passes.splice import call, replace_outputs, values
+from deepfuse.passes.splice import call, erase_dead, replace_outputs, values
 
 aten = torch.ops.aten
-RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 DECODES = (mla_decode.overload, mla_decode_fp8.overload)
 
 
@@ -114,8 +113,7 @@ def _fuse_values(graph: fx.Graph, decode: Any) -> str | None:
         replace_outputs(quantized, results[1:])
     if keep:
         y.replace_all_uses_with(results[0])
-    _erase_dead(y)
-    _erase_dead(decode)
+    erase_dead((*_with_views(decode), *_with_views(y)))
     return None
 
 
@@ -154,13 +152,12 @@ def _readers(node: Any) -> list[Any]:
     return found
 
 
-def _erase_dead(node: Any) -> None:
-    """A node that nobody reads, but for views that nobody reads: what is left of a site must not be found again."""
-    for user in list(node.users):
+def _with_views(node: Any) -> Iterator[fx.Node]:
+    """A node, and what is the same in another shape."""
+    yield node
+    for user in node.users:
         if user.target in RESHAPES:
-            _erase_dead(user)
-    if not node.users:
-        node.graph.erase_node(node)
+            yield from _with_views(user)
 
 
 def _refusal(op: Op, arguments: Sequence[Any]) -> str | None:

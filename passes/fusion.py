@@ -20,7 +20,7 @@ Of several forms the largest is tried first, and of equally large ones that with
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ from deepfuse.passes.journal import note
 from deepfuse.passes.match import VIEWS, Found, Miss, Traced, match, op_name
 from deepfuse.passes.record import Kind, Pass, Stage, check_declaration
 from deepfuse.passes.samples import dtypes_of, materialized
-from deepfuse.passes.splice import Splicer, fake_mode_of
+from deepfuse.passes.splice import Splicer, erase_dead, fake_mode_of
 from deepfuse.passes.trace import trace
 
 aten = torch.ops.aten
@@ -128,7 +128,7 @@ class Rule:
             if problem is None:
                 assert isinstance(site, Site)
                 count += 1
-                gone.update(_erase_dead(site.matched))
+                gone.update(erase_dead(site.matched))
             note(f"{at}: {problem or 'matched'}")
         return count
 
@@ -299,14 +299,6 @@ def fusion(*, stage: Stage, saves: str, kind: Kind = "exact") -> Callable[[Any],
 def _place(node: fx.Node) -> str:
     line = source_line(node)
     return f"{where(node)} ({line})" if line else where(node)
-
-
-def _erase_dead(nodes: tuple[fx.Node, ...]) -> Iterator[fx.Node]:
-    """Erase those that nobody reads; what is left of a site must not be found again."""
-    for node in sorted(nodes, reverse=True):
-        if not node.users:
-            node.graph.erase_node(node)
-            yield node
 
 
 def _layout(value: Any) -> str:

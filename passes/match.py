@@ -42,7 +42,9 @@ VIEWS = frozenset(
     }
 )
 """Calls that compute nothing."""
-_RESHAPES = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
+RESHAPES = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
+CAST = torch.ops.prims.convert_element_type.default
+"""A conversion of dtype, as the decompositions leave it."""
 _COMMUTATIVE = frozenset(
     {
         aten.add.Tensor,
@@ -338,7 +340,7 @@ def _same_call(ours: fx.Node, theirs: fx.Node) -> bool:
     """Whether two nodes call the same op; of several results, take the same one."""
     if ours.target is theirs.target is operator.getitem:
         return bool(ours.args[1] == theirs.args[1])
-    return ours.target is theirs.target or (ours.target in _RESHAPES and theirs.target in _RESHAPES)
+    return ours.target is theirs.target or (ours.target in RESHAPES and theirs.target in RESHAPES)
 
 
 def _plain(value: Any) -> Any:

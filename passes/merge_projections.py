@@ -28,12 +28,13 @@ from deepfuse.ops.quantize import quantize
 from deepfuse.passes.adjacent_weights import as_one, first_in_memory, gap, unreadable
 from deepfuse.passes.fusion import fusion
 from deepfuse.passes.journal import note
-from deepfuse.passes.match import VIEWS
+from deepfuse.passes.match import CAST, VIEWS
 from deepfuse.passes.splice import call
 from deepfuse.passes.value_numbers import ValueNumbers
 
 aten = torch.ops.aten
-_CONVERSIONS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
+_CONVERSIONS = (CAST, aten._to_copy.default)
+"""The latter in graphs without Inductor's decompositions."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,11 +42,10 @@ from deepfuse.ops.swiglu import swiglu
 from deepfuse.passes.adjacent_weights import as_one, first_in_memory, gap, unreadable
 from deepfuse.passes.fusion import fusion
 from deepfuse.passes.journal import note
-from deepfuse.passes.match import VIEWS, op_name
+from deepfuse.passes.match import CAST, VIEWS, op_name
 from deepfuse.passes.splice import call
 
 aten = torch.ops.aten
-CAST = torch.ops.prims.convert_element_type.default
 FEW_TOKENS = 64
 """Reckoned, not measured: four tiles of 16 rows for the shared expert, where most of 256 experts are read already."""
 

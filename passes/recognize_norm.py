@@ -28,9 +28,18 @@ class RecognizeNorm:
         return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
     @staticmethod
+    def pattern_converted_twice(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return weight * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    @staticmethod
     def pattern_rounded_last(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         h = x.float()
         return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+    @staticmethod
+    def pattern_converted_twice_rounded_last(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+        return (x.float() * scale * weight.float()).to(x.dtype)
 
     @staticmethod
     def pattern_of_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:

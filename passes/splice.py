@@ -2,7 +2,7 @@
 
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,16 @@ def call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any)
         node.meta["val"] = target(*values(args))
     inherit(node, like)
     return node
+
+
+def erase_dead(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Erase those that nobody reads, and say which; what is left of a site must not be found again."""
+    gone = []
+    for node in sorted(nodes, reverse=True):
+        if not node.users:
+            node.graph.erase_node(node)
+            gone.append(node)
+    return gone
 
 
 def fake_mode_of(graph: fx.Graph) -> Any:

@@ -83,18 +83,22 @@ class _Recorder(TorchDispatchMode):
         """torch writes some of its own functions in place; the graph that is compiled has been made functional."""
         name = func._opname
         memory = storage_id(args[0]) if re.search("[^_]_$", name) else None
-        shared = [t for t in self.alive if t is not args[0] and storage_id(t) == memory]
-        if memory is None or shared or any(t is args[0] for t in self.given):
+        same_memory = [t for t in self.alive if storage_id(t) == memory]
+        parts = {self.nodes[id(t)] for t in same_memory}
+        if memory is None or len(parts) > 1 or any(storage_id(t) == memory for t in self.given):
             raise ValueError(
                 f"trace: want a function that writes into nothing it is given, nor a part, got a call of {func}"
             )
         functional = getattr(getattr(getattr(torch.ops, func.namespace), name.rstrip("_")), func._overloadname)
-        node = self.graph.call_function(functional, *self._arguments(args, kwargs))
-        node.meta["val"] = value = functional(*args, **kwargs)
+        with self:
+            value = functional(*args, **kwargs)
+        node = self.argument(value)
         result = func(*args, **kwargs)
         if value.dtype != result.dtype:  # in place, what was promoted is rounded again
             node = self.graph.call_function(torch.ops.prims.convert_element_type.default, (node, result.dtype))
         self._keep(result, node)
+        # decompositions leave the tensor behind under other objects
+        self.nodes |= {id(t): node for t in same_memory}
         return result
 
     def _arguments(self, args: Any, kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ that a run that is cut keeps what it has. A peer that is not installed is :meth:
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,8 @@ from deepfuse.profiling.timing import Timing, interleaved
 
 SCALES = {"s": 1.0, "ms": 1e3, "us": 1e6}
 """Units of time, a second."""
+CUT = "the run was cut"
+"""Why not all of a part was measured, until it comes to its end."""
 DIGITS = 6
 """Of a figure: beyond them it is noise."""
 
@@ -66,6 +69,8 @@ class Bench:
         self._console = console or Console(quiet=True)
         self._began = time.monotonic()
         self._part = ""
+        self._running = False
+        self._ended: set[str] = set()
 
     @property
     def device(self) -> Mapping[str, Any]:
@@ -88,6 +93,7 @@ class Bench:
             part: its name, as ``--only`` has it.
             seconds: what it takes, generously: where less is left of the budget, it is listed as left out.
         """
+        self._end_part()
         self.parts.append(part)
         self._part = part
         if self._only is not None and self._only not in part:
@@ -97,6 +103,7 @@ class Bench:
         if left < seconds:
             self.leave_out(part, f"takes some {seconds:.0f} s, of the budget {max(left, 0):.0f} s are left")
             return False
+        self._running = True
         return True
 
     def leave_out(self, name: str, why: str) -> None:
@@ -165,17 +172,27 @@ class Bench:
         self._write()
 
     def finish(self) -> None:
-        """The suite came to its end."""
-        self.results = self.results.as_finished()
+        """The suite came to its end. It is finished where each of its parts was, now or in the run whose rows it keeps."""
+        self._end_part()
+        left_out = {name for name, why in self.results.left_out.items() if why != CUT}
+        before = {row.part for row in self.results.rows} - self.results.left_out.keys()
+        self.results = replace(self.results, finished=self._ended | before | left_out >= set(self.parts))
         self._write()
+
+    def _end_part(self) -> None:
+        if self._running:
+            self._ended.add(self._part)
+        self._running = False
 
     def _command(self) -> str:
         only = f' --only "{self._part}"' if self._part else ""
         return f"deepfuse bench {self.results.suite}{only}"
 
     def _write(self) -> None:
-        if self._path is not None:
-            self.results.write(self._path)
+        if self._path is None:
+            return
+        cut = self._running and self._part not in self.results.left_out
+        (self.results.with_left_out(self._part, CUT) if cut else self.results).write(self._path)
 
 
 def _figure(value: Timing | float, unit: str, calls: int) -> Figure:

@@ -44,7 +44,7 @@ class Results:
         device: what makes figures comparable: kind, name, and what else :func:`bench_device.facts` lists.
         versions: of what the figures depend on, by name.
         left_out: name of what was not run -> why.
-        finished: a run of all parts came to its end; otherwise it was cut, or only parts were asked for.
+        finished: every part came to its end, or is left out; otherwise the run was cut, or only parts were asked for.
     """
 
     suite: str
@@ -61,9 +61,10 @@ class Results:
 
     def with_row(self, row: Row) -> "Results":
         """The same with one row more, in the place of one of its name if there is one."""
+        kept = self.without_left_out(row.name)
         if self.row(row.name) is None:
-            return replace(self, rows=(*self.rows, row))
-        return replace(self, rows=tuple(row if old.name == row.name else old for old in self.rows))
+            return replace(kept, rows=(*self.rows, row))
+        return replace(kept, rows=tuple(row if old.name == row.name else old for old in self.rows))
 
     def with_left_out(self, name: str, why: str) -> "Results":
         """The same, with one more thing that was not run."""
@@ -71,9 +72,6 @@ class Results:
 
     def without_left_out(self, name: str) -> "Results":
         return replace(self, left_out={key: why for key, why in self.left_out.items() if key != name})
-
-    def as_finished(self) -> "Results":
-        return replace(self, finished=True)
 
     def write(self, path: Path) -> None:
         """Write all, so that whoever reads meanwhile, or after a crash, has the old text or the new one."""
@@ -87,8 +85,7 @@ class Results:
         """What was written.
 
         Raises:
-            ValueError: the file was not written by ``deepfuse bench --json``.
-            OSError: it cannot be read.
+            ValueError: the file cannot be read, or was not written by ``deepfuse bench --json``.
         """
         try:
             content = json.loads(path.read_text())
@@ -96,6 +93,10 @@ class Results:
             if set(content) != {each.name for each in fields(cls)}:
                 raise KeyError
             return cls(**{**content, "rows": rows})
+        except OSError as error:
+            raise ValueError(
+                f"bench: want a file that deepfuse bench --json wrote, got {path} ({error.strerror})"
+            ) from None
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
             raise ValueError(f"bench: want a file that deepfuse bench --json wrote, got {path}") from None
 

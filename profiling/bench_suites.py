@@ -104,8 +104,7 @@ def run_suite(
     suite(bench)
     if only is not None and not any(only in part for part in bench.parts):
         raise ValueError(f"bench: want --only out of {'; '.join(bench.parts)}, got {only!r}")
-    if only is None:
-        bench.finish()
+    bench.finish()
     if baseline is not None:
         console.print(comparison(baseline, bench.results, bench.measured))
     return bench.results

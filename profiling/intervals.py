@@ -30,7 +30,8 @@ def difference(those: Iterable[Interval], without: Iterable[Interval]) -> list[I
         # a hole may reach over several
         while at < len(holes) and holes[at][1] <= began:
             at += 1
-        for hole_began, hole_ended in holes[at:]:
+        # not a slice, which would copy all that follow
+        for hole_began, hole_ended in map(holes.__getitem__, range(at, len(holes))):
             if hole_began >= ended:
                 break
             left.append((began, hole_began))

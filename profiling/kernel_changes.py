@@ -10,12 +10,9 @@ from typing import Any, Literal
 from rich.table import Table
 
 from deepfuse.profiling.kernel_table import KernelTable, Name, tokens_text
-from deepfuse.profiling.machine_code import MachineCode
+from deepfuse.profiling.machine_code import FACTS, MachineCode
 
-COMPARED = (
-    *("num_warps", "registers", "spill_bytes", "spill_store_bytes", "spill_load_bytes", "shared_bytes", "ctas"),
-    *("stages", "matrix", "copies", "constants", "tokens", "bounds"),
-)
+COMPARED = (*FACTS, "constants", "tokens", "bounds")
 SPILLS = ("spill_bytes", "spill_store_bytes", "spill_load_bytes")
 
 

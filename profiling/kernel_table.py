@@ -7,7 +7,7 @@ the same name can be compared with it.
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from deepfuse.profiling.compile_kernels import ARCHS
-from deepfuse.profiling.machine_code import MachineCode
+from deepfuse.profiling.machine_code import ARCHS, MachineCode
 
 Name = tuple[str, str, str, str, int]
 """Op, provider, kernel, call, and the how manieth of these."""
@@ -24,11 +23,17 @@ Name = tuple[str, str, str, str, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelTable:
-    """Kernels of DeepSeek-V3's sizes by one Triton for one architecture."""
+    """Kernels by one Triton for one architecture.
+
+    Attributes:
+        kernels: of DeepSeek-V3's sizes.
+        samples: those that only samples of ops launch, which are neither shown nor compared.
+    """
 
     triton: str
     arch: str
     kernels: list[MachineCode]
+    samples: list[MachineCode] = field(default_factory=list)
 
     def rows(self, op: str | None = None) -> dict[Name, MachineCode]:
         """All, or those of an op."""
@@ -42,9 +47,11 @@ class KernelTable:
         return found
 
     def write(self, path: Path) -> None:
-        lines = ",\n".join(json.dumps(_fields(code)) for code in self.kernels)
+        kernels, samples = (
+            ",\n".join(json.dumps(_fields(code)) for code in codes) for codes in (self.kernels, self.samples)
+        )
         head = {"triton": self.triton, "arch": self.arch, "bounds": f"predicted for {ARCHS[self.arch].name}"}
-        path.write_text(f'{json.dumps(head)[:-1]}, "kernels": [\n{lines}\n]}}\n')
+        path.write_text(f'{json.dumps(head)[:-1]}, "kernels": [\n{kernels}\n], "samples": [\n{samples}\n]}}\n')
 
     def __rich__(self) -> Group:
         device = ARCHS[self.arch].name
@@ -69,7 +76,7 @@ class KernelTable:
                 tokens_text(code.tokens),
                 *map(str, (code.num_warps, code.registers, spilled, code.shared_bytes, code.ctas)),
                 _counts(code.matrix),
-                _counts(code.copies or {}),
+                _counts(code.copies),
                 " .. ".join(f"{bound.predicted_us} {bound.limit}" for bound in code.bounds),
             )
         note = Text(
@@ -87,9 +94,10 @@ def installed_triton() -> str:
 
 
 def table_of(kernels: Iterable[MachineCode], arch: str) -> KernelTable:
-    """Those that calls of DeepSeek-V3's sizes launch, in an order that other kernels do not change."""
-    found = [code for code in kernels if code.call]
-    return KernelTable(triton=installed_triton(), arch=arch, kernels=sorted(found, key=_place))
+    """In an order that other kernels do not change."""
+    found = sorted(kernels, key=_place)
+    called, samples = ([code for code in found if bool(code.call) is wanted] for wanted in (True, False))
+    return KernelTable(triton=installed_triton(), arch=arch, kernels=called, samples=samples)
 
 
 def _place(code: MachineCode) -> tuple[Any, ...]:
@@ -100,17 +108,18 @@ def read_table(path: Path) -> KernelTable:
     """A table that was written.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such file.
+        ValueError: it cannot be read, or is no such file.
     """
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        kernels = [MachineCode.from_json({**fields, "types": {}}) for fields in found["kernels"]]
-        return KernelTable(triton=found["triton"], arch=found["arch"], kernels=kernels)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"kernels: want a table that `deepfuse kernels --json` wrote, got {path} ({type(error).__name__}: {error})"
-        ) from None
+        kernels, samples = (
+            [MachineCode.from_json({**fields, "types": {}}) for fields in found[part]]
+            for part in ("kernels", "samples")
+        )
+        return KernelTable(triton=found["triton"], arch=found["arch"], kernels=kernels, samples=samples)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"kernels: want a table that `deepfuse kernels --json` wrote, got {path} ({why})") from None
 
 
 def tokens_text(tokens: list[int]) -> str:

@@ -6,8 +6,17 @@ from typing import Any
 
 import torch
 
-from deepfuse.ir.device import Device
+from deepfuse.ir.device import B200, H100, Device
 from deepfuse.ir.op import Op
+
+ARCHS: dict[str, Device] = {"sm_90": H100, "sm_100": B200}
+"""What is compiled for, and the device whose row predicts bounds."""
+
+FACTS = (
+    *("num_warps", "registers", "spill_bytes", "spill_store_bytes", "spill_load_bytes", "shared_bytes", "ctas"),
+    *("matrix", "copies", "stages"),
+)
+"""What is read from the machine code; all else of a record is known before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +46,7 @@ class MachineCode:
         bounds: of the op's call with the fewest and the most tokens, all of its kernels together.
         types: of the arguments.
         constants: values that were compiled in.
+        digest: of all that decides the machine code (:func:`~deepfuse.profiling.kernel_digest.kernel_digest`).
         num_warps: warps of a program.
         registers: of a thread.
         spill_bytes: stack and local memory of a thread.
@@ -44,7 +54,7 @@ class MachineCode:
         shared_bytes: of a program.
         ctas: programs that a multiprocessor holds at a time.
         matrix: how many instructions of each kind multiply tiles.
-        copies: how many of each kind and width move data; None where only samples launched it.
+        copies: how many of each kind and width move data.
         stages: blocks of operands that are in shared memory or on their way at a time, where a loop multiplies them; None
             where none does.
     """
@@ -56,6 +66,7 @@ class MachineCode:
     tokens: list[int]
     bounds: list[Bound]
     constants: Mapping[str, str]
+    digest: str
     num_warps: int
     registers: int
     spill_bytes: int
@@ -64,7 +75,7 @@ class MachineCode:
     shared_bytes: int
     ctas: int
     matrix: Mapping[str, int]
-    copies: Mapping[str, int] | None
+    copies: Mapping[str, int]
     stages: int | None
     types: Mapping[str, str]
 
@@ -85,7 +96,12 @@ class MachineCode:
     @property
     def tma(self) -> bool:
         """Whether tiles are fetched by the tensor memory accelerator."""
-        return "UTMALDG" in (self.copies or {})
+        return "UTMALDG" in self.copies
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was read from the machine code."""
+        return {name: getattr(self, name) for name in FACTS}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -125,9 +125,10 @@ def _check(model: Any, warmup: Any, steps: Any, *, recorded: bool, nvtx: bool) -
         raise ValueError("profile: want a compiled model, got one built with compile=False")
     if recorded and device.type not in ("cpu", "cuda"):
         raise ValueError(f"profile: want a model on a CPU or a CUDA device, got one on {device}")
-    if not isinstance(warmup, int) or warmup < 1:
+    # True is an int
+    if type(warmup) is bool or not isinstance(warmup, int) or warmup < 1:
         raise ValueError(f"profile: want warmup as an integer >= 1, got {warmup!r}")
-    if steps is not None and (not isinstance(steps, int) or steps < 1):
+    if steps is not None and (type(steps) is bool or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"profile: want steps as an integer >= 1 or None, got {steps!r}")
 
 

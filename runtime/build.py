@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.model import CausalLM
+from deepfuse.blocks.parallel import Parallel
 from deepfuse.blocks.parameters import count_parameters
 from deepfuse.ir.device import device_row
 from deepfuse.ir.op import OPS
@@ -19,6 +21,7 @@ from deepfuse.passes.merge_shared_expert import merge_shared_expert
 from deepfuse.passes.pipeline import Pipeline, pipeline_of
 from deepfuse.passes.record import Pass
 from deepfuse.passes.runner import Runner, strict_by_default
+from deepfuse.runtime.agreement import agree, setup
 from deepfuse.runtime.build_key import graph_key, module_key
 from deepfuse.runtime.checkpoint import weights_bytes
 from deepfuse.runtime.compile_cache import BuildFolder, cache_root, inductor_cache
@@ -35,10 +38,12 @@ from deepfuse.runtime.latent_cache import (
     mha_bytes_per_token,
 )
 from deepfuse.runtime.load_model import fp8_summary, load_model, modules_in_fp8
+from deepfuse.runtime.lockstep import Lockstep
 from deepfuse.runtime.model import Model
 from deepfuse.runtime.module import CompiledModule
+from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.report import Report
-from deepfuse.runtime.requirements import check_device, check_memory, missing_for_compilation
+from deepfuse.runtime.requirements import check_memory, missing_for_compilation
 from deepfuse.runtime.source import dtype_of, folder_and_config, place_and_dtype
 from deepfuse.runtime.tokenizer import Tokenizer
 from deepfuse.runtime.trainer import Trainer, Training
@@ -66,6 +71,9 @@ def build(
     verify: bool = False,
     strict: bool | None = None,
     seed: int = 0,
+    mesh: DeviceMesh | None = None,
+    parallel: Parallel | None = None,
+    timeout_s: float = 60.0,
 ) -> Any:
     """Build a model: load it, run the passes over its graphs, compile them.
 
@@ -94,6 +102,11 @@ def build(
         strict: whether a pass that fails raises; otherwise what it did is undone, with a warning that names a file with
             the graph that broke it. ``None``: as the environment variable ``DEEPFUSE_STRICT`` has it.
         seed: of random weights.
+        mesh: processes that build it together, each with its part of the weights: axes ``data`` (each its own prompts, or
+            part of a training batch), ``tensor`` (parts of each matrix, the same prompts) and ``expert`` (parts of the
+            experts, its own prompts), any of them. Every process calls ``build``, and then the model, at the same time.
+        parallel: how tokens reach the experts of other processes, with a ``mesh``.
+        timeout_s: seconds that a process waits for the others, with a ``mesh``, before it says which is missing.
 
     Returns:
         A :class:`Model`; a :class:`Trainer` with ``training``; a :class:`CompiledModule` for another module.
@@ -104,13 +117,16 @@ def build(
     began = time.perf_counter()
     if not isinstance(training, Training | None):
         raise TypeError(f"build: want training as a Training, got {training!r:.80}")
+    for name, switch in (("compile", compile), ("verify", verify), ("strict", strict)):
+        if not isinstance(switch, bool) and not (name == "strict" and switch is None):
+            raise TypeError(f"build: want {name} as {'None, ' * (name == 'strict')}True or False, got {switch!r:.80}")
     pipeline, forced = pipeline_of(passes), _checked_providers(providers or {})
     how: dict[str, Any] = {
         "strict": strict_by_default() if strict is None else strict,
         "dumps": cache_root() / "failures",
         "verify": verify,
     }
-    wanted = check_device(device)
+    processes, wanted = _joined(source, mesh, parallel, device, timeout_s)
     problem = missing_for_compilation() if compile else None
     notes = [] if problem is None else [f"runs uncompiled: {problem}"]
     if notes:
@@ -135,10 +151,11 @@ def build(
     else:
         # masters are float32: FP8 weights dequantized to bfloat16 would be rounded twice
         dtype = torch.float32 if training is not None and dtype == "auto" else dtype_of(dtype, folder)
-    if not isinstance(max_batch_size, int) or max_batch_size < 1:
+    # True is an int
+    if type(max_batch_size) is bool or not isinstance(max_batch_size, int) or max_batch_size < 1:
         raise ValueError(f"build: want max_batch_size as an integer >= 1, got {max_batch_size!r}")
     length = min(cfg.max_position_embeddings, MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
-    if not isinstance(length, int) or not 1 <= length <= cfg.max_position_embeddings:
+    if type(length) is bool or not isinstance(length, int) or not 1 <= length <= cfg.max_position_embeddings:
         raise ValueError(
             f"build: want max_seq_len as an integer in 1 .. max_position_embeddings = {cfg.max_position_embeddings}, "
             f"got {length!r}"
@@ -167,23 +184,38 @@ def build(
     online = training is not None and quantize == "fp8"
     in_fp8 = [] if built or training is not None else modules_in_fp8(cfg, folder, quantize, notes)
     counts = count_parameters(cfg)
-    # random weights are drawn before they are quantized
-    weight_bytes = weights_bytes(cfg, dtype, in_fp8=[] if folder is None else in_fp8)
     room = {"max_batch_size": max_batch_size, "max_seq_len": length}
-    check_memory(wanted, 0 if built else weight_bytes, cache_bytes(cfg, cached, **room))
-    row = device_row(wanted)
+    if mesh is not None:
+        alike = {"mesh": processes.axes.sizes, "parallel": processes.parallel, "training": training, "seed": seed}
+        alike |= {"dtype": dtype, "quantize": quantize, "cache_dtype": cached, "compile": compile, **room}
+        alike |= {"verify": verify, "strict": how["strict"], "providers": forced}
+        agree(setup(cfg, folder, pipeline, **alike), timeout_s)
+    cut, row = processes.cut, device_row(wanted)
     # only where the pass reads them so: what is not loaded into place is copied, a layer's experts at a time
-    with_experts = row.kind == "cuda" and merge_shared_expert.name in pipeline.names
-    if isinstance(source, CausalLM):
-        causal_lm = source
-    else:
-        activations = quantize != "fp8_weights"
-        laid = None if training is not None else with_experts
-        causal_lm = load_model(
-            cfg, folder, wanted, dtype, seed, in_fp8=in_fp8, activations=activations, with_experts=laid
-        )
+    with_experts = row.kind == "cuda" and merge_shared_expert.name in pipeline.names and processes.axes.expert is None
+    with processes.raising_together():
+        # random weights are drawn before they are quantized
+        weight_bytes = weights_bytes(cfg, dtype, in_fp8=[] if folder is None else in_fp8, cut=cut)
+        check_memory(wanted, 0 if built else weight_bytes, cache_bytes(cfg, cached, **room))
+        if isinstance(source, CausalLM):
+            causal_lm = source
+        else:
+            activations = quantize != "fp8_weights"
+            laid = None if training is not None else with_experts
+            causal_lm = load_model(
+                cfg, folder, wanted, dtype, seed, in_fp8=in_fp8, activations=activations, with_experts=laid, cut=cut
+            )
     if training is not None:
-        return Trainer(causal_lm, training, compile=compile, pipeline=pipeline, how=how, fp8=online, providers=forced)
+        return Trainer(
+            causal_lm,
+            training,
+            compile=compile,
+            pipeline=pipeline,
+            how=how,
+            fp8=online,
+            providers=forced,
+            processes=processes,
+        )
 
     # before a minute of compiling: these files may be damaged as well
     defaults = GenerationConfig() if folder is None else GenerationConfig.from_folder(folder)
@@ -195,8 +227,10 @@ def build(
     cache = LatentCache(cfg, dtype=cached, device=wanted, **room)
     with inductor_cache() if compile else contextlib.nullcontext():
         if verify:
-            _verify(causal_lm.eval(), cache, Runner(pipeline, settings, **how), max_batch_size, length)
-        made = kept_engine(causal_lm.eval(), cache, runner, max_batch_size, BuildFolder(key) if compile else None)
+            lockstep = processes.lockstep(wanted)
+            _verify(causal_lm.eval(), cache, Runner(pipeline, settings, **how), max_batch_size, length, lockstep)
+        kept = BuildFolder(key) if compile else None
+        made = kept_engine(causal_lm.eval(), cache, runner, max_batch_size, kept, processes)
     report = Report(
         model=str(source) if isinstance(source, str | Path) else type(source).__name__,
         device=row.name if wanted.type == "cuda" else str(wanted),
@@ -227,9 +261,32 @@ def build(
     )
 
 
-def _verify(causal_lm: CausalLM, cache: LatentCache, runner: Runner, max_batch_size: int, max_seq_len: int) -> None:
+def _joined(
+    source: str | Path | Config | nn.Module,
+    mesh: DeviceMesh | None,
+    parallel: Parallel | None,
+    device: str | torch.device,
+    timeout_s: float,
+) -> tuple[Processes, torch.device]:
+    if parallel is not None and mesh is None:
+        raise ValueError("build: want a mesh of several processes with parallel, got none; pass mesh=DeviceMesh")
+    if mesh is not None and isinstance(source, nn.Module):
+        raise ValueError(
+            "build: want a checkpoint, a preset or a Config over a mesh, of which each process makes its part, got a module"
+        )
+    return Processes.of(mesh, parallel, device, timeout_s)
+
+
+def _verify(
+    causal_lm: CausalLM,
+    cache: LatentCache,
+    runner: Runner,
+    max_batch_size: int,
+    max_seq_len: int,
+    lockstep: Lockstep,
+) -> None:
     """Run every graph, uncompiled, on random tokens; its runner compares values around each pass."""
-    trial = Engine(causal_lm, cache, runner, max_batch_size=max_batch_size, folder=None)
+    trial = Engine(causal_lm, cache, runner, max_batch_size=max_batch_size, folder=None, lockstep=lockstep)
     generator = torch.Generator().manual_seed(0)
     sampling = Sampling(max_new_tokens=2, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop_token_ids=())
     for bucket in trial.buckets:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from deepfuse.blocks import attention, batch, cached_latent, config, decoder, linear, mlp, model, moe, mtp, norm, rotary
+from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.model import CausalLM
 from deepfuse.passes.pipeline import Pipeline
@@ -46,7 +47,7 @@ def module_key(causal_lm: CausalLM) -> str:
     """
     parts = []
     for name, module in causal_lm.named_modules():
-        settings = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str | Config)}
+        settings = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str | Config | Axis)}
         parts.append(f"{name} {type(module).__module__}.{type(module).__qualname__} {sorted(settings.items())}")
     for name, tensor in (*causal_lm.named_parameters(), *causal_lm.named_buffers()):
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {tensor.device}")

@@ -11,13 +11,14 @@ Source: README_WEIGHTS of DeepSeek-V3, section "FP8 Weight Documentation".
 
 import functools
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from deepfuse.blocks.capacity import Capacity
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.fp8 import BLOCK, E4M3, put, to_fp8
 from deepfuse.blocks.model import CausalLM
@@ -26,8 +27,9 @@ from deepfuse.blocks.rotary import Rotary, inverse_frequencies
 from deepfuse.runtime.checkpoint_files import CheckpointError, existing_folder
 from deepfuse.runtime.config_json import named_dtype, read_config, weight_block_size
 from deepfuse.runtime.loading_bar import LoadingBar
+from deepfuse.runtime.process_part import own_pieces, scale_region, whole_model
 from deepfuse.runtime.save import save_checkpoint
-from deepfuse.runtime.shards import DTYPES, Reader, Stored, stored_tensors
+from deepfuse.runtime.shards import DTYPES, Reader, Stored, region_bytes, stored_tensors
 from deepfuse.runtime.weight_layout import parts
 from deepfuse.runtime.weight_names import SCALE, Piece, has_no_place, mtp_layers_stored, pieces
 
@@ -35,6 +37,7 @@ __all__ = [
     "CheckpointError",
     "load_weights",
     "present_mtp_layers",
+    "rebuild_buffers",
     "save_checkpoint",
     "stored_dtype",
     "stored_in_fp8",
@@ -70,7 +73,8 @@ def load_weights(
 
     Args:
         model: built under ``torch.device("meta")``; it is filled, or left as it is where an error is raised. What has
-            FP8 modules there gets FP8 weights: those of the files, or such as are quantized now.
+            FP8 modules there gets FP8 weights: those of the files, or such as are quantized now. Of what it has a part
+            (see ``CausalLM.cuts``), nothing else is read.
         folder: as transformers writes it; see :func:`present_mtp_layers` for how many of these layers to build.
         device: where the weights go.
         dtype: of all weights but FP8 ones, their scales and the router's bias, which stay as they are.
@@ -94,38 +98,39 @@ def load_weights(
         laid |= zip(names, parts([wanted[name].shape for name in names], whole), strict=True)
     state = {k: laid[k] if k in laid else _empty(v.shape, dtypes[k], device) for k, v in wanted.items()}
     broken = []
-    total = sum(stored[piece.name].nbytes for piece in plan.pieces)
+    total = sum(region_bytes(stored[piece.name], piece.region) for piece in plan.pieces)
     with Reader(stored) as reader, LoadingBar(f"loading {path.name}", total) as bar:
         for piece in plan.pieces:
-            target = state[piece.key][piece.part]
+            target, region = state[piece.key][piece.part], piece.region
+            scales = () if block is None else scale_region(region, block)
             if target.dtype == E4M3 and piece.name not in plan.scales:
-                target.copy_(reader.get(piece.name))
+                target.copy_(reader.get(piece.name, region))
             elif target.dtype == E4M3:
-                weight = reader.get(piece.name).to(device)
+                weight = reader.get(piece.name, region).to(device)
                 if piece.name + SCALE in stored:  # in other blocks
                     assert block is not None
                     weight, values = torch.empty(weight.shape, device=device), weight
-                    _dequantize(weight, values, reader.get(piece.name + SCALE).to(device, torch.float32), block)
+                    _dequantize(weight, values, reader.get(piece.name + SCALE, scales).to(device, torch.float32), block)
                 # what is behind a weight's last rows are those that fill a block, and not its own
                 place = plan.scales[piece.name]
                 put(target, state[place.key][place.part], weight)
                 target = state[place.key][place.part]
             elif piece.name + SCALE in stored:
                 assert block is not None
-                scale = reader.get(piece.name + SCALE).to(device, torch.float32, copy=True)
-                _dequantize(target, reader.get(piece.name).to(device), scale, block)
+                scale = reader.get(piece.name + SCALE, scales).to(device, torch.float32, copy=True)
+                _dequantize(target, reader.get(piece.name, region).to(device), scale, block)
             else:
-                target.copy_(reader.get(piece.name))
+                target.copy_(reader.get(piece.name, region))
             if not _finite(target):
                 broken.append(piece.name)
-            bar.advance(stored[piece.name].nbytes)
+            bar.advance(region_bytes(stored[piece.name], region))
     if broken and not allow_nan:
         text = _listed({f"NaN or infinite in {dtype}": broken})
         raise CheckpointError(
             f"{path}: want finite weights, got {text}; load_weights(allow_nan=True) takes them as they are"
         )
     model.load_state_dict(state, assign=True)
-    _rebuild_buffers(model, torch.device(device))
+    rebuild_buffers(model, torch.device(device))
 
 
 def checked_plan(model: CausalLM, folder: Path, stored: Mapping[str, Stored]) -> Plan:
@@ -134,10 +139,12 @@ def checked_plan(model: CausalLM, folder: Path, stored: Mapping[str, Stored]) ->
     Raises:
         CheckpointError: tensors are missing, unexpected, or of a wrong shape or dtype; all are named.
     """
-    plan = _plan(model, stored, weight_block_size(model.config))
+    block = weight_block_size(model.config)
+    # where a process has a part of the model, the files must still have all of it
+    plan = _plan(whole_model(model) if model.cuts else model, stored, block)
     if any(plan.problems.values()):
         raise CheckpointError(f"{folder}: want the tensors of its config.json, got {_listed(plan.problems)}")
-    return plan
+    return _own_plan(model, plan, stored, block) if model.cuts else plan
 
 
 def present_mtp_layers(folder: str | os.PathLike[str], config: Config) -> int:
@@ -178,10 +185,23 @@ def stored_in_fp8(folder: str | os.PathLike[str], config: Config) -> tuple[set[s
     return whole, some - whole
 
 
-def weights_bytes(config: Config, dtype: torch.dtype, *, in_fp8: Collection[str] = ()) -> int:
-    """Bytes of the model's weights in memory, counted on the meta device; ``in_fp8``: names of FP8 modules."""
+def weights_bytes(
+    config: Config,
+    dtype: torch.dtype,
+    *,
+    in_fp8: Collection[str] = (),
+    cut: Callable[[CausalLM], None] | None = None,
+) -> int:
+    """Bytes of the model's weights in memory, counted on the meta device.
+
+    Args:
+        in_fp8: names of FP8 modules.
+        cut: leaves a model the part of one process.
+    """
     with torch.device("meta"):
         model = CausalLM(config)
+        if cut is not None:
+            cut(model)
         to_fp8(model, wanted=in_fp8.__contains__)
     return sum(v.numel() * _dtype_of(k, v, dtype).itemsize for k, v in model.state_dict().items())
 
@@ -248,6 +268,16 @@ def _plan(model: CausalLM, stored: Mapping[str, Stored], block: tuple[int, int] 
     return Plan([placed[name] for name in stored if name in placed], problems, made)
 
 
+def _own_plan(model: CausalLM, plan: Plan, stored: Mapping[str, Stored], block: tuple[int, int] | None) -> Plan:
+    """Of a plan for the whole model, what one process does."""
+    found = [
+        p for key, tensor in model.state_dict().items() for p in own_pieces(model, key, tensor.shape, stored, block)
+    ]
+    placed = {piece.name: piece for piece in found}
+    made = {name: placed[name + SCALE] for name in plan.scales if name in placed}
+    return Plan([placed[piece.name] for piece in plan.pieces if piece.name in placed], plan.problems, made)
+
+
 def _compare(name: str, want: Iterable[int], got: Iterable[int]) -> list[str]:
     return [] if tuple(want) == tuple(got) else [f"{name} (want {list(want)}, got {list(got)})"]
 
@@ -282,7 +312,7 @@ def _finite(x: Tensor) -> bool:
     return x.numel() == 0 or all(bool(end.isfinite()) for end in x.aminmax())
 
 
-def _rebuild_buffers(model: CausalLM, device: torch.device) -> None:
+def rebuild_buffers(model: CausalLM, device: torch.device) -> None:
     """Buffers that are computed, and not in a checkpoint."""
     for module in model.modules():
         if isinstance(module, Rotary):
@@ -290,5 +320,7 @@ def _rebuild_buffers(model: CausalLM, device: torch.device) -> None:
             module.inv_freq = inverse_frequencies(c.qk_rope_head_dim, c.rope_theta, c.rope_scaling).to(device)
         elif isinstance(module, Router):
             module.tokens_per_expert = torch.zeros(module.tokens_per_expert.shape, dtype=torch.float32, device=device)
+        elif isinstance(module, Capacity):
+            module.dropped = torch.zeros_like(module.dropped, device=device)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not left, f"buffers that nothing rebuilds: {left}"

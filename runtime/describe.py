@@ -12,7 +12,7 @@ from rich.text import Text
 from deepfuse.ir.op import OPS, Op
 from deepfuse.ir.provider import choose
 from deepfuse.ops import import_ops
-from deepfuse.passes.pipeline import default
+from deepfuse.passes.pipeline import Pipeline
 
 import_ops()
 
@@ -99,8 +99,8 @@ def describe_op(name: str, device_type: str) -> Description:
     )
 
 
-def passes_table() -> Listing:
-    """The passes in order."""
+def passes_table(pipeline: Pipeline) -> Listing:
+    """Its passes in order."""
     rows = [
         {
             "pass": p.name,
@@ -110,7 +110,7 @@ def passes_table() -> Listing:
             "saves": p.saves,
             "settings": list(p.settings),
         }
-        for p in default().passes
+        for p in pipeline.passes
     ]
     return Listing(rows, "passes in the order they run")
 

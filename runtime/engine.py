@@ -5,6 +5,8 @@
 
 Both write the latent cache. All graphs are captured when the engine is made; afterwards a call checks nothing and
 compiles nothing.
+
+Over processes, a call is one for all of them; see ``runtime/lockstep.py``.
 Dims: T tokens, B sequences, P pages a sequence, R rows.
 """
 
@@ -18,13 +20,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from deepfuse.blocks.capacity import Capacity
+from deepfuse.blocks.exchange import Local
 from deepfuse.blocks.model import CausalLM
-from deepfuse.ir.private import capture, load_captured, mark_unbacked, with_own_code
+from deepfuse.blocks.moe import MoE
+from deepfuse.ir.private import capture, load_captured, mark_unbacked, sizes_from_data, with_own_code
 from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.passes.journal import naming
 from deepfuse.passes.runner import Runner
+from deepfuse.runtime.axes import Axes
 from deepfuse.runtime.compile_cache import BuildFolder
+from deepfuse.runtime.heartbeat import watched
 from deepfuse.runtime.latent_cache import LatentCache, Sequence
+from deepfuse.runtime.lockstep import Lockstep
 
 Graph = Callable[..., Tensor]
 
@@ -56,22 +64,48 @@ class Engine:
     """A model, its cache and its graphs."""
 
     def __init__(
-        self, model: CausalLM, cache: LatentCache, runner: Runner, *, max_batch_size: int, folder: BuildFolder | None
+        self,
+        model: CausalLM,
+        cache: LatentCache,
+        runner: Runner,
+        *,
+        max_batch_size: int,
+        folder: BuildFolder | None,
+        lockstep: Lockstep | None = None,
+        meet: Callable[[], object] | None = None,
     ):
         """Capture all graphs.
 
         Args:
             folder: where compiled graphs are kept; ``None`` runs the graphs as the passes leave them, uncompiled.
+            lockstep: with the processes that each call is made with; ``None`` where this is the only one.
+            meet: waits for these processes; called when all graphs are made and before any of them runs.
         """
         self.model, self.cache, self.runner, self.folder = model, cache, runner, folder
+        self._meet = meet
         self.max_batch_size = max_batch_size
         self.device = cache.layers[0].device
+        self.lockstep = lockstep or Lockstep(Axes(), self.device)
+        exchanges = [m.exchange for m in model.modules() if isinstance(m, MoE)]
+        self.static = all(isinstance(exchange, Local | Capacity) for exchange in exchanges)
+        """Whether no exchange waits to learn how much comes; then CUDA can record a step."""
         self.buckets = tuple(buckets(max_batch_size))
         self.graphs_from_cache = 0
+        self.calls = 0
+        """Of the model, since it was built; those made for other processes, too."""
         began = time.perf_counter()
-        with torch.inference_mode(False), torch.no_grad():
-            self._prefill = self._graph("prefill", prefill, *self._example_prefill())
-            self._decode = {b: self._graph(f"decode_{b}", decode, *self._example_decode(b)) for b in self.buckets}
+        with torch.inference_mode(False), torch.no_grad(), sizes_from_data():
+            examples: dict[str, tuple[Graph, tuple[Tensor, ...]]] = {"prefill": (prefill, self._example_prefill())}
+            examples |= {f"decode_{b}": (decode, self._example_decode(b)) for b in self.buckets}
+            made = {name: self._graph(name, fn, *inputs) for name, (fn, inputs) in examples.items()}
+            if meet is not None:
+                meet()
+                for name, (fn, inputs) in examples.items():
+                    args = (model, cache.layers, *inputs)
+                    made[name](*args)
+                    made[name] = self._recorded(made[name], fn, args)
+            self._prefill = made["prefill"]
+            self._decode = {b: made[f"decode_{b}"] for b in self.buckets}
         self.compile_seconds = time.perf_counter() - began
 
     def _graph(self, name: str, fn: Graph, *example: Tensor) -> Graph:
@@ -90,16 +124,21 @@ class Engine:
             with naming(name), Console(stderr=True).status(text):
                 graph, data = capture(fn, args, self.runner.options())
             self.folder.write(f"{name}.graph", data)
-            graph(*args)
-        return graph if self.device.type != "cuda" or fn is prefill else CudaGraph(graph, args)
+            if self._meet is None:
+                graph(*args)
+        return graph if self._meet is not None else self._recorded(graph, fn, args)
+
+    def _recorded(self, graph: Graph, fn: Graph, args: tuple[Any, ...]) -> Graph:
+        return CudaGraph(graph, args) if self.device.type == "cuda" and fn is not prefill and self.static else graph
 
     def _load(self, name: str, args: tuple[Any, ...]) -> Graph | None:
         """The graph of an earlier build; ``None`` if there is none, or it is damaged."""
         assert self.folder is not None
         try:
             graph = load_captured(self.folder.graph_path(name).read_bytes())
-            graph(*args)
-        except Exception:  # noqa: BLE001 - unpickling damaged bytes may raise anything; the graph is made again
+            if self._meet is None:  # else it runs with others, and only when all have theirs
+                graph(*args)
+        except Exception:  # noqa: BLE001 - unpickling damaged bytes may raise anything, as may the code that they hold
             return None
         return graph
 
@@ -115,7 +154,7 @@ class Engine:
         return self._decode_inputs([], [], bucket, pages=2)
 
     def _prefill_inputs(
-        self, prompts: Many[Many[int]], places: Many[Sequence | None], *, last_only: bool
+        self, prompts: Many[Many[int]], places: Many[Sequence | None], *, last_only: bool, padding: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         ids: list[int] = []
         positions: list[int] = []
@@ -127,9 +166,15 @@ class Engine:
             # without a place in the cache, latents go to the page that is nobody's
             slots += [0] * len(prompt) if place is None else [place.slot(i) for i in range(len(prompt))]
             ends.append(len(ids))
-        rows = [end - 1 for end in ends[1:]] if last_only else list(range(len(ids)))
+        # of no sequence, a row all the same
+        rows = ([end - 1 for end in ends[1:]] if last_only else list(range(len(ids)))) or [0]
+        # sequences of one token that nobody asked about
+        ends += range(len(ids) + 1, len(ids) + padding + 1)
+        nothing = [0] * padding
         # a compiled graph checks no dtype, and an empty list would be float32
-        tokens = torch.tensor([ids, positions, slots], dtype=torch.int64, device=self.device)
+        tokens = torch.tensor(
+            [ids + nothing, positions + nothing, slots + nothing], dtype=torch.int64, device=self.device
+        )
         q_start = torch.tensor(ends, dtype=torch.int32, device=self.device)
         rows_R = torch.tensor(rows, dtype=torch.int64, device=self.device)
         for tensor, dim in ((tokens, 1), (q_start, 0), (rows_R, 0)):
@@ -175,9 +220,17 @@ class Engine:
             prompts: token ids of fresh sequences, none empty.
             places: their places in the cache; ``None`` keeps nothing.
         """
-        logits = self._prefill(
-            self.model, self.cache.layers, *self._prefill_inputs(prompts, places, last_only=last_only)
-        )
+        with watched("prefill", self.calls):
+            return self._prefill_step(prompts, places, last_only=last_only)
+
+    def _prefill_step(self, prompts: Many[Many[int]], places: Many[Sequence | None], *, last_only: bool) -> Tensor:
+        tokens = sum(map(len, prompts))
+        most_tokens, _ = self.lockstep.agree(tokens, 0)
+        # where what comes is not measured, all processes send as much
+        padding = most_tokens - tokens if self.lockstep.equal else 0
+        inputs = self._prefill_inputs(prompts, places, last_only=last_only, padding=padding)
+        logits = self._prefill(self.model, self.cache.layers, *inputs)
+        self.calls += 1
         for prompt, place in zip(prompts, places, strict=True):
             if place is not None:
                 place.length = len(prompt)
@@ -187,16 +240,45 @@ class Engine:
     @torch.no_grad()
     def decode(self, ids: Many[int], places: Many[Sequence]) -> Tensor:
         """Logits ``[B, vocab]`` float32 after one more token of each sequence."""
-        bucket = next(b for b in self.buckets if b >= len(ids))
-        # CUDA graphs want one shape; elsewhere only the pages in use are read
-        pages = self.cache.pages_per_sequence
-        if self.device.type == "cpu":
-            pages = max(p.length // PAGE_SIZE + 1 for p in places)
-        graph = self._decode[bucket]
-        logits = graph(self.model, self.cache.layers, *self._decode_inputs(ids, places, bucket, pages))
+        own = next(b for b in self.buckets if b >= len(ids))
+        with watched("decode", self.calls):
+            while True:
+                tokens, bucket = self.lockstep.agree(0, own)
+                if not tokens:
+                    break
+                self._pad_prefill(tokens)
+            logits = self._decode_step(ids, places, bucket)
         for place in places:
             place.length += 1
         return logits[: len(ids)]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Take part in what other processes still have to do, until none has anything; every process must come here."""
+        while True:
+            with watched("padding", self.calls):
+                tokens, bucket = self.lockstep.agree(0, 0)
+                if tokens:
+                    self._pad_prefill(tokens)
+                elif bucket:
+                    self._decode_step([], [], bucket)
+                else:
+                    return
+
+    def _pad_prefill(self, tokens: int) -> None:
+        padding = tokens if self.lockstep.equal else 1
+        self._prefill(self.model, self.cache.layers, *self._prefill_inputs([], [], last_only=True, padding=padding))
+        self.calls += 1
+
+    def _decode_step(self, ids: Many[int], places: Many[Sequence], bucket: int) -> Tensor:
+        # CUDA graphs want one shape; elsewhere only the pages in use are read
+        pages = self.cache.pages_per_sequence
+        if self.device.type == "cpu":
+            pages = max((p.length // PAGE_SIZE + 1 for p in places), default=1)
+        inputs = self._decode_inputs(ids, places, bucket, pages)
+        self.calls += 1
+        return self._decode[bucket](self.model, self.cache.layers, *inputs)
 
 
 class CudaGraph:

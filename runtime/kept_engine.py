@@ -1,6 +1,7 @@
 """An engine whose graphs and report are kept together: where one is missing or damaged, both are made again."""
 
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from deepfuse.blocks.model import CausalLM
@@ -9,28 +10,44 @@ from deepfuse.passes.runner import Runner
 from deepfuse.runtime.compile_cache import BuildFolder
 from deepfuse.runtime.engine import Engine, buckets
 from deepfuse.runtime.latent_cache import LatentCache
+from deepfuse.runtime.processes import Processes
 
 
 def kept_engine(
-    causal_lm: CausalLM, cache: LatentCache, runner: Runner, max_batch_size: int, folder: BuildFolder | None
+    causal_lm: CausalLM,
+    cache: LatentCache,
+    runner: Runner,
+    max_batch_size: int,
+    folder: BuildFolder | None,
+    processes: Processes,
 ) -> Engine:
-    """The engine of a model, its graphs read from ``folder`` where they are there whole, else made and written there."""
+    """The engine of a model, its graphs read from ``folder`` where they are there whole, else made and written there.
+
+    Of several processes all read theirs, or all make them.
+    """
     graphs = 1 + len(list(buckets(max_batch_size)))
     kept = None if folder is None else kept_journal(folder.read_report(), graphs)
-    if folder is not None and kept is None:
+    meet: Callable[[], object] | None = None
+    if folder is not None and processes.any_of(kept is None):
+        kept = None
         folder.discard()
-    made = Engine(causal_lm, cache, runner, max_batch_size=max_batch_size, folder=folder)
+    if folder is not None and processes.axes.size > 1:
+        meet = processes.any_of
+    options: dict[str, Any] = {"max_batch_size": max_batch_size, "folder": folder, "meet": meet}
+    options["lockstep"] = processes.lockstep(cache.layers[0].device)
+    made = Engine(causal_lm, cache, runner, **options)
     if folder is None:
         return made
-    if made.from_cache and kept is not None:
+    if not processes.any_of(not made.from_cache or kept is None):
+        assert kept is not None
         runner.journal.graphs[:] = kept.graphs
         return made
-    if len(runner.journal.graphs) < graphs:
+    if processes.any_of(len(runner.journal.graphs) < graphs):
         # Inductor had a graph that we had lost: its passes did not run, so that the report would have a gap
         folder.discard()
         runner.journal.graphs.clear()
         runner.salt = uuid.uuid4().hex
-        made = Engine(causal_lm, cache, runner, max_batch_size=max_batch_size, folder=folder)
+        made = Engine(causal_lm, cache, runner, **options)
     folder.write_report(runner.journal.to_json())
     return made
 

@@ -79,10 +79,11 @@ class Model:
 
     def _batched(self, prompts: list[list[int]], last_only: bool) -> Tensor:
         size = self.engine.max_batch_size
+        self.engine.lockstep.check_same("model", prompts)
         parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-        if not parts:
-            return torch.zeros(0, self.config.vocab_size, device=self.engine.device)
-        return torch.cat([self.engine.prefill(part, [None] * len(part), last_only=last_only) for part in parts])
+        logits = [self.engine.prefill(part, [None] * len(part), last_only=last_only) for part in parts]
+        self.engine.finish()
+        return torch.cat(logits) if logits else torch.zeros(0, self.config.vocab_size, device=self.engine.device)
 
     def score(self, texts: Many[Prompt]) -> list[Tensor]:
         """Log-probabilities, in nats, of each token but the first, given those before it: ``[T - 1]`` a text.
@@ -96,11 +97,13 @@ class Model:
         if _is_one(texts):
             raise TypeError("score: want a list of texts, got a single one")
         prompts = self._checked([self._ids(t) for t in texts])
+        self.engine.lockstep.check_same("score", prompts)
         scores = []
         for prompt in prompts:
             logits = self.engine.prefill([prompt], [None], last_only=False)[:-1]
             following = torch.tensor(prompt[1:], device=logits.device)
             scores.append(logits.log_softmax(-1).gather(-1, following[:, None])[:, 0])
+        self.engine.finish()
         return scores
 
     def generate(

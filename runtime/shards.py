@@ -69,6 +69,13 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     return {t: stored for file, header in headers.items() for t, stored in header.items() if placed.get(t) == file}
 
 
+def region_bytes(stored: Stored, region: tuple[slice, ...]) -> int:
+    """Bytes of a region of a tensor."""
+    taken = [len(range(*part.indices(size))) for part, size in zip(region, stored.shape, strict=False)]
+    whole = math.prod(stored.shape[: len(taken)])
+    return stored.nbytes // whole * math.prod(taken) if whole else 0
+
+
 class Reader:
     """Gives the tensors of a checkpoint, as views of the mapped files: drop one before you take the next."""
 
@@ -80,6 +87,7 @@ class Reader:
         self._path: Path | None = None
         self._file: Any = None
         self._read = 0
+        self.bytes_read = 0
 
     def __enter__(self) -> Self:
         return self
@@ -89,15 +97,17 @@ class Reader:
     ) -> None:
         self._close()
 
-    def get(self, name: str) -> Tensor:
-        """A tensor on the CPU, in the dtype and shape it has on disk."""
+    def get(self, name: str, region: tuple[slice, ...] = ()) -> Tensor:
+        """A tensor on the CPU, in the dtype and shape it has on disk, or a region of it: the rest is not read."""
         stored = self.tensors[name]
-        if self._path != stored.file or self._read + stored.nbytes > self.largest[stored.file]:
+        wanted = region_bytes(stored, region)
+        if self._path != stored.file or self._read + wanted > self.largest[stored.file]:
             self._close()
             self._file, self._path = _open(stored.file), stored.file
-        self._read += stored.nbytes
+        self._read += wanted
+        self.bytes_read += wanted
         try:
-            return self._file.get_tensor(name)
+            return self._file.get_tensor(name)[region]
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise _damaged(stored.file, error) from None
 

@@ -4,34 +4,44 @@
     in FP8, the linear layers and experts quantize the float32 weights themselves (``blocks/fp8_training.py``)
     expert bias after each step: b_e += bias_update_speed * sign(mean load - load_e)     (no auxiliary loss)
 
+Over processes, those with tokens of their own (axes ``data`` and ``expert``) each take a part of every batch and have parts
+of masters and moments (``blocks/data_parallel.py``); a step is that of one process with the whole batch.
+
 Dims: B sequences, L tokens a sequence, T = B * L.
 Source: DeepSeek-V3 (arXiv:2412.19437), section 2.1.2 (bias), 2.2 (multi-token prediction), 4.2 (optimizer).
 """
 
 import contextlib
+import copy
 import functools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from deepfuse.blocks.axis import Axis
+from deepfuse.blocks.collectives import sum_over
+from deepfuse.blocks.data_parallel import to_data_parallel
 from deepfuse.blocks.fp8_training import Saved, train_in_fp8
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import Router
 from deepfuse.ir.device import device_row
-from deepfuse.ir.private import compile_inner, with_own_code
+from deepfuse.ir.private import compile_inner, sizes_from_data, with_own_code
 from deepfuse.passes.journal import naming
 from deepfuse.passes.pipeline import Pipeline, default
 from deepfuse.passes.runner import Runner
+from deepfuse.runtime.gradient_norm import clip_gradients
+from deepfuse.runtime.heartbeat import watched
+from deepfuse.runtime.processes import Processes
+from deepfuse.runtime.trainer_checkpoint import read_state, write_state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,13 +119,22 @@ class Trainer:
         how: Mapping[str, Any] | None = None,
         fp8: bool = False,
         providers: Mapping[str, str] | None = None,
+        processes: Processes | None = None,
     ):
         """``model`` is trained in place, in float32; without ``compile`` the step's graphs run as the passes left them.
 
         ``pipeline``: the passes, ``default()`` where ``None``; ``how``: what else the runner of the passes is told;
-        ``fp8``: whether the decoder layers' products are in FP8; ``providers``: op name -> provider to take first.
+        ``fp8``: whether the decoder layers' products are in FP8; ``providers``: op name -> provider to take first;
+        ``processes``: of whom ``model`` is this one's part.
         """
         self.model, self.training = model, training
+        self.processes = processes or Processes()
+        self.tokens = self.processes.tokens_axis()
+        if training.batch_size % self.token_processes:
+            raise ValueError(
+                f"trainer: want batch_size a multiple of the {self.token_processes} processes of axes data and expert, "
+                f"got {training.batch_size}"
+            )
         mtp_layers = len(model.model.layers) - model.config.num_hidden_layers
         if training.mtp_steps and not mtp_layers:
             raise ValueError(
@@ -125,19 +144,20 @@ class Trainer:
             parameter.data = parameter.data.float()
         # parameters alone are narrowed: the buffers (rotary frequencies, expert biases) mean what they are
         self.device = next(model.parameters()).device
-        self.compute = CausalLM(model.config, mtp_layers=mtp_layers).to(self.device).train()
-        for parameter in self.compute.parameters():
-            parameter.data = parameter.data.to(training.dtype)
-        self._copy_buffers()
+        self.compute = copy.deepcopy(model).requires_grad_().train()
         self.routers = [m for m in self.compute.modules() if isinstance(m, Router)]
-        self.pairs = list(zip(model.parameters(), self.compute.parameters(), strict=True))
-        quantized = set(map(id, train_in_fp8(self.compute, saved=training.fp8_saved))) if fp8 else set()
-        self.copied = [pair for pair in self.pairs if id(pair[1]) not in quantized]
-        for master, working in self.pairs:
-            if id(working) in quantized:  # rounded once, from float32, and not held twice
-                working.data = master.data
+        in_fp8 = set(map(id, train_in_fp8(self.compute, saved=training.fp8_saved))) if fp8 else set()
+        quantized = {name for name, parameter in self.compute.named_parameters() if id(parameter) in in_fp8}
+        matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+        self.masters = to_data_parallel(model, self._replicas)
+        workings = to_data_parallel(self.compute, self._replicas)
+        self.pairs = [(master, workings[name]) for name, master in self.masters.items()]
+        self.copied = [pair for name, pair in zip(self.masters, self.pairs, strict=True) if name not in quantized]
+        for name, (master, working) in zip(self.masters, self.pairs, strict=True):
+            # in FP8 rounded once, from float32, and not held twice
+            working.data = master.data if name in quantized else working.data.to(training.dtype)
         self.step = 0
-        self.optimizer = self._optimizer(model.parameters())
+        self.optimizer = self._optimizer(matrices)
         settings = {
             "providers": dict(providers or {}),
             "device": device_row(self.device),
@@ -150,6 +170,7 @@ class Trainer:
         options |= {"fullgraph": True, "dynamic": False}
         self.next_token_loss = torch.compile(with_own_code(next_token_loss), **options)
         self.mtp_loss = torch.compile(with_own_code(mtp_loss), **options)
+        self._called: list[Any] = []
         self._around: Callable[[str, Callable[[], Any]], Any] = lambda name, part: part()
 
     @torch.no_grad()
@@ -157,40 +178,67 @@ class Trainer:
         for master, working in zip(self.model.buffers(), self.compute.buffers(), strict=True):
             working.copy_(master)
 
-    def _optimizer(self, parameters: Any) -> torch.optim.AdamW:
-        parameters = list(parameters)
+    @property
+    def token_processes(self) -> int:
+        """Processes that each take a part of every batch."""
+        return 1 if self.tokens is None else self.tokens.size
+
+    def _replicas(self, name: str) -> Axis | None:
+        """Processes that have the same of a parameter, and tokens of their own."""
+        axes = self.processes.axes
+        return axes.data if axes.expert is not None and ".experts." in name else self.tokens
+
+    def _optimizer(self, matrices: set[str]) -> torch.optim.AdamW:
         groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.training.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            {
+                "params": [p for n, p in self.masters.items() if n in matrices],
+                "weight_decay": self.training.weight_decay,
+            },
+            {"params": [p for n, p in self.masters.items() if n not in matrices], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, lr=self.training.lr, betas=self.training.betas, fused=True)
 
     def batch(self, tokens: np.ndarray, step: int) -> Tensor:
-        """``[B, L + 2]`` tokens of a step, from ``tokens [N]``; the same for the same seed and step, so that a resumed run sees no repeats."""
+        """``[B, L + 2]`` tokens of a step, from ``tokens [N]``; the same for the same seed and step, so that a resumed run sees no repeats.
+
+        Of several processes, each has its rows of what one would have.
+        """
         t = self.training
         rng = np.random.default_rng((t.seed, step))
         starts = rng.integers(0, len(tokens) - t.seq_len - 2, size=t.batch_size)
-        rows = np.stack([tokens[s : s + t.seq_len + 2] for s in starts]).astype(np.int64)
+        each = t.batch_size // self.token_processes
+        first = 0 if self.tokens is None else self.tokens.rank * each
+        rows = np.stack([tokens[s : s + t.seq_len + 2] for s in starts[first : first + each]]).astype(np.int64)
         return torch.from_numpy(rows).to(self.device)
 
     def train_step(self, tokens: np.ndarray) -> float:
         """One step on windows of ``tokens [N]``; returns the loss in nats a token."""
         t = self.training
         L = t.seq_len
-        positions = torch.arange(L, device=self.device).repeat(t.batch_size)
-        q_start = torch.arange(0, (t.batch_size + 1) * L, L, dtype=torch.int32, device=self.device)
+        B = t.batch_size // self.token_processes
+        positions = torch.arange(L, device=self.device).repeat(B)
+        q_start = torch.arange(0, (B + 1) * L, L, dtype=torch.int32, device=self.device)
         if self.step == t.steps:
             self._fix_all_but_mtp()
         self._around("copy_weights", self._copy_weights)
         loss_fn: Callable[..., Tensor] = self.next_token_loss if self.step < t.steps else self.mtp_loss
         phase = "" if self.step < t.steps else "mtp_"
         batch = self.batch(tokens, self.step)
-        with naming("train"):
-            loss = self._around(f"{phase}forward", lambda: loss_fn(self.compute, batch, positions, q_start))
-            self._around(f"{phase}backward", loss.backward)
-        self._around("optimizer", self._update)
+        new = loss_fn not in self._called  # whose graphs are made in this step, on one process sooner than on another
+        self._called += [loss_fn] if new else []
+        patient = self.processes.patient(self.tokens) if new else contextlib.nullcontext()
+        with naming("train"), sizes_from_data(), patient:
+            with watched(f"{phase}forward", self.step):
+                loss = self._around(f"{phase}forward", lambda: loss_fn(self.compute, batch, positions, q_start))
+            with watched(f"{phase}backward", self.step):
+                # of the mean over all processes' tokens, as many on each
+                share = None if self.tokens is None else torch.full_like(loss, 1 / self.token_processes)
+                self._around(f"{phase}backward", functools.partial(loss.backward, share))
+        with watched("optimizer", self.step):
+            self._around("optimizer", self._update)
+            mean = float(sum_over(loss.detach(), self.tokens)) / self.token_processes
         self.step += 1
-        return float(loss.detach())
+        return mean
 
     @contextlib.contextmanager
     def wrapped(self, around: Callable[[str, Callable[[], Any]], Any]) -> Iterator[None]:
@@ -215,7 +263,7 @@ class Trainer:
         for master, working in self.pairs:
             master.grad = None if working.grad is None else working.grad.float()
             working.grad = None
-        nn.utils.clip_grad_norm_([m for m, _ in self.pairs if m.grad is not None], self.training.clip_norm)
+        clip_gradients(self.masters, self.model.cuts, self.processes.axes, self.training.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.lr_at(self.step)
         self.optimizer.step()
@@ -230,33 +278,44 @@ class Trainer:
     def _balance(self) -> None:
         """Raise the bias of experts with less than the mean load, lower that of the others."""
         masters = [m for m in self.model.modules() if isinstance(m, Router)]
-        for master, router in zip(masters, self.routers, strict=True):
-            load = router.tokens_per_expert
+        if not masters:
+            return
+        # one message for all layers
+        loads = sum_over(torch.stack([router.tokens_per_expert for router in self.routers]), self.tokens)
+        for master, router, load in zip(masters, self.routers, loads, strict=True):
             # in the last steps the main model's routers see tokens too, but stay as they are
-            trained = router.weight.requires_grad and load.any()
+            trained = next(router.parameters()).requires_grad and load.any()
             if master.e_score_correction_bias is not None and trained:
                 master.e_score_correction_bias += self.training.bias_update_speed * (load.mean() - load).sign()
                 router.e_score_correction_bias.copy_(master.e_score_correction_bias)  # type: ignore[union-attr]
-            load.zero_()
+            router.tokens_per_expert.zero_()
 
     @torch.no_grad()
     def evaluate(self, tokens: np.ndarray) -> float:
         """Mean cross-entropy in nats of all tokens but each window's first, over windows of ``seq_len``, no overlap.
 
-        Of the float32 weights, computed in float32, also where training is in FP8.
+        Of the float32 weights, computed in float32, also where training is in FP8. Processes with tokens of their own share
+        the windows.
         """
-        total, count, L = 0.0, 0, self.training.seq_len
+        total, L = 0.0, self.training.seq_len
         was_training = self.model.training
         self.model.eval()
-        for start in range(0, len(tokens) - 1, L):
+        starts = range(0, len(tokens) - 1, L)
+        each = -(-len(starts) // self.token_processes)
+        first = 0 if self.tokens is None else self.tokens.rank * each
+        for i in range(first, first + each):
+            # one beyond the last is computed, since all processes take part in each, but does not count
+            start = starts[min(i, len(starts) - 1)]
             window = torch.from_numpy(tokens[start : start + L + 1].astype(np.int64)).to(self.device)
             n = len(window) - 1
             q_start = torch.tensor([0, n], dtype=torch.int32, device=self.device)
-            logits = self.model(window[:-1], torch.arange(n, device=self.device), q_start)
-            total += float(nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
-            count += n
+            with watched("evaluate", self.step):
+                logits = self.model(window[:-1], torch.arange(n, device=self.device), q_start)
+            if i < len(starts):
+                total += float(nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
         self.model.train(was_training)
-        return total / count
+        summed = sum_over(torch.tensor(total, dtype=torch.float64, device=self.device), self.tokens)
+        return float(summed) / (len(tokens) - 1)
 
     def run(self, folder: Path, tokens: np.ndarray, heldout: np.ndarray | None = None) -> Iterator[dict[str, float]]:
         """Train to the end on ``tokens [N]``, documents one after the other; yields a row at each checkpoint.
@@ -269,7 +328,8 @@ class Trainer:
         self.resume(folder)
         last = t.steps + t.mtp_steps
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns) as progress:
+        first = self.processes.axes.rank == 0
+        with Progress(*columns, disable=not first) as progress:
             task = progress.add_task("train", total=last, completed=self.step)
             losses: list[float] = []
             began, begun_at = time.perf_counter(), self.step
@@ -283,35 +343,30 @@ class Trainer:
                         row["heldout_loss"] = self.evaluate(heldout)
                     losses = []
                     self.save(folder)
-                    with (folder / "log.jsonl").open("a") as log:
-                        log.write(json.dumps(row) + "\n")
+                    if first:
+                        with (folder / "log.jsonl").open("a") as log:
+                            log.write(json.dumps(row) + "\n")
                     yield row
 
     def save(self, folder: Path) -> None:
         """Write weights, moments and step; a kill while writing leaves the checkpoint before it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        names = [n for n, _ in self.model.named_parameters()]
-        state = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
-        for name, parameter in zip(names, self.model.parameters(), strict=True):
+        write_state(folder, self._state, self.step, self.training, self.processes)
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        for name, parameter in self.masters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"optimizer.{name}.{key}"] = value
-        settings = {k: str(v) for k, v in asdict(self.training).items()}
-        temporary = folder / "trainer.safetensors.tmp"
-        save_file(state, temporary, {"step": str(self.step), "training": json.dumps(settings)})
-        temporary.replace(folder / "trainer.safetensors")
+        return state
 
     def resume(self, folder: Path) -> None:
         """Continue from ``folder``, if there is a checkpoint."""
-        path = folder / "trainer.safetensors"
-        if not path.exists():
+        found = read_state(folder, self.processes)
+        if found is None:
             return
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as f:
-            self.step = int(f.metadata()["step"])
-        state = load_file(path)
+        self.step, state = found
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.masters.items():
             prefix = f"optimizer.{name}."
             moments = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             if moments:

@@ -31,15 +31,18 @@ class Piece(NamedTuple):
     key: str
     """Of the tensor in memory."""
     part: tuple[int | slice, ...] = ()
+    region: tuple[slice, ...] = ()
+    """Of the tensor on disk: what one of several processes takes of it."""
 
 
-def pieces(key: str, shape: Iterable[int], expert_width: int) -> Iterator[Piece]:
+def pieces(key: str, shape: Iterable[int], expert_width: int, first_expert: int = 0) -> Iterator[Piece]:
     """What a tensor in memory is on disk, expert by expert.
 
     Args:
         key: its name in the model's ``state_dict``.
         shape: its shape.
-        expert_width: I, ``moe_intermediate_size``.
+        expert_width: I, ``moe_intermediate_size``, or what one process has of it.
+        first_expert: of the tensor in memory, where other processes have other experts.
     """
     prefix, _, last = key.rpartition(".")
     if not prefix.endswith(".experts"):
@@ -50,11 +53,12 @@ def pieces(key: str, shape: Iterable[int], expert_width: int) -> Iterator[Piece]
     half = rows // 2
     filled = half if last.endswith(SCALE) else min(half, expert_width)
     for i in range(experts):
+        expert = f"{prefix}.{first_expert + i}"
         if last.startswith("down_proj"):
-            yield Piece(f"{prefix}.{i}.down_proj.{weight}", key, (i,))
+            yield Piece(f"{expert}.down_proj.{weight}", key, (i,))
         else:
-            yield Piece(f"{prefix}.{i}.gate_proj.{weight}", key, (i, slice(0, filled)))
-            yield Piece(f"{prefix}.{i}.up_proj.{weight}", key, (i, slice(half, half + filled)))
+            yield Piece(f"{expert}.gate_proj.{weight}", key, (i, slice(0, filled)))
+            yield Piece(f"{expert}.up_proj.{weight}", key, (i, slice(half, half + filled)))
 
 
 def has_no_place(name: str, stored: Container[str], num_layers: int, num_mtp_layers: int) -> bool:

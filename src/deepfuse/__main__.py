@@ -1,4 +1,4 @@
-"""The command line: ``deepfuse generate | chat | build | profile | bench | quantize | ops | kernels | passes | ...``.
+"""The command line: ``deepfuse generate | chat | build | profile | bench | simulate | quantize | ops | kernels | passes | ...``.
 
 Each command takes ``--help``. What is printed is for people; ``--json`` prints one JSON object for programs. Long, as it
 has all commands: each is its arguments and a call.
@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
 
 from deepfuse.profiling.bench_command import Bench
 from deepfuse.profiling.profile_command import Profile
+from deepfuse.profiling.simulate_command import Simulate
 from deepfuse.runtime.build_options import BuildOptions
 
 
@@ -187,6 +188,8 @@ class Kernels:
     """Of one op only."""
     arch: str = "sm_90"
     """sm_90 (Hopper) or sm_100 (Blackwell)."""
+    samples: bool = False
+    """Into the file also those that only samples of ops launch: tests take the machine code of both from it."""
     json: Path | None = None
     """File to write the table to."""
     against: Path | None = None
@@ -211,7 +214,10 @@ class Kernels:
         with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
             task = bar.add_task("compiling", total=None)
             kernels = compile_kernels(
-                self.arch, self.op, progress=lambda done, total: bar.update(task, completed=done, total=total)
+                self.arch,
+                self.op,
+                samples=self.samples,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         table = table_of(kernels, self.arch)
         if self.json is not None:
@@ -265,7 +271,7 @@ class Passes:
         if self.action == "list":
             from deepfuse.runtime.describe import passes_table
 
-            _print(passes_table(), self.json)
+            _print(passes_table(self.options.passes), self.json)
             return
         if self.argument is None:
             what = "the name of a pass" if self.action == "diff" else "a command"
@@ -300,12 +306,11 @@ class Passes:
 
     def _bisect(self, command: str) -> None:
         from deepfuse.passes.bisect import bisect
-        from deepfuse.passes.pipeline import default
 
         tried = []
 
         def check(name: str | None) -> bool:
-            left_out = ",".join(filter(None, (os.environ.get("DEEPFUSE_WITHOUT"), name)))
+            left_out = ",".join(filter(None, (os.environ.get("DEEPFUSE_WITHOUT"), *self.options.without, name)))
             environment = {**os.environ, "DEEPFUSE_WITHOUT": left_out}
             code = subprocess.run(command, shell=True, env=environment, check=False).returncode
             tried.append({"without": name, "exit status": code})
@@ -313,7 +318,7 @@ class Passes:
                 print(f"{f'without {name}' if name else 'all passes'}: exit status {code}", flush=True)
             return code == 0
 
-        found = bisect(check, default().names)
+        found = bisect(check, self.options.passes.names)
         if self.json:
             print(json.dumps({"pass": found, "tried": tried}))
         else:
@@ -354,6 +359,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "build": Build,
     "profile": Profile,
     "bench": Bench,
+    "simulate": Simulate,
     "quantize": Quantize,
     "ops": Ops,
     "kernels": Kernels,

@@ -204,8 +204,8 @@ def test_what_failed_in_its_own_process_is_not_run_here(monkeypatch):
     assert list(row.figures) == ["reference", "bfloat16"]
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="has a CUDA device")
 @pytest.mark.parametrize("suite", ["gpu", "gpu_tuning"])
-def test_without_a_gpu_it_ends_with_one_error(suite):
+def test_without_a_gpu_it_ends_with_one_error(suite, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=f"bench: want a CUDA device for the suite {suite}, got none"):
         run_suite(suite)

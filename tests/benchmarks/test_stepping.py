@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from benchmark_scripts import load_script
 from deepfuse.blocks.config import RopeScaling
+from deepfuse.profiling.bench import Bench
+from deepfuse.profiling.bench_results import Results
 from deepfuse.runtime.save import save_checkpoint
 from tiny_checkpoint import TINY, model_of
 
@@ -32,13 +34,12 @@ def test_steps_and_prefills_are_those_of_one_model(folder: Path) -> None:
     for context in (3, 17):
         calls = {"ours": ours.steps(context), "theirs": theirs.steps(context)}
         for _ in range(3):  # each call begins at the same place
-            stepping.check_agreement(calls, torch.float32)
+            assert stepping.disagreement(calls, torch.float32) is None
         ours.release()
     prefill = ours.prefill(20)
-    stepping.check_agreement({"ours": prefill, "theirs": theirs.prefill(20)}, torch.float32)
+    assert stepping.disagreement({"ours": prefill, "theirs": theirs.prefill(20)}, torch.float32) is None
     other = {"ours": prefill, "theirs": theirs.steps(17)}
-    with pytest.raises(ValueError, match="want theirs to agree with ours within 0.001, got "):
-        stepping.check_agreement(other, torch.float32)
+    assert "theirs and ours differ by " in stepping.disagreement(other, torch.float32)
     ours.release()
     assert ours.model.engine.cache.free_pages == len(ours.model.engine.cache.layers[0]) - 1
 
@@ -49,7 +50,23 @@ def test_the_static_cache_of_a_compiled_peer_is_read_where_the_step_is(folder: P
     eager = stepping.Transformers(folder, torch.float32, 64, compiled=False)
     calls = {"eager": eager.steps(17), "compiled": compiled.steps(17)}
     for _ in range(2):
-        stepping.check_agreement(calls, torch.float32)
+        assert stepping.disagreement(calls, torch.float32) is None
+
+
+def test_prompts_are_the_same_and_of_many_tokens() -> None:
+    prompt = stepping.prompt(512, 4096)
+    assert prompt == stepping.prompt(512, 4096) and len(set(prompt)) > 400
+    assert set(stepping.prompt(512, 7)) == set(range(7))
+
+
+def test_what_disagrees_is_left_out_with_its_reason() -> None:
+    cpu = load_script("cpu")
+    bench = Bench(Results(suite="cpu", command="", device={"kind": "cpu"}, versions={}))
+    ones = torch.ones(3)
+    cpu.compared(bench, "decode", "float32", {"ours": lambda: ones, "theirs": lambda: 2 * ones})
+    assert "theirs and ours differ by 1 " in bench.results.left_out["decode, float32"] and not bench.results.rows
+    cpu.compared(bench, "decode", "float32", {"ours": lambda: ones, "theirs": lambda: ones.clone()})
+    assert bench.results.row("decode, float32") and not bench.results.left_out
 
 
 def test_training_steps_begin_at_the_same_loss(folder: Path, monkeypatch) -> None:

@@ -35,6 +35,7 @@ WITHOUT_OP = {
     "absorbed_weight": "W^UK and W^UV where they lie, for the ops that multiply by them",
     "attention_arguments": "what mla_attention and its gradient are given",
     "dot": "a step of the kernels of matrix products",
+    "fp8_rounding": "steps of the kernels that quantize",
     "expert_order": "a step of the kernels that move rows to their experts",
     "fp8_grouped_matmul_gluon": "a provider of fp8_grouped_matmul",
     "fp8_matmul_gluon": "a provider of fp8_matmul",

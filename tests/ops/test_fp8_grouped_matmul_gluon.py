@@ -34,7 +34,7 @@ def _assert_near(y, arguments):
 @pytest.fixture
 def emulated(monkeypatch):
     if not interpreted():
-        pytest.skip("emulated on the CPU, where other kernels are interpreted")
+        pytest.skip("emulated where kernels are interpreted; a GPU runs test_on_hopper")
     kernel = EmulatedKernel(dense, dense._fp8_matmul_gluon_kernel)
     monkeypatch.setattr(dense, "_fp8_matmul_gluon_kernel", kernel)
     monkeypatch.setattr(grouped, "processors_of", lambda device: 3)
@@ -89,7 +89,9 @@ def test_is_never_the_first_choice_and_says_where_it_does_not_run():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="wants sm_90")
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="wgmma is of sm_90 alone"
+)
 @pytest.mark.parametrize(
     ("counts", "N", "K"), [([700, 0, 33, 1000], 4096, 7168), ([64] * 32, 576, 1536), ([4096, 4095], 7168, 2048)]
 )

@@ -24,7 +24,7 @@ def _operands(M, N, K):
 @pytest.fixture
 def emulated(monkeypatch):
     if not interpreted():
-        pytest.skip("emulated on the CPU, where other kernels are interpreted")
+        pytest.skip("emulated where kernels are interpreted; a GPU runs test_on_hopper")
     kernel = EmulatedKernel(module, module._fp8_matmul_gluon_kernel)
     monkeypatch.setattr(module, "_fp8_matmul_gluon_kernel", kernel)
     return kernel
@@ -143,7 +143,9 @@ def test_says_where_it_does_not_run():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="wants sm_90")
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="wgmma is of sm_90 alone"
+)
 @pytest.mark.parametrize(("M", "N", "K"), [(128, 576, 7168), (4096, 2112, 7168), (4000, 4096, 1552), (65, 136, 208)])
 def test_on_hopper(M, N, K):
     with torch.device("cuda"):

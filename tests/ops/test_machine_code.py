@@ -1,6 +1,9 @@
-"""Every Triton kernel compiles to sm_90 without spills and within its shared memory, GPU or not."""
+"""Every Triton kernel compiles to sm_90 without spills and within its shared memory, GPU or not.
+
+Kernels whose digest is in a kept table have its machine code; the others are compiled, and one of each source."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,8 +54,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def machine_code(cache: Path) -> list[MachineCode]:
-    """Every kernel, compiled once for all tests: they are all in this file, which one process runs."""
-    return compile_kernels(samples=True, cache=cache)
+    """Every kernel, once for all tests: they are all in this file, which one process runs."""
+    return compile_kernels(samples=True, kept=TABLES[HERE] if HERE else None, cache=cache)
 
 
 def test_no_kernel_spills_registers(machine_code):
@@ -168,3 +171,33 @@ def test_the_command_compares_with_a_kept_table(machine_code, kept, cache, monke
     assert "no kernel differs" in capsys.readouterr().out
     written = json.loads((tmp_path / "here.json").read_text())["kernels"]
     assert written == [row for row in json.loads(TABLES[HERE].read_text())["kernels"] if row["op"] == op]
+
+
+OP = "rms_norm"
+"""With one kernel, which it launches in three ways."""
+
+
+@pytest.fixture
+def its_kernels(kept: KernelTable) -> list[MachineCode]:
+    kernels = list(kept.rows(OP).values())
+    assert len(kernels) == 3 and len({code.kernel for code in kernels}) == 1
+    return kernels
+
+
+@needs_a_table
+def test_what_a_table_has_is_not_compiled(kept, its_kernels, tmp_path):
+    *known, stale = its_kernels
+    replace(kept, kernels=[*known, replace(stale, digest="0" * 32)]).write(tmp_path / "kept.json")
+    found = compile_kernels(op=OP, kept=tmp_path / "kept.json", cache=tmp_path / "triton")
+    assert table_of(found, "sm_90").rows().keys() == kept.rows(OP).keys()
+    assert {code.digest: code.facts for code in found} == {code.digest: code.facts for code in its_kernels}
+    # that of which the table has another digest, and one to see that the digests hold
+    assert len(list((tmp_path / "triton").rglob("*.cubin"))) == 2
+
+
+@needs_a_table
+def test_a_table_that_differs_from_what_its_kernels_compile_to_is_refused(kept, its_kernels, cache, tmp_path):
+    wrong = [replace(code, registers=code.registers + 8) for code in its_kernels]
+    replace(kept, kernels=wrong).write(tmp_path / "kept.json")
+    with pytest.raises(RuntimeError, match="the digest .* leaves something out, or the row was changed by hand"):
+        compile_kernels(op=OP, kept=tmp_path / "kept.json", cache=cache)

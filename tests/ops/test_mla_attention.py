@@ -199,7 +199,7 @@ def test_blocks_that_end_near_the_diagonal_are_masked_to_the_key():
     torch.testing.assert_close(_launch_backward(*grad_args), mla_attention_backward_ref(*grad_args))
 
 
-@pytest.mark.skipif(not interpreted(), reason="runs on the CPU")
+@pytest.mark.skipif(not interpreted(), reason="of the CPU's provider: with a GPU, tensors are made there")
 def test_sequences_of_equal_lengths_go_into_one_call(monkeypatch):
     batches = []
     flash = module.flash_attention_cpu

@@ -227,6 +227,13 @@ def test_snapshots_run():
         )
 
 
+def test_a_change_of_arguments_that_a_pass_does_not_count_is_seen():
+    _, journal = run(Pipeline((shift_uncounted,)), norm, *ARGS)
+    snapshots = journal.graphs[0].snapshots
+    assert snapshots["after:shift_uncounted"] != snapshots["before:shift_uncounted"]
+    torch.testing.assert_close(run_text(snapshots["after:shift_uncounted"])(*ARGS), rms_norm(*ARGS, 1e-6 + 1e-2))
+
+
 def test_journal_survives_json():
     _, journal = run(default(), norm, *ARGS)
     assert Journal.from_json(json.loads(json.dumps(journal.to_json()))) == journal

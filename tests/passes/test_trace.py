@@ -109,6 +109,17 @@ def test_what_is_written_in_place_is_functional():
     assert torch.equal(fx.GraphModule({}, graph)(x), (x + 1) * 2 + x)
 
 
+def test_new_memory_may_be_written_into_whole():
+    def doubled(x):
+        y = torch.empty_like(x)
+        y.copy_(x + 1)
+        return y * 2
+
+    graph = trace(doubled, [torch.ones(3)], FakeTensorMode())
+    x = torch.arange(3.0)
+    assert torch.equal(fx.GraphModule({}, graph)(x), (x + 1) * 2)
+
+
 def test_what_is_written_in_place_is_rounded_to_what_it_is_written_to():
     graph = trace(
         lambda x, y: x.clone().add_(y), [torch.ones(3, dtype=torch.bfloat16), torch.ones(3)], FakeTensorMode()
@@ -143,13 +154,18 @@ CONSTANT = torch.ones(3)
         (lambda x: x + CONSTANT, "without tensor constants, got one of shape (3,)"),
         (lambda x: x + torch.tensor([1.0, 2.0, 3.0]), "without tensor constants, got one of shape (3,)"),
         (lambda x: x.add_(1), "that writes into nothing it is given, nor a part, got a call of aten.add_.Tensor"),
+        (
+            lambda x: x.detach().add_(1),
+            "that writes into nothing it is given, nor a part, got a call of aten.add_.Tensor",
+        ),
+        (lambda x: (x + 1)[:2].zero_(), "that writes into nothing it is given, nor a part, got a call of aten.zero_."),
         (lambda x: x[:2].zero_(), "that writes into nothing it is given, nor a part, got a call of aten.zero_.default"),
         (
             lambda x: torch.add(x, x, out=torch.empty(3)),
             "that writes into nothing it is given, nor a part, got a call of aten.add.out",
         ),
     ],
-    ids=["global", "constant", "input", "view", "out"],
+    ids=["global", "constant", "input", "alias", "part", "view", "out"],
 )
 def test_what_is_no_graph_of_values_is_refused(fn, problem):
     with pytest.raises(ValueError, match=f"^trace: want a function {re.escape(problem)}"):

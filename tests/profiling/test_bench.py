@@ -115,8 +115,46 @@ def test_a_run_that_is_cut_keeps_what_it_has(folder: Path, tmp_path: Path, quiet
     with pytest.raises(KeyboardInterrupt):
         run_suite("toy", json=tmp_path / "out.json", folder=folder, console=quiet)
     kept = Results.read(tmp_path / "out.json")
+    # it was cut before the first row of the second part, so that nothing is known of that
     assert [row.name for row in kept.rows] == ["row a"] and not kept.finished
     assert [path.name for path in tmp_path.glob("out*")] == ["out.json"]
+
+
+def test_parts_measured_one_by_one_are_a_whole_suite(folder: Path, tmp_path: Path, quiet: Console) -> None:
+    path = tmp_path / "out.json"
+    assert not run_suite("toy", json=path, only="second", folder=folder, console=quiet).finished
+    assert run_suite("toy", json=path, only="first", folder=folder, console=quiet).finished
+    assert Results.read(path).finished
+    # a part that is new since
+    (folder / "toy.py").write_text(
+        TOY.replace(
+            "def suite(bench: Bench) -> None:",
+            """def suite(bench: Bench) -> None:
+    bench.wants("third", seconds=1)""",
+        )
+    )
+    assert not run_suite("toy", json=path, only="first", folder=folder, console=quiet).finished
+
+
+def test_a_part_that_was_cut_is_not_finished_until_it_is_measured_whole(
+    folder: Path, tmp_path: Path, quiet: Console
+) -> None:
+    path = tmp_path / "out.json"
+    (folder / "toy.py").write_text(TOY.replace("WHY)\n", "WHY)\n        raise KeyboardInterrupt\n"))
+    with pytest.raises(KeyboardInterrupt):
+        run_suite("toy", json=path, folder=folder, console=quiet)
+    assert Results.read(path).left_out["first, a"] == "the run was cut"
+    (folder / "toy.py").write_text(TOY)
+    assert not run_suite("toy", json=path, only="second", folder=folder, console=quiet).finished
+    whole = run_suite("toy", json=path, only="first", folder=folder, console=quiet)
+    assert whole.finished and "first, a" not in whole.left_out and Results.read(path) == whole
+
+
+def test_what_was_left_out_is_no_longer_once_it_is_a_row() -> None:
+    bench = Bench(Results(suite="toy", command="", device={"kind": "cpu"}, versions={}))
+    bench.leave_out("a", "they disagree")
+    bench.row("a", {"ours": 1.0}, unit="s")
+    assert not bench.results.left_out
 
 
 def test_one_part_is_measured_anew_among_the_others(folder: Path, tmp_path: Path, quiet: Console) -> None:
@@ -277,6 +315,8 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
         "deepfuse: bench plot: want --out to end in .svg"
     )
     assert "want a file that --json wrote, and --out FIGURE.svg" in refused("plot", path)
+    missing = refused("plot", tmp_path / "no.json", "--out", tmp_path / "x.svg")
+    assert missing.endswith("/no.json (No such file or directory)\n") and "Errno" not in missing
     assert "behind the word plot only" in refused("cpu", path)
 
 

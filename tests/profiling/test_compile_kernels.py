@@ -48,7 +48,10 @@ def nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--op", "rms_nrm"], "want an op that has a Triton kernel (rms_norm"),
         (["--op", "linear"], "want an op that has a Triton kernel, got 'linear', which has none"),
         (["--arch", "sm_80"], "want arch sm_90 or sm_100, got 'sm_80'"),
-        (["--against", "/does/not/exist.json"], "No such file or directory: '/does/not/exist.json'"),
+        (
+            ["--against", "/does/not/exist.json"],
+            "want a table that `deepfuse kernels --json` wrote, got /does/not/exist.json (No such file or directory)",
+        ),
         (["--json", "/does/not/exist.json"], "want --json in a folder that exists, got /does/not/exist.json"),
     ],
 )

@@ -1,36 +1,18 @@
 """Bytes that we predict for whole graphs are those that Inductor counts; calls of products and of attention by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-import deepfuse as df
+from benchmark_scripts import load_script
 from deepfuse.blocks.model import CausalLM
 from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.runtime.engine import decode, prefill
 from deepfuse.runtime.trainer import next_token_loss
 from inductor_bytes import Counted, counted
 
-CONFIG = df.Config(
-    vocab_size=1024,
-    hidden_size=256,
-    intermediate_size=512,
-    moe_intermediate_size=128,
-    num_hidden_layers=2,
-    first_k_dense_replace=1,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-    q_lora_rank=128,
-    kv_lora_rank=128,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    max_position_embeddings=256,
-    num_nextn_predict_layers=0,
-)
+CONFIG = replace(load_script("pass_overhead").CONFIG, num_hidden_layers=2)
 TOKENS, SEQUENCES = 64, 2
 # regions are a rule (profiling/regions.py); what Inductor fuses depends on more. Measured: 0.85 (decode) to 0.99 of its count
 TOLERANCE = 0.2

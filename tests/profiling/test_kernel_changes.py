@@ -18,6 +18,7 @@ PRODUCT = MachineCode(
     tokens=[32, 64],
     bounds=[Bound(tokens=64, flops=528482304, bytes=4661248, predicted_us=1.391, limit="memory")],
     constants={"BLOCK_P": "64"},
+    digest="d1",
     num_warps=4,
     registers=128,
     spill_bytes=0,
@@ -72,8 +73,10 @@ def test_each_fact_is_compared(name: str) -> None:
     assert bool(found.worse) == name.startswith("spill")
 
 
-def test_all_facts_but_names_and_types_are_compared() -> None:
-    assert set(COMPARED) | {"op", "provider", "kernel", "call", "types"} == set(MachineCode.__dataclass_fields__)
+def test_all_but_names_types_and_digests_are_compared() -> None:
+    assert set(COMPARED) | {"op", "provider", "kernel", "call", "types", "digest"} == set(
+        MachineCode.__dataclass_fields__
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,19 +146,25 @@ def test_a_table_of_another_triton_or_arch_names_both(other: dict[str, str]) -> 
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
-    table(PRODUCT, NORM).write(tmp_path / "kernels.json")
+    sample = replace(NORM, call="", tokens=[], bounds=[])
+    replace(table(PRODUCT, NORM), samples=[sample]).write(tmp_path / "kernels.json")
     read = read_table(tmp_path / "kernels.json")
     assert compare(read, table(PRODUCT, NORM)).changes == []
     assert read.kernels == [replace(PRODUCT, types={}), replace(NORM, types={})]
+    assert read.samples == [replace(sample, types={})]
     lines = (tmp_path / "kernels.json").read_text().splitlines()
-    assert [line for line in lines if '"kernel": "_rms_norm_kernel"' in line] == lines[2:3]
+    assert [line for line in lines if '"kernel": "_rms_norm_kernel"' in line] == [lines[2], lines[4]]
 
 
 def test_kernels_of_samples_alone_are_no_rows() -> None:
-    assert table_of([PRODUCT, replace(NORM, call="", tokens=[], bounds=[], copies=None)], "sm_90").kernels == [PRODUCT]
+    sample = replace(NORM, call="", tokens=[], bounds=[])
+    found = table_of([sample, PRODUCT], "sm_90")
+    assert found.kernels == [PRODUCT] and found.samples == [sample]
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"triton": "3.9.0", "arch": "sm_90", "kernels": [{"op": "x"}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"triton": "3.9.0", "arch": "sm_90", "kernels": [{"op": "x"}], "samples": []}']
+)
 def test_a_file_that_is_no_table(text: str, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text(text)
     with pytest.raises(ValueError, match=r"want a table that `deepfuse kernels --json` wrote, got .*other.json"):

@@ -110,6 +110,8 @@ def test_a_block_that_fails_leaves_the_model_as_it_was(model, tmp_path):
         ("", {}, FileExistsError, "want a run directory that is not there yet, got "),
         ("file/run", {}, OSError, "want a run directory that can be made, got .*: Not a directory"),
         ("run", {"warmup": 0}, ValueError, "want warmup as an integer >= 1, got 0"),
+        ("run", {"warmup": True}, ValueError, "want warmup as an integer >= 1, got True"),
+        ("run", {"steps": True}, ValueError, "want steps as an integer >= 1 or None, got True"),
         ("run", {"steps": 0}, ValueError, "want steps as an integer >= 1 or None, got 0"),
     ],
 )

@@ -94,6 +94,11 @@ def test_random_weights_are_never_wider_than_asked_for(monkeypatch: pytest.Monke
     [
         (None, {}, TypeError, "want a path, a preset, a Config or a module, got None"),
         (ONE_LAYER, {"max_batch_size": 1.5}, ValueError, "want max_batch_size as an integer >= 1, got 1.5"),
+        (ONE_LAYER, {"max_batch_size": True}, ValueError, "want max_batch_size as an integer >= 1, got True"),
+        (ONE_LAYER, {"max_seq_len": True}, ValueError, "want max_seq_len as an integer in 1 .. .*, got True"),
+        (ONE_LAYER, {"strict": "no"}, TypeError, "want strict as None, True or False, got 'no'"),
+        (ONE_LAYER, {"verify": 1}, TypeError, "want verify as True or False, got 1"),
+        (ONE_LAYER, {"compile": None}, TypeError, "want compile as True or False, got None"),
         (ONE_LAYER, {"max_seq_len": "8"}, ValueError, "want max_seq_len as an integer in 1 .. .*, got '8'"),
         (ONE_LAYER, {"providers": ["triton"]}, TypeError, "want providers as a mapping from op to provider"),
         (ONE_LAYER, {"training": 5}, TypeError, "want training as a Training, got 5"),

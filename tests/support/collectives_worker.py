@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from deepfuse.blocks.axis import Axis
-from deepfuse.blocks.collectives import all_to_all, gather_rows, same_over, sum_over
+from deepfuse.blocks.collectives import all_to_all, gather_columns, gather_rows, same_over, sum_over
 
 
 def main(folder):
@@ -31,6 +31,7 @@ def main(folder):
     case("sum_over", lambda x: sum_over(x, axis), rows)
     case("same_over", lambda x: same_over(x, axis), rows)
     case("gather_rows", lambda x: gather_rows(x, axis), rows)
+    case("gather_columns", lambda x: gather_columns(x, axis), rows)
     (folder / f"said{rank}.json").write_text(json.dumps(said))
     dist.destroy_process_group()
 

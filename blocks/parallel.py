@@ -1,0 +1,57 @@
+"""A model cut down to what one process of a mesh has of it, and the settings of that."""
+
+import math
+from dataclasses import dataclass
+from typing import get_args
+
+from deepfuse.blocks.axis import Axis
+from deepfuse.blocks.capacity import Drop
+from deepfuse.blocks.expert_parallel import Mode, to_expert_parallel
+from deepfuse.blocks.message import Dispatch
+from deepfuse.blocks.model import CausalLM
+from deepfuse.blocks.tensor_parallel import to_tensor_parallel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallel:
+    """How tokens reach the experts of other processes."""
+
+    mode: Mode = "dropless"
+    """``dropless``: all of them; ``capacity``: of each process, an expert takes a bounded number, and drops the rest."""
+    capacity_factor: float = 1.25
+    """That bound, as a multiple of the mean load of an expert."""
+    drop: Drop = "affinity"
+    """What goes beyond it: the choices of the lowest weight, or by ``position`` those of the last tokens."""
+    dispatch: Dispatch = "auto"
+    """``fp8``: rows travel to experts as FP8; ``auto``: where the experts would quantize them anyway."""
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("mode", get_args(Mode)), ("drop", get_args(Drop)), ("dispatch", get_args(Dispatch))):
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"parallel: want {name} out of {list(kinds)}, got {getattr(self, name)!r}")
+        if not 0 < self.capacity_factor < math.inf:
+            raise ValueError(f"parallel: want a finite capacity_factor > 0, got {self.capacity_factor}")
+
+
+def to_parallel(model: CausalLM, parallel: Parallel, *, tensor: Axis | None, expert: Axis | None) -> None:
+    """Cut a model down to one process's part, in place; names of parameters stay.
+
+    Args:
+        model: not quantized yet; on any device. On the meta device nothing is computed.
+        parallel: how.
+        tensor, expert: the axes that share weights; ``None`` for one that the mesh does not have.
+
+    Raises:
+        ValueError: the model cannot be dealt out evenly over them.
+    """
+    if expert is not None:
+        to_expert_parallel(
+            model,
+            expert,
+            parallel.mode,
+            capacity_factor=parallel.capacity_factor,
+            drop=parallel.drop,
+            dispatch=parallel.dispatch,
+        )
+    if tensor is not None:
+        to_tensor_parallel(model, tensor)

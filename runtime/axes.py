@@ -1,0 +1,95 @@
+"""The axes of a mesh as one process sees them.
+
+Source: torch.distributed.device_mesh; process groups as functional collectives name them.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from deepfuse.blocks.axis import AXES, Axis
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axes:
+    """The axes of a mesh by name; ``None`` for those that it does not have, or of one process."""
+
+    data: Axis | None = None
+    tensor: Axis | None = None
+    expert: Axis | None = None
+    rank: int = 0
+    """Of this process among all."""
+    size: int = 1
+    """Processes in all."""
+
+    def __str__(self) -> str:
+        named = [f"{name} {size}" for name, size in self.sizes.items()]
+        return f"{' x '.join(named) or 'one process'}, this is rank {self.rank} of {self.size}"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the axes there are."""
+        return {axis.name: axis.size for axis in (self.data, self.tensor, self.expert) if axis is not None}
+
+    @property
+    def token_processes(self) -> int:
+        """How many sets of processes have tokens of their own: those of ``data`` and ``expert``."""
+        return _size(self.data) * _size(self.expert)
+
+    @property
+    def token_rank(self) -> int:
+        """Which of them this process is in."""
+        return _rank(self.data) * _size(self.expert) + _rank(self.expert)
+
+
+def axes_of(mesh: DeviceMesh) -> Axes:
+    """The axes of a mesh whose names were checked."""
+    assert mesh.mesh_dim_names is not None
+    found = {}
+    for dim, name in enumerate(mesh.mesh_dim_names):
+        if mesh.size(dim) > 1:
+            found[name] = Axis(name, mesh.get_group(name).group_name, mesh.size(dim), mesh.get_local_rank(name))
+    return Axes(**found, rank=dist.get_rank(), size=mesh.size())
+
+
+def tokens_axis(mesh: DeviceMesh, axes: Axes) -> Axis | None:
+    """The processes with tokens of their own as one axis, in the order of ``Axes.token_rank``.
+
+    Where a mesh has both axes this makes process groups, which all processes must do at the same time.
+    """
+    if axes.data is None or axes.expert is None:
+        return axes.data or axes.expert
+    names = mesh.mesh_dim_names
+    assert names is not None
+    ranks = mesh.mesh.permute(*(names.index(name) for name in AXES if name in names))
+    mine = None
+    # data, tensor, expert
+    ranks = ranks if "tensor" in names else ranks.unsqueeze(1)
+    for i in range(ranks.shape[1]):
+        together = ranks[:, i].flatten().tolist()
+        group = dist.new_group(together)
+        if axes.rank in together:
+            assert isinstance(group, dist.ProcessGroup)
+            mine = Axis("data x expert", group.group_name, len(together), together.index(axes.rank))
+    return mine
+
+
+def holders(mesh: torch.Tensor, names: tuple[str, ...]) -> dict[tuple[int, int], int]:
+    """``(place on tensor, place on expert)`` -> the rank that has these parts, of those that have the same the first."""
+    sizes = {name: mesh.shape[names.index(name)] if name in names else 1 for name in AXES}
+    found = {}
+    for t, e in product(range(sizes["tensor"]), range(sizes["expert"])):
+        at = {"data": 0, "tensor": t, "expert": e}
+        found[t, e] = int(mesh[tuple(at[name] for name in names)])
+    return found
+
+
+def _size(axis: Axis | None) -> int:
+    return 1 if axis is None else axis.size
+
+
+def _rank(axis: Axis | None) -> int:
+    return 0 if axis is None else axis.rank

@@ -1,0 +1,134 @@
+"""One of the processes of tests/runtime/test_mesh.py: builds and trains over meshes, and says what comes of it."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import deepfuse as df
+from deepfuse.blocks.cut import taken
+from deepfuse.runtime.axes import axes_of
+from deepfuse.runtime.trainer import Trainer, mtp_loss, next_token_loss
+from tiny_checkpoint import TINY
+
+PROMPTS = [[5, 9, 200, 31, 7], [44], [299, 0, 12], [150, 151, 152, 153, 154, 155, 156, 157, 158], [17, 18]]
+TRAINED = replace(TINY, num_hidden_layers=2)
+CORPUS = np.tile(np.arange(7, dtype=np.uint16) * 5, 40)
+TRAINING = df.Training(
+    steps=2, batch_size=4, seq_len=8, lr=1e-3, warmup_steps=1, dtype=torch.float32, mtp_steps=1, clip_norm=0.05
+)
+"""Which clips the gradients of each step."""
+
+
+def prompts_of(rank: int) -> list[list[int]]:
+    """Other numbers for each process with tokens of its own, and none at all for one."""
+    return {0: PROMPTS[:3], 1: [], 2: PROMPTS[3:], 3: PROMPTS[:1]}[rank]
+
+
+def texts_of(rank: int) -> list[str]:
+    return [f"{chr(97 + i)} quick fox" for i in range(len(prompts_of(rank)))]
+
+
+def train(trainer: Trainer, *, graphs: bool) -> list[dict[str, Any]]:
+    """Of each step the loss, the norm and all gradients after clipping, and the router's biases."""
+    if not graphs:
+        trainer.next_token_loss, trainer.mtp_loss = next_token_loss, mtp_loss
+    steps = []
+    for _ in range(3):
+        loss = trainer.train_step(CORPUS)
+        gradients = {n: p.grad.clone() for n, p in trainer.masters.items() if p.grad is not None}
+        biases = {n: b.clone() for n, b in trainer.model.named_buffers() if n.endswith("correction_bias")}
+        steps.append({"loss": loss, "gradients": gradients, "biases": biases})
+    return steps
+
+
+def main(folder: Path, checkpoint: str, reference: str, *meshes: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    said: dict[str, Any] = {}
+    for asked in meshes:
+        spec, *what = asked.split()
+        sizes = {name: int(size) for name, _, size in (part.partition("=") for part in spec.split(","))}
+        mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        said[spec] = {"token_rank": axes_of(mesh).token_rank}
+        if "model" in what:
+            said[spec] |= _built(mesh, checkpoint)
+        if "trainer" in what:
+            said[spec] |= _trained(mesh, torch.load(reference), folder, graphs="graphs" in what)
+    (folder / f"said{torch.distributed.get_rank()}.json").write_text(json.dumps(said))
+    torch.distributed.destroy_process_group()
+
+
+def _built(mesh: DeviceMesh, checkpoint: str) -> dict[str, Any]:
+    model = df.build(checkpoint, device="cpu", compile=False, mesh=mesh, max_batch_size=2, max_seq_len=64)
+    own = prompts_of(axes_of(mesh).token_rank)
+    ids = torch.tensor(own[:1]) if own else torch.zeros(0, 1, dtype=torch.int64)
+    return {
+        "scores": [score.tolist() for score in model.score([p for p in own if len(p) > 1])],
+        "logits": model(ids, last_only=True).tolist(),
+        "greedy": model.generate(own, max_new_tokens=6, temperature=0.0, stop_token_ids=[]),
+        "sampled": model.generate(texts_of(axes_of(mesh).token_rank), max_new_tokens=4, temperature=1.0, seed=3),
+        "first pieces": list(_cut_short(model, own)),
+        "again": model.generate(own, max_new_tokens=2, temperature=0.0, stop_token_ids=[]),
+        "report": str(model.report),
+        "parameters": sum(p.numel() for p in model.engine.model.parameters()),
+    }
+
+
+def _cut_short(model: Any, own: list[list[int]]) -> Any:
+    """One process stops reading early; the others must not wait for it."""
+    pieces = model.generate(own, max_new_tokens=6, temperature=0.0, stop_token_ids=[], stream=True)
+    yield from (piece for piece, _ in zip(pieces, range(2), strict=False)) if len(own) > 1 else pieces
+    pieces.close() if hasattr(pieces, "close") else None
+
+
+def _trained(mesh: DeviceMesh, reference: list[dict[str, Any]], folder: Path, *, graphs: bool) -> dict[str, Any]:
+    def trainer() -> Trainer:
+        return df.build(TRAINED, device="cpu", compile=False, training=TRAINING, mesh=mesh, seed=1)
+
+    first = trainer()
+    steps = train(first, graphs=graphs)
+    errors = []
+    for step, want in zip(steps, reference, strict=True):
+        assert step["gradients"].keys() == want["gradients"].keys()
+        error = {n: _error(g, _own(want["gradients"][n], first, n)) for n, g in step["gradients"].items()}
+        error |= {n: _error(b, want["biases"][n]) for n, b in step["biases"].items()}
+        errors.append({"loss": abs(step["loss"] - want["loss"]), **error})
+    name = "-".join(f"{n}{s}" for n, s in axes_of(mesh).sizes.items())
+    first.save(folder / name)
+    again = trainer()
+    again.resume(folder / name)
+    state, other = first._state(), again._state()
+    return {
+        "errors": errors,
+        "heldout": first.evaluate(CORPUS[:50]),
+        "numbers": sum(p.numel() for p in first.masters.values()),
+        "resumed": again.step == 3
+        and state.keys() == other.keys()
+        and all(torch.equal(state[k], other[k]) for k in state),
+        "files": sorted(p.name for p in (folder / name).rglob("*")),
+    }
+
+
+def _own(whole: Tensor, trainer: Trainer, name: str) -> Tensor:
+    """This process's part of a gradient of one process."""
+    part = taken(whole, trainer.model.cuts.get(name, ()))
+    axis = trainer._replicas(name)
+    if axis is None:
+        return part
+    each = -(-part.numel() // axis.size)
+    flat = torch.cat((part.flatten(), part.new_zeros(each * axis.size - part.numel())))
+    return flat[axis.rank * each : (axis.rank + 1) * each]
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).abs().max() / want.abs().max().clamp(min=1e-12))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
