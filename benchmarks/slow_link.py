@@ -11,6 +11,7 @@ one rank in half the time that it takes on the other, by chance.
 import os
 import shutil
 import subprocess
+from typing import Self
 
 RANKS = 2
 MTU = "16000"
@@ -35,7 +36,7 @@ class SlowLink:
     def __init__(self, rate: float):
         self.rate = rate
 
-    def __enter__(self) -> "SlowLink":
+    def __enter__(self) -> Self:
         self._remove()
         try:
             self._make()
