@@ -170,6 +170,7 @@ class Trainer:
         options |= {"fullgraph": True, "dynamic": False}
         self.next_token_loss = torch.compile(with_own_code(next_token_loss), **options)
         self.mtp_loss = torch.compile(with_own_code(mtp_loss), **options)
+        self._called: list[Any] = []
         self._around: Callable[[str, Callable[[], Any]], Any] = lambda name, part: part()
 
     @torch.no_grad()
@@ -223,7 +224,10 @@ class Trainer:
         loss_fn: Callable[..., Tensor] = self.next_token_loss if self.step < t.steps else self.mtp_loss
         phase = "" if self.step < t.steps else "mtp_"
         batch = self.batch(tokens, self.step)
-        with naming("train"), sizes_from_data():
+        new = loss_fn not in self._called  # whose graphs are made in this step, on one process sooner than on another
+        self._called += [loss_fn] if new else []
+        patient = self.processes.patient(self.tokens) if new else contextlib.nullcontext()
+        with naming("train"), sizes_from_data(), patient:
             with watched(f"{phase}forward", self.step):
                 loss = self._around(f"{phase}forward", lambda: loss_fn(self.compute, batch, positions, q_start))
             with watched(f"{phase}backward", self.step):
