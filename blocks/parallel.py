@@ -7,8 +7,10 @@ from typing import get_args
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.capacity import Drop
 from deepfuse.blocks.expert_parallel import Mode, to_expert_parallel
+from deepfuse.blocks.message import Dispatch
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.tensor_parallel import to_tensor_parallel
+from deepfuse.ir.link import Link
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +23,13 @@ class Parallel:
     """That bound, as a multiple of the mean load of an expert."""
     drop: Drop = "affinity"
     """What goes beyond it: the choices of the lowest weight, or by ``position`` those of the last tokens."""
+    dispatch: Dispatch = "auto"
+    """``fp8``: rows travel to experts as FP8; ``auto``: where the experts would quantize them anyway."""
+    link: Link | None = None
+    """What carries rows, for the cost model that hides their way under other work; ``None``: the usual for the device."""
 
     def __post_init__(self) -> None:
-        for name, kinds in (("mode", get_args(Mode)), ("drop", get_args(Drop))):
+        for name, kinds in (("mode", get_args(Mode)), ("drop", get_args(Drop)), ("dispatch", get_args(Dispatch))):
             if getattr(self, name) not in kinds:
                 raise ValueError(f"parallel: want {name} out of {list(kinds)}, got {getattr(self, name)!r}")
         if not 0 < self.capacity_factor < math.inf:
@@ -42,7 +48,13 @@ def to_parallel(model: CausalLM, parallel: Parallel, *, tensor: Axis | None, exp
         ValueError: the model cannot be dealt out evenly over them.
     """
     if expert is not None:
-        settings = {"capacity_factor": parallel.capacity_factor, "drop": parallel.drop}
-        to_expert_parallel(model, expert, parallel.mode, **settings)  # type: ignore[arg-type]
+        to_expert_parallel(
+            model,
+            expert,
+            parallel.mode,
+            capacity_factor=parallel.capacity_factor,
+            drop=parallel.drop,
+            dispatch=parallel.dispatch,
+        )
     if tensor is not None:
         to_tensor_parallel(model, tensor)

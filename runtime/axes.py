@@ -4,7 +4,6 @@ Source: torch.distributed.device_mesh; process groups as functional collectives 
 """
 
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import product
 
 import torch
@@ -56,7 +55,7 @@ def axes_of(mesh: DeviceMesh) -> Axes:
     return Axes(**found, rank=dist.get_rank(), size=mesh.size())
 
 
-def tokens_axis(mesh: DeviceMesh, axes: Axes, timeout_s: float) -> Axis | None:
+def tokens_axis(mesh: DeviceMesh, axes: Axes) -> Axis | None:
     """The processes with tokens of their own as one axis, in the order of ``Axes.token_rank``.
 
     Where a mesh has both axes this makes process groups, which all processes must do at the same time.
@@ -71,7 +70,7 @@ def tokens_axis(mesh: DeviceMesh, axes: Axes, timeout_s: float) -> Axis | None:
     ranks = ranks if "tensor" in names else ranks.unsqueeze(1)
     for i in range(ranks.shape[1]):
         together = ranks[:, i].flatten().tolist()
-        group = dist.new_group(together, timeout=timedelta(seconds=timeout_s))
+        group = dist.new_group(together)
         if axes.rank in together:
             assert isinstance(group, dist.ProcessGroup)
             mine = Axis("data x expert", group.group_name, len(together), together.index(axes.rank))

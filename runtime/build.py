@@ -17,14 +17,17 @@ from deepfuse.blocks.parallel import Parallel
 from deepfuse.blocks.parameters import count_parameters
 from deepfuse.ir.device import device_row
 from deepfuse.ir.op import OPS
+from deepfuse.passes.collective_order import collective_orders
 from deepfuse.passes.merge_shared_expert import merge_shared_expert
 from deepfuse.passes.pipeline import Pipeline, pipeline_of
 from deepfuse.passes.record import Pass
 from deepfuse.passes.runner import Runner, strict_by_default
+from deepfuse.runtime.agreement import agree, setup
 from deepfuse.runtime.build_key import graph_key, module_key
 from deepfuse.runtime.checkpoint import weights_bytes
 from deepfuse.runtime.compile_cache import BuildFolder, cache_root, inductor_cache
 from deepfuse.runtime.engine import Engine
+from deepfuse.runtime.expert_link import expert_link
 from deepfuse.runtime.generation import Sampling, Speed, generate_tokens
 from deepfuse.runtime.generation_config import GenerationConfig
 from deepfuse.runtime.kept_engine import kept_engine
@@ -42,7 +45,7 @@ from deepfuse.runtime.model import Model
 from deepfuse.runtime.module import CompiledModule
 from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.report import Report
-from deepfuse.runtime.requirements import check_device, check_memory, missing_for_compilation
+from deepfuse.runtime.requirements import check_memory, missing_for_compilation
 from deepfuse.runtime.source import dtype_of, folder_and_config, place_and_dtype
 from deepfuse.runtime.tokenizer import Tokenizer
 from deepfuse.runtime.trainer import Trainer, Training
@@ -125,8 +128,7 @@ def build(
         "dumps": cache_root() / "failures",
         "verify": verify,
     }
-    processes = _joined(source, mesh, parallel, timeout_s)
-    wanted = check_device(processes.device(device))
+    processes, wanted = _joined(source, mesh, parallel, device, timeout_s)
     problem = missing_for_compilation() if compile else None
     notes = [] if problem is None else [f"runs uncompiled: {problem}"]
     if notes:
@@ -184,22 +186,27 @@ def build(
     online = training is not None and quantize == "fp8"
     in_fp8 = [] if built or training is not None else modules_in_fp8(cfg, folder, quantize, notes)
     counts = count_parameters(cfg)
-    # random weights are drawn before they are quantized
-    cut = processes.cut
-    weight_bytes = weights_bytes(cfg, dtype, in_fp8=[] if folder is None else in_fp8, cut=cut)
     room = {"max_batch_size": max_batch_size, "max_seq_len": length}
-    check_memory(wanted, 0 if built else weight_bytes, cache_bytes(cfg, cached, **room))
-    row = device_row(wanted)
+    if mesh is not None:
+        alike = {"mesh": processes.axes.sizes, "parallel": processes.parallel, "training": training, "seed": seed}
+        alike |= {"dtype": dtype, "quantize": quantize, "cache_dtype": cached, "compile": compile, **room}
+        alike |= {"verify": verify, "strict": how["strict"], "providers": forced}
+        agree(setup(cfg, folder, pipeline, **alike), timeout_s)
+    cut, row = processes.cut, device_row(wanted)
     # only where the pass reads them so: what is not loaded into place is copied, a layer's experts at a time
     with_experts = row.kind == "cuda" and merge_shared_expert.name in pipeline.names and processes.axes.expert is None
-    if isinstance(source, CausalLM):
-        causal_lm = source
-    else:
-        activations = quantize != "fp8_weights"
-        laid = None if training is not None else with_experts
-        causal_lm = load_model(
-            cfg, folder, wanted, dtype, seed, in_fp8=in_fp8, activations=activations, with_experts=laid, cut=cut
-        )
+    with processes.raising_together():
+        # random weights are drawn before they are quantized
+        weight_bytes = weights_bytes(cfg, dtype, in_fp8=[] if folder is None else in_fp8, cut=cut)
+        check_memory(wanted, 0 if built else weight_bytes, cache_bytes(cfg, cached, **room))
+        if isinstance(source, CausalLM):
+            causal_lm = source
+        else:
+            activations = quantize != "fp8_weights"
+            laid = None if training is not None else with_experts
+            causal_lm = load_model(
+                cfg, folder, wanted, dtype, seed, in_fp8=in_fp8, activations=activations, with_experts=laid, cut=cut
+            )
     if training is not None:
         return Trainer(
             causal_lm,
@@ -216,6 +223,7 @@ def build(
     defaults = GenerationConfig() if folder is None else GenerationConfig.from_folder(folder)
     tokenizer = None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder)
     settings = {"providers": forced, "device": row, "max_seq_len": length, "layout": layout_key(causal_lm)}
+    settings["link"] = expert_link(processes, row)
     runner = Runner(pipeline, settings, **{**how, "verify": False})
     kept_apart = {**settings, "strict": runner.strict}
     key = f"{graph_key(pipeline, kept_apart, cfg, dtype, wanted, {**room, 'cache': cached})}-{module_key(causal_lm)}"
@@ -226,6 +234,8 @@ def build(
             _verify(causal_lm.eval(), cache, Runner(pipeline, settings, **how), max_batch_size, length, lockstep)
         kept = BuildFolder(key) if compile else None
         made = kept_engine(causal_lm.eval(), cache, runner, max_batch_size, kept, processes)
+    if mesh is not None:
+        agree(collective_orders(runner.journal), timeout_s)
     report = Report(
         model=str(source) if isinstance(source, str | Path) else type(source).__name__,
         device=row.name if wanted.type == "cuda" else str(wanted),
@@ -257,15 +267,19 @@ def build(
 
 
 def _joined(
-    source: str | Path | Config | nn.Module, mesh: DeviceMesh | None, parallel: Parallel | None, timeout_s: float
-) -> Processes:
+    source: str | Path | Config | nn.Module,
+    mesh: DeviceMesh | None,
+    parallel: Parallel | None,
+    device: str | torch.device,
+    timeout_s: float,
+) -> tuple[Processes, torch.device]:
     if parallel is not None and mesh is None:
         raise ValueError("build: want a mesh of several processes with parallel, got none; pass mesh=DeviceMesh")
     if mesh is not None and isinstance(source, nn.Module):
         raise ValueError(
             "build: want a checkpoint, a preset or a Config over a mesh, of which each process makes its part, got a module"
         )
-    return Processes.of(mesh, parallel, timeout_s)
+    return Processes.of(mesh, parallel, device, timeout_s)
 
 
 def _verify(

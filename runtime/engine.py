@@ -20,6 +20,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from deepfuse.blocks.capacity import Capacity
+from deepfuse.blocks.exchange import Local
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import MoE
 from deepfuse.ir.private import capture, load_captured, mark_unbacked, sizes_from_data, with_own_code
@@ -28,6 +30,7 @@ from deepfuse.passes.journal import naming
 from deepfuse.passes.runner import Runner
 from deepfuse.runtime.axes import Axes
 from deepfuse.runtime.compile_cache import BuildFolder
+from deepfuse.runtime.heartbeat import watched
 from deepfuse.runtime.latent_cache import LatentCache, Sequence
 from deepfuse.runtime.lockstep import Lockstep
 
@@ -84,10 +87,12 @@ class Engine:
         self.device = cache.layers[0].device
         self.lockstep = lockstep or Lockstep(Axes(), self.device)
         exchanges = [m.exchange for m in model.modules() if isinstance(m, MoE)]
-        self.static = all(getattr(exchange, "static", True) for exchange in exchanges)
+        self.static = all(isinstance(exchange, Local | Capacity) for exchange in exchanges)
         """Whether no exchange waits to learn how much comes; then CUDA can record a step."""
         self.buckets = tuple(buckets(max_batch_size))
         self.graphs_from_cache = 0
+        self.calls = 0
+        """Of the model, since it was built; those made for other processes, too."""
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad(), sizes_from_data():
             examples: dict[str, tuple[Graph, tuple[Tensor, ...]]] = {"prefill": (prefill, self._example_prefill())}
@@ -215,12 +220,17 @@ class Engine:
             prompts: token ids of fresh sequences, none empty.
             places: their places in the cache; ``None`` keeps nothing.
         """
+        with watched("prefill", self.calls):
+            return self._prefill_step(prompts, places, last_only=last_only)
+
+    def _prefill_step(self, prompts: Many[Many[int]], places: Many[Sequence | None], *, last_only: bool) -> Tensor:
         tokens = sum(map(len, prompts))
         most_tokens, _ = self.lockstep.agree(tokens, 0)
         # where what comes is not measured, all processes send as much
         padding = most_tokens - tokens if self.lockstep.equal else 0
         inputs = self._prefill_inputs(prompts, places, last_only=last_only, padding=padding)
         logits = self._prefill(self.model, self.cache.layers, *inputs)
+        self.calls += 1
         for prompt, place in zip(prompts, places, strict=True):
             if place is not None:
                 place.length = len(prompt)
@@ -231,12 +241,13 @@ class Engine:
     def decode(self, ids: Many[int], places: Many[Sequence]) -> Tensor:
         """Logits ``[B, vocab]`` float32 after one more token of each sequence."""
         own = next(b for b in self.buckets if b >= len(ids))
-        while True:
-            tokens, bucket = self.lockstep.agree(0, own)
-            if not tokens:
-                break
-            self._pad_prefill(tokens)
-        logits = self._decode_step(ids, places, bucket)
+        with watched("decode", self.calls):
+            while True:
+                tokens, bucket = self.lockstep.agree(0, own)
+                if not tokens:
+                    break
+                self._pad_prefill(tokens)
+            logits = self._decode_step(ids, places, bucket)
         for place in places:
             place.length += 1
         return logits[: len(ids)]
@@ -246,17 +257,19 @@ class Engine:
     def finish(self) -> None:
         """Take part in what other processes still have to do, until none has anything; every process must come here."""
         while True:
-            tokens, bucket = self.lockstep.agree(0, 0)
-            if tokens:
-                self._pad_prefill(tokens)
-            elif bucket:
-                self._decode_step([], [], bucket)
-            else:
-                return
+            with watched("padding", self.calls):
+                tokens, bucket = self.lockstep.agree(0, 0)
+                if tokens:
+                    self._pad_prefill(tokens)
+                elif bucket:
+                    self._decode_step([], [], bucket)
+                else:
+                    return
 
     def _pad_prefill(self, tokens: int) -> None:
         padding = tokens if self.lockstep.equal else 1
         self._prefill(self.model, self.cache.layers, *self._prefill_inputs([], [], last_only=True, padding=padding))
+        self.calls += 1
 
     def _decode_step(self, ids: Many[int], places: Many[Sequence], bucket: int) -> Tensor:
         # CUDA graphs want one shape; elsewhere only the pages in use are read
@@ -264,6 +277,7 @@ class Engine:
         if self.device.type == "cpu":
             pages = max((p.length // PAGE_SIZE + 1 for p in places), default=1)
         inputs = self._decode_inputs(ids, places, bucket, pages)
+        self.calls += 1
         return self._decode[bucket](self.model, self.cache.layers, *inputs)
 
 

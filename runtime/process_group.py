@@ -7,6 +7,7 @@ A collective may wait for a part of ``timeout_s``; in what is left, processes fi
 import os
 import sys
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -105,11 +106,16 @@ def check_mesh(mesh: DeviceMesh, device: torch.device, timeout_s: float) -> None
     if mesh.size() != dist.get_world_size():
         raise told_once(_wrong_number(mesh.size(), dist.get_world_size()))
     for group in (dist.group.WORLD, *mesh.get_all_groups()):
-        backends = dist.get_backend_config(group)
-        _check_backend(backends, device)
-        if "fake" not in backends:  # which waits for nobody
-            part = NCCL_WAITS if "nccl" in backends else GLOO_WAITS
-            set_group_timeout(group, timedelta(seconds=part * timeout_s))
+        _check_backend(dist.get_backend_config(group), device)
+        limit_waits(group, timeout_s)
+
+
+def limit_waits(group: Any, timeout_s: float) -> None:
+    """From now on, collectives of a group wait for a part of ``timeout_s``."""
+    backends = dist.get_backend_config(group)
+    if "fake" not in backends:  # which waits for nobody
+        part = NCCL_WAITS if "nccl" in backends else GLOO_WAITS
+        set_group_timeout(group, timedelta(seconds=part * timeout_s))
 
 
 def command(processes: int) -> str:

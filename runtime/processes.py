@@ -1,17 +1,24 @@
 """The processes that build a model together, as each of them sees it."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.parallel import Parallel, to_parallel
+from deepfuse.ir.private import process_group
+from deepfuse.runtime.agreement import raised_by_every_rank
 from deepfuse.runtime.axes import Axes, axes_of, tokens_axis
+from deepfuse.runtime.heartbeat import start
 from deepfuse.runtime.lockstep import Lockstep
 from deepfuse.runtime.meeting import any_of
+from deepfuse.runtime.process_group import check_mesh, limit_waits
+from deepfuse.runtime.requirements import check_device
 
 PATIENCE_S = 3600.0
 """Seconds for what takes longer on one process than on another: compiling, and files. One that dies is found sooner."""
@@ -28,18 +35,24 @@ class Processes:
     patience_s: float = PATIENCE_S
 
     @classmethod
-    def of(cls, mesh: DeviceMesh | None, parallel: Parallel | None, timeout_s: float) -> "Processes":
-        """From what ``build`` is given; a mesh must have been checked."""
-        if mesh is None:
-            return cls()
-        return cls(mesh=mesh, axes=axes_of(mesh), parallel=parallel or Parallel(), timeout_s=timeout_s)
+    def of(
+        cls, mesh: DeviceMesh | None, parallel: Parallel | None, device: str | torch.device, timeout_s: float
+    ) -> tuple["Processes", torch.device]:
+        """From what ``build`` is given, and the device, which is the mesh's where the caller does not say. They beat from now on.
 
-    def device(self, asked: str | torch.device) -> str | torch.device:
-        """Where the model goes if the caller does not say: where the mesh is."""
-        if self.mesh is None or asked != "auto":
-            return asked
-        kind = self.mesh.device_type
-        return f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind
+        Raises:
+            TypeError, ValueError: the mesh is none that a model can be built over.
+            RuntimeError: others did not come.
+        """
+        if mesh is None:
+            return cls(), check_device(device)
+        if device == "auto" and isinstance(mesh, DeviceMesh):
+            kind = mesh.device_type
+            device = f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind
+        wanted = check_device(device)
+        check_mesh(mesh, wanted, timeout_s)
+        start(timeout_s)
+        return cls(mesh=mesh, axes=axes_of(mesh), parallel=parallel or Parallel(), timeout_s=timeout_s), wanted
 
     @property
     def cut(self) -> Callable[[CausalLM], None] | None:
@@ -57,4 +70,33 @@ class Processes:
 
     def tokens_axis(self) -> Axis | None:
         """The processes that have tokens of their own; all must ask at the same time."""
-        return None if self.mesh is None else tokens_axis(self.mesh, self.axes, self.timeout_s)
+        if self.mesh is None:
+            return None
+        axis = tokens_axis(self.mesh, self.axes)
+        if axis is not None:
+            limit_waits(process_group(axis.group), self.timeout_s)
+        return axis
+
+    def raising_together(self) -> contextlib.AbstractContextManager[None]:
+        """A block whose error, in whichever process, all of them raise at its end."""
+        return contextlib.nullcontext() if self.mesh is None else raised_by_every_rank(self.patience_s)
+
+    @contextlib.contextmanager
+    def patient(self, *others: Axis | None) -> Iterator[None]:
+        """Inside, collectives wait as long as compiling may take: where graphs are made when they are first called.
+
+        Args:
+            others: axes beside those of the mesh.
+        """
+        if self.mesh is None:
+            yield
+            return
+        groups = [dist.group.WORLD, *self.mesh.get_all_groups()]
+        groups += [process_group(axis.group) for axis in others if axis is not None]
+        for group in groups:
+            limit_waits(group, self.patience_s)
+        try:
+            yield
+        finally:
+            for group in groups:
+                limit_waits(group, self.timeout_s)

@@ -38,6 +38,7 @@ from deepfuse.ir.private import compile_inner, sizes_from_data, with_own_code
 from deepfuse.passes.journal import naming
 from deepfuse.passes.pipeline import Pipeline, default
 from deepfuse.passes.runner import Runner
+from deepfuse.runtime.expert_link import expert_link
 from deepfuse.runtime.gradient_norm import clip_gradients
 from deepfuse.runtime.heartbeat import watched
 from deepfuse.runtime.processes import Processes
@@ -162,6 +163,7 @@ class Trainer:
             "providers": dict(providers or {}),
             "device": device_row(self.device),
             "max_seq_len": training.seq_len,
+            "link": expert_link(self.processes, device_row(self.device)),
         }
         self.runner = Runner(pipeline or default(), settings, **(how or {}))
         self.compiled = compile
@@ -170,6 +172,7 @@ class Trainer:
         options |= {"fullgraph": True, "dynamic": False}
         self.next_token_loss = torch.compile(with_own_code(next_token_loss), **options)
         self.mtp_loss = torch.compile(with_own_code(mtp_loss), **options)
+        self._called: list[Any] = []
         self._around: Callable[[str, Callable[[], Any]], Any] = lambda name, part: part()
 
     @torch.no_grad()
@@ -223,7 +226,10 @@ class Trainer:
         loss_fn: Callable[..., Tensor] = self.next_token_loss if self.step < t.steps else self.mtp_loss
         phase = "" if self.step < t.steps else "mtp_"
         batch = self.batch(tokens, self.step)
-        with naming("train"), sizes_from_data():
+        new = loss_fn not in self._called  # whose graphs are made in this step, on one process sooner than on another
+        self._called += [loss_fn] if new else []
+        patient = self.processes.patient(self.tokens) if new else contextlib.nullcontext()
+        with naming("train"), sizes_from_data(), patient:
             with watched(f"{phase}forward", self.step):
                 loss = self._around(f"{phase}forward", lambda: loss_fn(self.compute, batch, positions, q_start))
             with watched(f"{phase}backward", self.step):

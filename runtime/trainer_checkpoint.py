@@ -20,7 +20,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepfuse.runtime.agreement import raised_by_every_rank
 from deepfuse.runtime.checkpoint_files import object_bytes, read_object, replace_file
 from deepfuse.runtime.processes import Processes
 
@@ -43,10 +42,10 @@ def write_state(
         _write(folder / SINGLE, state(), facts)
         return
     unfinished = folder / f".step-{step}.tmp"
-    with raised_by_every_rank(processes.patience_s):
+    with processes.raising_together():
         unfinished.mkdir(parents=True, exist_ok=True)
         _write(unfinished / _part(axes.rank), state(), facts)
-    with raised_by_every_rank(processes.patience_s):
+    with processes.raising_together():
         if axes.rank == 0:
             before = _index(folder)
             named = next(n for n in _names(step) if not (folder / n).exists())
