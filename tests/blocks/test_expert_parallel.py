@@ -25,7 +25,8 @@ NODES = ["nodes of one", "one node", "nodes and a process without tokens", "node
 NODES += ["nodes compiled by aot_eager"]
 ROWS = [f"{name}, rows" for name in NODES]
 COUNTS = [f"{name}, counts" for name in DROPPING]
-CLOSE = ["model", *DROPPING, *BOUNDED_IN_FP8, *NODES]
+CHUNKS = ["chunks", "chunks and a process without tokens", "chunks compiled by aot_eager"]
+CLOSE = ["model", *CHUNKS, *DROPPING, *BOUNDED_IN_FP8, *NODES]
 FOUR_ONLY = ["two nodes"]
 TWO_ONLY = ["model compiled by aot_eager", "compiled by inductor"]
 
