@@ -14,6 +14,7 @@ from torch import nn
 from deepfuse.blocks import message
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.capacity import Capacity
+from deepfuse.blocks.chunked import Chunked
 from deepfuse.blocks.collectives import all_to_all
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.dropless import Dropless
@@ -80,7 +81,7 @@ class Worker:
             own.data = all_of.data[share].clone()
         whole, part = of_kind(kind, whole), of_kind(kind, part)
         local = Local(E)
-        if kind == "plain" and exchange.dispatch == "fp8":
+        if kind == "plain" and getattr(exchange, "dispatch", "") == "fp8":
             local = Rounded(local)
         expected = self._gradients(local, x, weights * keep, chosen, whole, dy)
         if kept is not None:
@@ -277,6 +278,11 @@ def main(folder):
         worker.nodes(name, number, uniform(sum(uneven), 3, E), uneven)
     worker.nodes("nodes and a process without tokens", 2, uniform(sum(silent), 3, E), silent)
     worker.nodes("nodes in fp8", 2, uniform(sum(uneven), 3, E), uneven, dispatch="fp8")
+
+    # 3 tokens in two chunks, 7 in one of 3 and one of 4; of none, none in each
+    worker.exchange("chunks", Chunked(dropless, 2), of_uneven, uneven)
+    worker.exchange("chunks and a process without tokens", Chunked(dropless, 3), uniform(sum(silent), 2, E), silent)
+    worker.exchange("chunks compiled by aot_eager", Chunked(dropless, 2), of_uneven, uneven, "aot_eager")
 
     worker.model("model", uneven)
     if R == 2:
