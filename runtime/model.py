@@ -82,8 +82,13 @@ class Model:
         self.engine.lockstep.check_same("model", prompts)
         parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
         logits = [self.engine.prefill(part, [None] * len(part), last_only=last_only) for part in parts]
-        self.engine.finish()
+        self._finish()
         return torch.cat(logits) if logits else torch.zeros(0, self.config.vocab_size, device=self.engine.device)
+
+    def _finish(self) -> None:
+        """The end of a call of all processes."""
+        self.engine.finish()
+        self.report.dropped, self.report.choices = self.engine.drops()
 
     def score(self, texts: Many[Prompt]) -> list[Tensor]:
         """Log-probabilities, in nats, of each token but the first, given those before it: ``[T - 1]`` a text.
@@ -103,7 +108,7 @@ class Model:
             logits = self.engine.prefill([prompt], [None], last_only=False)[:-1]
             following = torch.tensor(prompt[1:], device=logits.device)
             scores.append(logits.log_softmax(-1).gather(-1, following[:, None])[:, 0])
-        self.engine.finish()
+        self._finish()
         return scores
 
     def generate(
@@ -218,6 +223,7 @@ class Model:
         finally:
             self.report.prefill_tokens_per_second = speed.prefill_tokens / max(speed.prefill_seconds, 1e-9)
             self.report.decode_tokens_per_second = speed.decode_tokens / max(speed.decode_seconds, 1e-9)
+            self.report.dropped, self.report.choices = self.engine.drops()
 
     def _text_piece(self, stream: TextStream, request: Request, token: int) -> str:
         if request.finish == "stop":
