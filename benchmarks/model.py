@@ -5,7 +5,9 @@ next token is the bfloat16 model's. The text is `data/heldout.txt`, which `deepf
 `deepfuse.recipes.tokenizer` make.
 
 Memory: a model of random weights is written in FP8, and loaded and run by a process of its own, as FP8 and dequantized.
-What counts is the largest resident size less that before loading.
+What counts is the largest resident size less that before loading. glibc keeps what is freed in its heap for blocks of up to
+32 MB, once it has freed one as large: which gaps are left there differs from run to run, by 50 MB and more. So blocks of a
+megabyte and more are given back as they are freed (`MALLOC_MMAP_THRESHOLD_`).
 """
 
 import re
@@ -121,7 +123,7 @@ def memory(bench: Bench) -> None:
         to_fp8(model)
         save_checkpoint(model, folder)
         for kind, quantize in {"fp8": "fp8", "fp8_weights": "fp8_weights", "dequantized": "none"}.items():
-            found = run_code(PEAK, folder, quantize)
+            found = run_code(PEAK, folder, quantize, MALLOC_MMAP_THRESHOLD_=str(1 << 20))
             facts = {"kind": kind, "weights, MB": found["weights"] / 1e6}
             bench.row(f"memory, {kind}", {"peak": found["peak"] / 1e6}, unit="MB", **facts)
 

@@ -16,6 +16,7 @@ from deepfuse.blocks.fp8 import FP8Experts
 from deepfuse.blocks.message import Dispatch
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import MoE
+from deepfuse.blocks.node_limited import NodeLimited
 
 Mode = Literal["dropless", "capacity"]
 
@@ -29,6 +30,7 @@ def to_expert_parallel(
     capacity_factor: float = 1.25,
     drop: Drop = "affinity",
     dispatch: Dispatch = "auto",
+    nodes: tuple[Axis, Axis] | None = None,
 ) -> list[str]:
     """Keep this process's share of each layer's experts, and send tokens to where theirs are.
 
@@ -39,6 +41,8 @@ def to_expert_parallel(
         capacity_factor, drop: in mode ``capacity``, the bound as a multiple of the mean load, and what is dropped:
             choices of the lowest weight (``affinity``), or of the last tokens (``position``).
         dispatch: ``fp8``: rows travel to experts as FP8; ``auto``: where the experts would quantize them anyway.
+        nodes: the processes of this one's place in each node, and those of its node, where a token shall travel once to
+            each node (``node_limited.py``); those of ``axis``, node by node. In mode ``dropless`` only.
 
     Returns:
         The names of the mixtures of experts.
@@ -54,13 +58,17 @@ def to_expert_parallel(
         raise ValueError(f"expert parallelism: want mode out of {list(get_args(Mode))}, got {mode!r}")
     if dispatch not in get_args(Dispatch):
         raise ValueError(f"expert parallelism: want dispatch out of {list(get_args(Dispatch))}, got {dispatch!r}")
+    if nodes is not None:
+        _check_nodes(axis, *nodes, mode)
     if any(isinstance(layer.experts, FP8Experts) for _, layer in layers):
         raise ValueError(
             "expert parallelism: want a model to be cut before its weights are FP8, got one with FP8 weights"
         )
     cut = Cut(axis, 0)
     for name, layer in layers:
-        if mode == "capacity":
+        if nodes is not None:
+            layer.exchange = NodeLimited(layer.num_experts, *nodes, dispatch=dispatch)
+        elif mode == "capacity":
             layer.exchange = Capacity(
                 layer.num_experts, axis, capacity_factor=capacity_factor, drop=drop, dispatch=dispatch
             )
@@ -72,3 +80,14 @@ def to_expert_parallel(
             key = f"{name}.experts.{part}"
             model.cuts[key] = (*model.cuts.get(key, ()), cut)
     return [name for name, _ in layers]
+
+
+def _check_nodes(axis: Axis, across: Axis, within: Axis, mode: Mode) -> None:
+    if mode != "dropless":
+        raise ValueError(f"expert parallelism: want mode 'dropless' for tokens that travel by node, got {mode!r}")
+    size, rank = across.size * within.size, across.rank * within.size + within.rank
+    if (size, rank) != (axis.size, axis.rank):
+        raise ValueError(
+            f"expert parallelism: want the {axis.size} processes of axis {axis.name!r} node by node, got {across.size} "
+            f"nodes of {within.size}, where process {axis.rank} is number {rank}"
+        )

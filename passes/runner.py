@@ -14,10 +14,13 @@ import torch
 from torch import fx
 
 from deepfuse.ir.printer import graph_text
-from deepfuse.ir.private import inductor_options, uncompiled_backend
+from deepfuse.ir.private import inductor_options, on_code, uncompiled_backend
 from deepfuse.ir.verify import Known, verify, verify_types
 from deepfuse.passes.check_values import Rewritten, copied
+from deepfuse.passes.emitted_order import Flight, undone
 from deepfuse.passes.journal import GraphEntry, Journal, PassEntry, graph_name, noting
+from deepfuse.passes.overlap_all_to_all import overlap_all_to_all
+from deepfuse.passes.pin_order import pin_order
 from deepfuse.passes.pipeline import Pipeline
 from deepfuse.passes.record import Pass
 from deepfuse.passes.rollback import snapshot
@@ -72,7 +75,7 @@ class Runner:
     def options(self) -> dict[str, Any]:
         """For ``torch.compile(options=...)``: hooks of this compilation only."""
         hooks = {hook: self._hook(hook) for hook in HOOKS}
-        return inductor_options(hooks, self.key() + self.salt)
+        return inductor_options({**hooks, "last": self._last}, self.key() + self.salt)
 
     def backend(self) -> Callable[..., Any]:
         """For ``torch.compile(backend=...)``: the same rewrites, run without Inductor."""
@@ -103,6 +106,14 @@ class Runner:
 
     def _hook(self, hook: str) -> Callable[[fx.Graph], None]:
         return lambda graph: self.run(graph, hook)
+
+    def _last(self, graph: fx.Graph) -> None:
+        self.run(graph, "last")
+        # wrapped calls are no ops of any dialect: nothing of ours may come after it
+        flights = pin_order(graph)
+        entry = self.journal.graphs[-1]
+        if flights:
+            on_code(graph, lambda source: _note_order(entry, source, flights))
 
     def run(self, graph: fx.Graph, hook: str) -> None:
         """Run the passes of a hook in order, in place."""
@@ -171,6 +182,17 @@ class Runner:
             path.write_text(f"{quoted}\n# the graph {p.name} was given:\n{before}\n# what it left:\n{left}")
             where = f"; the graph that broke it: {path}"
         warnings.warn(f"pass {p.name} failed and was undone: {failure}{where}", stacklevel=2)
+
+
+def _note_order(entry: GraphEntry, source: str, flights: list[Flight]) -> None:
+    """Say in the report whether Inductor has kept the order."""
+    of_pass = next((p for p in reversed(entry.passes) if p.name == overlap_all_to_all.name), None)
+    assert of_pass is not None
+    problems = undone(source, flights)
+    of_pass.notes += [f"undone by Inductor: {problem}" for problem in problems]
+    if not problems:
+        kernels = sum(len(flight.under) for flight in flights)
+        of_pass.notes.append(f"in the code: {len(flights)} transfers, {kernels} kernels between their starts and waits")
 
 
 def _count(returned: Any) -> int:

@@ -3,18 +3,15 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.model import CausalLM
 from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.runtime.engine import decode, prefill
-
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +48,10 @@ class Workload:
 
 def fake_model(config: Config, dtype: torch.dtype, device: torch.device) -> CausalLM:
     """The model without values; call it in a ``FakeTensorMode``, and in it whatever is called with the model."""
-    return on_device(lambda: CausalLM(config), dtype, device)
-
-
-def on_device(make: Callable[[], M], dtype: torch.dtype, device: torch.device) -> M:
-    """What ``make`` gives, in a dtype and on a device from the start."""
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model = make().eval()
+            model = CausalLM(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
     for module in model.modules():
@@ -69,8 +61,11 @@ def on_device(make: Callable[[], M], dtype: torch.dtype, device: torch.device) -
 
 
 @contextmanager
-def hopper() -> Iterator[None]:
-    """Inside, providers that ask which GPU there is find one of sm_90."""
+def hopper(there: bool = True) -> Iterator[None]:
+    """Inside, providers that ask which GPU there is find one of sm_90; or, where ``there`` is false, what there is."""
+    if not there:
+        yield
+        return
     with (
         mock.patch.object(torch.cuda, "is_available", lambda: True),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),

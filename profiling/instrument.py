@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from deepfuse.ir.private import NOTED, PART, load_code
+from deepfuse.passes.kernel_calls import Sites, kernel_calls
 from deepfuse.passes.sites import Site
 from deepfuse.profiling.called_frames import called_frames
 from deepfuse.profiling.device_clock import Clock, HostClock
-from deepfuse.profiling.kernel_calls import Sites, kernel_calls
 from deepfuse.profiling.timeline import Span
 from deepfuse.runtime.compile_cache import inductor_cache
 

@@ -14,9 +14,9 @@ same with and without, ranges survive in the compile cache, and no graph has a n
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from deepfuse.passes.kernel_calls import KernelCall, kernel_calls
 from deepfuse.passes.sites import Site
 from deepfuse.profiling.instrument import sites_in
-from deepfuse.profiling.kernel_calls import KernelCall, kernel_calls
 from deepfuse.profiling.nvtx import Naming, Range, nested
 from deepfuse.profiling.timeline import Part
 

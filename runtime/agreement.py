@@ -128,9 +128,11 @@ def _verdict(what: str, mine: str, judge: Callable[[list[str]], str], timeout_s:
         elif _missing(store, ["verdict"], 1.25 * patience_s):
             raise RuntimeError(f"{what}: want a verdict of rank 0 within {patience_s:g} s, got none")
         missing, judged = json.loads(store.get("verdict"))
-        if rank != 0:
-            store.set(f"{rank} knows", "")
-        elif not missing:  # the store may be this process's, which the verdict may end
+    if rank != 0:
+        store.set(f"{rank} knows", "")
+    elif not missing:
+        # the store may be this process's, which the verdict may end, as it may have ended others already
+        with contextlib.suppress(dist.DistStoreError):
             _missing(store, [f"{name} knows" for name in names[1:]], timeout_s)
     if missing:
         raise RuntimeError(

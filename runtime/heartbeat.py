@@ -8,7 +8,7 @@ Three threads have a part in it:
 With T = ``timeout_s``: a beat each T / 30, at most 1 s; who gives none for T / 8, at most 7.5 s, is silent. Gloo's waits
 end after T / 2 (``runtime/process_group.py``); the others are then listened to for T / 6, at most 10 s, and the process
 that hosts the store stays as long for them: 5/6 T in all. Where the main thread is in one phase for T / 4, others are
-looked after, and where it stays in it for 0.4 T more after a fault is known, the process ends: T / 4 + T / 8 + 0.4 T.
+looked after, and where it stays in it for 0.3 T more after a fault is known, the process ends: T / 4 + T / 8 + 0.3 T.
 """
 
 import atexit
@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,13 +30,14 @@ from deepfuse.ir.private import default_store
 from deepfuse.runtime.blame import Beat, RankError, blame, ranks, where
 
 
-class Doing(NamedTuple):
+class Doing:
     """What a thread is at: phase ``""`` is outside of any."""
 
-    phase: str
-    step: int | None
-    began: float
-    thread: int
+    __slots__ = ("began", "phase", "step", "thread")
+
+    def __init__(self, phase: str, step: int | None):
+        self.phase, self.step = phase, step
+        self.began, self.thread = time.monotonic(), threading.get_ident()
 
 
 class Heartbeat:
@@ -55,23 +56,21 @@ class Heartbeat:
             RuntimeError: it did not come in ``timeout_s``.
         """
         self.timeout_s = timeout_s
-        self.interval, self.silence, self.settle = (
-            min(timeout_s / 30, 1.0),
-            min(timeout_s / 8, 7.5),
-            min(timeout_s / 6, 10.0),
-        )
-        self.rank, self.others = dist.get_rank(), [r for r in range(dist.get_world_size()) if r != dist.get_rank()]
+        self.interval = min(timeout_s / 30, 1.0)
+        self.silence, self.settle = min(timeout_s / 8, 7.5), min(timeout_s / 6, 10.0)
+        self.rank = dist.get_rank()
+        self.others = [r for r in range(dist.get_world_size()) if r != self.rank]
         # the store lives as long as this reference, also where the group is destroyed before others are done
         self._met_over, self._client = default_store(), client
         Heartbeat.made += 1
         self._store = dist.PrefixStore(f"deepfuse/beats{Heartbeat.made}", client)
-        self._doing = Doing("", None, time.monotonic(), threading.get_ident())
+        self._doing = Doing("", None)
         self._end: Mapping[str, Any] = {}
         self._count = 0
         self._heard: dict[int, tuple[Beat, float]] = {}
-        self._looking, self._stopping, self._store_lost = False, False, False
+        self._looked = 0.0
+        self._flagged, self._stopping, self._store_lost = False, False, False
         self._asked: float | None = None
-        self._answered = time.monotonic()
         self._wake, self._changed = threading.Event(), threading.Condition()
         self._meet()
         self._beats = threading.Thread(target=self._beat, name="deepfuse beats", daemon=True)
@@ -120,22 +119,27 @@ class Heartbeat:
                     self._store_lost = True
                     self._changed.notify_all()
                 return
-            self._asked, self._answered = None, time.monotonic()
+            self._asked = None
             self._wake.wait(self.interval)
         with contextlib.suppress(RuntimeError):
             self._exchange()
 
     def _exchange(self) -> None:
         self._store.set(str(self.rank), self._own().write())
-        if self._end.get("end") in ("lost", "failed"):
+        bad = self._end.get("end") in ("lost", "failed")
+        if bad:
             self._store.set("fault", "")
+        elif self._flagged:  # its error was caught, and it goes on
+            self._store.delete_key("fault")
+        self._flagged = bad
         # a question with an answer: what is only sent is not known to have arrived
-        self._looking |= self._store.check(["fault"])
-        if not self._looking:
+        flag = self._store.check(["fault"])
+        # all beats are many: they are read when there is a reason
+        if not (flag or self._end or self._lasts(self._doing)):
             return
         texts = self._store.multi_get([str(r) for r in self.others])
-        now = time.monotonic()
         with self._changed:
+            now = self._looked = time.monotonic()
             for r, text in zip(self.others, texts, strict=True):
                 beat = Beat.read(text)
                 if r not in self._heard or self._heard[r][0].count != beat.count:
@@ -149,8 +153,8 @@ class Heartbeat:
         return blame(beats, silent, self.rank, store_lost=self._no_answer(), agent=agents_store())
 
     def _silent(self, r: int) -> bool:
-        # as long as the store does not answer, nobody's silence means anything
-        return r in self._heard and self._answered - self._heard[r][1] > self.silence
+        # by when they were last looked at: as long as the store does not answer, nobody's silence means anything
+        return r in self._heard and self._looked - self._heard[r][1] > self.silence
 
     def _no_answer(self) -> bool:
         asked = self._asked
@@ -182,11 +186,16 @@ class Heartbeat:
         self._say(end="lost", reason=first_line(error), blamed=blamed)
         if self.rank == 0:  # others may still be listening, and this process has the store
             self._listen(lambda beat: beat.blamed is not None or beat.end in ("failed", "left"))
-        text = f"{where(doing.step, doing.phase)}: want all processes, got: {why} (rank {self.rank} says: {error})"
+        text = f"{where(doing.step, doing.phase)}: want all processes, got: {why}"
+        if blamed and blamed != (self.rank,):
+            text += f"; see what {ranks(blamed)} printed"
         return RankError(text, ranks=blamed, step=doing.step, phase=doing.phase)
 
+    def _lasts(self, doing: Doing) -> bool:
+        return doing.phase != "" and time.monotonic() - doing.began > self.timeout_s / 4
+
     def _say(self, **end: Any) -> None:
-        self._end, self._looking = end, True
+        self._end = end
         self._wake.set()
 
     def _watch(self) -> None:
@@ -197,13 +206,11 @@ class Heartbeat:
             doing, now = self._doing, time.monotonic()
             if not doing.phase or self._end:
                 continue
-            if now - doing.began > self.timeout_s / 4:
-                self._looking = True
             if not self.fault():
                 stuck = None
             elif doing is not stuck:
                 stuck, since = doing, now
-            elif now - since > 0.4 * self.timeout_s:
+            elif now - since > 0.3 * self.timeout_s:
                 self._exit(doing)
 
     def _exit(self, doing: Doing) -> NoReturn:
@@ -235,7 +242,7 @@ class Watched:
 
     def __init__(self, heartbeat: Heartbeat, phase: str, step: int | None):
         self.heartbeat, self.before = heartbeat, heartbeat._doing
-        self.now = Doing(phase, self.before.step if step is None else step, time.monotonic(), threading.get_ident())
+        self.now = Doing(phase, self.before.step if step is None else step)
 
     def __enter__(self) -> None:
         self.heartbeat._doing, self.heartbeat._end = self.now, {}
@@ -250,7 +257,8 @@ class Watched:
                 raise self.heartbeat.lost(error, self.now) from error
             self.heartbeat.failed(error, by_itself=isinstance(error, Exception))
         finally:
-            self.heartbeat._doing = self.before._replace(step=self.now.step)
+            self.before.step = self.now.step
+            self.heartbeat._doing = self.before
 
 
 _running: Heartbeat | None = None

@@ -18,7 +18,7 @@ from deepfuse.ir.private import set_group_timeout
 from deepfuse.runtime.told_once import told_once
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-PATIENCE = {"gloo": 0.5, "nccl": 1.0}
+GLOO_WAITS, NCCL_WAITS = 0.5, 1.0
 """Part of ``timeout_s`` that a collective may wait. A wait of Gloo's ends in an error, and there is time left to name who
 is to blame; NCCL's ends the process, which is to come last."""
 
@@ -87,10 +87,12 @@ def check_mesh(mesh: DeviceMesh, device: torch.device, timeout_s: float) -> None
     Raises:
         TypeError: it is no :class:`DeviceMesh`.
         ValueError: its axes are not out of ``AXES``, or twice the same; it lies on another device than ``device``, or
-            its backend does; it has not all processes.
+            its backend does; it has not all processes; ``timeout_s`` is no positive number.
     """
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"build: want mesh as a DeviceMesh, got {mesh!r:.80}")
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
+        raise ValueError(f"build: want timeout_s as a number of seconds > 0, got {timeout_s!r}")
     if not mesh.mesh_dim_names:
         raise ValueError(
             f"mesh: want axes with names out of {', '.join(AXES)}, got {mesh.ndim} without; "
@@ -110,7 +112,10 @@ def check_mesh(mesh: DeviceMesh, device: torch.device, timeout_s: float) -> None
 
 def limit_waits(group: Any, timeout_s: float) -> None:
     """From now on, collectives of a group wait for a part of ``timeout_s``."""
-    set_group_timeout(group, timedelta(seconds=timeout_s * PATIENCE.get(dist.get_backend(group), 1.0)))
+    backends = dist.get_backend_config(group)
+    if "fake" not in backends:  # which waits for nobody
+        part = NCCL_WAITS if "nccl" in backends else GLOO_WAITS
+        set_group_timeout(group, timedelta(seconds=part * timeout_s))
 
 
 def command(processes: int) -> str:

@@ -1,4 +1,4 @@
-"""The command line: ``deepfuse generate | chat | build | profile | bench | quantize | ops | kernels | passes | ...``.
+"""The command line: ``deepfuse generate | chat | build | profile | bench | simulate | quantize | ops | kernels | passes | ...``.
 
 Each command takes ``--help``. What is printed is for people; ``--json`` prints one JSON object for programs. Long, as it
 has all commands: each is its arguments and a call.
@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
 
 from deepfuse.profiling.bench_command import Bench
 from deepfuse.profiling.profile_command import Profile
+from deepfuse.profiling.simulate_command import Simulate
 from deepfuse.runtime.build_options import BuildOptions
 
 
@@ -358,6 +359,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "build": Build,
     "profile": Profile,
     "bench": Bench,
+    "simulate": Simulate,
     "quantize": Quantize,
     "ops": Ops,
     "kernels": Kernels,

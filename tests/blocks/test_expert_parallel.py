@@ -21,8 +21,12 @@ EXACT_IN_FP8 += ["dispatch in fp8", "dispatch in fp8 compiled by aot_eager"]
 DROPPING = ["dropped by affinity", "dropped by position", "half dropped", "nothing dropped"]
 DROPPING += ["capacity compiled by aot_eager"]
 BOUNDED_IN_FP8 = ["dispatch in fp8 with a capacity"]
+NODES = ["nodes of one", "one node", "nodes and a process without tokens", "nodes in fp8"]
+NODES += ["nodes compiled by aot_eager"]
+ROWS = [f"{name}, rows" for name in NODES]
 COUNTS = [f"{name}, counts" for name in DROPPING]
-CLOSE = ["model", *DROPPING, *BOUNDED_IN_FP8]
+CLOSE = ["model", *DROPPING, *BOUNDED_IN_FP8, *NODES]
+FOUR_ONLY = ["two nodes"]
 TWO_ONLY = ["model compiled by aot_eager", "compiled by inductor"]
 
 
@@ -35,8 +39,9 @@ def said(request, tmp_path_factory):
 
 
 def test_all_cases_were_run(said):
-    more = TWO_ONLY if len(said) == 2 else []
-    assert all(sorted(cases) == sorted([*EXACT, *EXACT_IN_FP8, *CLOSE, *COUNTS, *more]) for cases in said)
+    more = TWO_ONLY if len(said) == 2 else [*FOUR_ONLY, "two nodes, rows"]
+    names = sorted([*EXACT, *EXACT_IN_FP8, *CLOSE, *COUNTS, *ROWS, *more])
+    assert all(sorted(cases) == names for cases in said)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -54,11 +59,12 @@ def test_in_fp8_all_that_does_not_depend_on_blocks_of_tokens_is_bitwise_that_of_
         assert not any(cases[name].values()), cases[name]
 
 
-@pytest.mark.parametrize("name", [*CLOSE, *TWO_ONLY])
+@pytest.mark.parametrize("name", [*CLOSE, *TWO_ONLY, *FOUR_ONLY])
 def test_where_sums_are_taken_in_another_order_they_differ_by_that(said, name):
-    # a model's weights have gradients from both processes; generated code, and products with empty slots among the
-    # rows, add up in another order. 1e-5: at most 200 terms, each rounded by 6e-8 of the sum
-    for cases in said if len(said) == 2 or name in CLOSE else []:
+    # a model's weights have gradients from all processes; generated code, sums by node, and products with empty slots
+    # among the rows, add up in another order. 1e-5: at most 200 terms, each rounded by 6e-8 of the sum
+    skipped = FOUR_ONLY if len(said) == 2 else TWO_ONLY
+    for cases in said if name not in skipped else []:
         assert max(cases[name].values()) < 1e-5, cases[name]
 
 
@@ -67,6 +73,16 @@ def test_drops_are_counted(said, name):
     counted = [cases[name] for cases in said]
     assert all(actual == expected for actual, expected in counted)
     assert any(lost for (lost, _), _ in counted) != name.startswith("nothing")
+
+
+@pytest.mark.parametrize("name", [*ROWS, "two nodes, rows"])
+def test_a_token_travels_once_to_each_node(said, name):
+    if len(said) == 2 and name.startswith("two nodes"):
+        pytest.skip("two nodes of one process are 'nodes of one'")
+    counted = [cases[name] for cases in said]
+    assert all(actual == expected for actual, expected in counted)
+    if "compiled" not in name:
+        assert any(rows > 0 for (rows,), _ in counted) != name.startswith("one node")
 
 
 def parallel(rank=1, size=4, config=TINY, **settings):
@@ -120,6 +136,12 @@ def test_bad_input():
         parallel(mode="capacity", drop="random")
     with pytest.raises(ValueError, match=r"want dispatch out of \['auto', 'fp8'\], got 'bf16'"):
         parallel(dispatch="bf16")
+    axis = {"across": Axis("expert", "1", 2, 0), "within": Axis("expert", "2", 2, 1)}
+    with pytest.raises(ValueError, match="want mode 'dropless' for tokens that travel by node, got 'capacity'"):
+        parallel(mode="capacity", nodes=(axis["across"], axis["within"]))
+    problem = "want the 4 processes of axis 'expert' node by node, got 2 nodes of 2, where process 2 is number 1"
+    with pytest.raises(ValueError, match=problem):
+        parallel(rank=2, nodes=(axis["across"], axis["within"]))
     # what is of no effect is not looked at
     parallel(capacity_factor=0)
 

@@ -42,7 +42,7 @@ def test_what_a_build_did(
     ("options", "message"),
     [
         (["--without", "absorb"], "passes: want a name out of absorb_mla, got 'absorb'"),
-        (["--without", "lower", "xyz"], "fuse_rope_append, lower, got 'xyz'"),
+        (["--without", "lower", "xyz"], "overlap_all_to_all, lower, got 'xyz'"),
         (["--providers", "rms_norm"], "--providers: want op=provider, got 'rms_norm'"),
         (["--providers", "rms_norm=nothing"], "build: want a provider of rms_norm out of reference, "),
         (["--providers", "nothing=reference"], "build: want providers for ops out of absorb_query, "),

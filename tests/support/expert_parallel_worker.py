@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from deepfuse.blocks import message
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.capacity import Capacity
+from deepfuse.blocks.collectives import all_to_all
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.dropless import Dropless
 from deepfuse.blocks.exchange import Local
@@ -21,6 +23,7 @@ from deepfuse.blocks.fp8 import FP8Experts, to_fp8
 from deepfuse.blocks.fp8_training import TrainedFP8Experts
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import Experts
+from deepfuse.blocks.node_limited import NodeLimited
 from deepfuse.ops.dequantize import straight_through
 
 D, I = 32, 24
@@ -132,6 +135,36 @@ class Worker:
         self.exchange(name, exchange, chosen, each, backend, kept)
         self.said[name + ", counts"] = [exchange.dropped.tolist(), [lost[0], chosen[self.tokens(each)].numel()]]
 
+    def nodes(self, name, number, chosen, each, backend=None, **settings):
+        """Nodes of equally many processes, two experts each; and how many rows go over the network."""
+        size = self.size // number
+        axes = []
+        for parts in (
+            [[n * size + p for n in range(number)] for p in range(size)],
+            [[n * size + p for p in range(size)] for n in range(number)],
+        ):
+            groups = [dist.new_group(ranks) for ranks in parts]
+            mine, group = next((ranks, g) for ranks, g in zip(parts, groups, strict=True) if self.rank in ranks)
+            axes.append(Axis("expert", group.group_name, len(mine), mine.index(self.rank)))
+        exchange = NodeLimited(2 * self.size, *axes, **settings)
+        across, rows = axes[0].group, []
+
+        def counted(x, received, sent, axis):
+            if axis.group == across and not backend:
+                rows.append(sum(sent) - sent[axis.rank])
+            return all_to_all(x, received, sent, axis)
+
+        message.all_to_all = counted
+        self.exchange(name, exchange, chosen, each, backend, width=200 if settings else D)
+        message.all_to_all = all_to_all
+        # a token of this process in each other node where it chose an expert, or several
+        there = {
+            (t, e // (2 * size)) for t, of_token in enumerate(chosen[self.tokens(each)].tolist()) for e in of_token
+        }
+        others = [pair for pair in there if pair[1] != self.rank // size]
+        # the first message; in FP8 the gradient goes the same way
+        self.said[name + ", rows"] = [rows[:1], [] if backend else [len(others)]]
+
     def model(self, name, each, backend=None):
         """A whole model: its loss, its logits, every gradient and the load of every expert."""
         config, T = TINY, sum(each)
@@ -242,6 +275,12 @@ def main(folder):
     worker.exchange("dispatch in fp8 compiled by aot_eager", fp8, of_uneven, uneven, "aot_eager", width=200)
     bounded = Capacity(E, axis, capacity_factor=2 * R, dispatch="fp8")
     worker.exchange("dispatch in fp8 with a capacity", bounded, uniform(sum(even), 2, E), even, width=200)
+
+    for name, number in (("nodes of one", R), ("one node", 1), *([("two nodes", 2)] if R == 4 else [])):
+        worker.nodes(name, number, uniform(sum(uneven), 3, E), uneven)
+    worker.nodes("nodes and a process without tokens", 2, uniform(sum(silent), 3, E), silent)
+    worker.nodes("nodes in fp8", 2, uniform(sum(uneven), 3, E), uneven, dispatch="fp8")
+    worker.nodes("nodes compiled by aot_eager", 2, uniform(sum(uneven), 3, E), uneven, "aot_eager")
 
     worker.model("model", uneven)
     if R == 2:

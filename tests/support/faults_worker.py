@@ -32,7 +32,7 @@ from deepfuse.runtime.heartbeat import watched
 from deepfuse.runtime.process_group import device_mesh
 from deepfuse.runtime.written_by_all import written_by_all
 
-WORLD, TIMEOUT_S, STEP = 3, 6.0, 4
+WORLD, TIMEOUT_S, STEP = 3, 8.0, 4
 """The fault is in this step."""
 WIDTH = 8
 
@@ -242,7 +242,7 @@ def run_all(folder):
         case, rank = running.pop(pid)
         ended[case][rank] = os.waitstatus_to_exitcode(status), time.monotonic()
         # who is stopped has survivors to outlive, and no end of its own
-        if case in stopped and len(ended[case]) == WORLD - 1:
+        if stopped.get(case) in running and len(ended[case]) == WORLD - 1:
             os.kill(stopped[case], signal.SIGKILL)
     (folder / "ended.json").write_text(json.dumps(ended))
 

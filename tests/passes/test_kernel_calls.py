@@ -6,8 +6,8 @@ import torch
 import deepfuse.ops.rms_norm  # noqa: F401 - the op is called by its name
 from cuda_code import cuda_code
 from deepfuse.ir.private import KERNEL
+from deepfuse.passes.kernel_calls import kernel_calls
 from deepfuse.profiling.instrument import instrument
-from deepfuse.profiling.kernel_calls import kernel_calls
 
 
 def layer(x, weight, norm):

@@ -1,0 +1,116 @@
+"""The graph of a step on 8 to 64 processes, captured in one with a fake process group: what each says to the others.
+
+Nothing is run: a fake group gives no values.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from functorch.compile import min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from deepfuse.blocks.axis import Axis
+from deepfuse.blocks.expert_parallel import to_expert_parallel
+from deepfuse.blocks.model import CausalLM
+from expert_parallel_worker import TINY
+
+
+class _Captured(Exception):
+    """Enough is known."""
+
+
+def graphs(layer, tokens):
+    """The forward and the backward graph of a mixture of experts."""
+    found = []
+
+    def keep(joint, inputs, **settings):
+        found.extend(min_cut_rematerialization_partition(joint, inputs, **settings))
+        raise _Captured
+
+    backend = aot_autograd(fw_compiler=lambda gm, inputs: gm, partition_fn=keep)
+    x = torch.randn(tokens, layer.gate.weight.shape[1], requires_grad=True)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_scalar_outputs=True), pytest.raises((BackendCompilerFailed, _Captured)):
+        torch.compile(layer, fullgraph=True, backend=backend)(x)
+    assert len(found) == 2
+    return [gm.graph for gm in found]
+
+
+def said(graph):
+    """What a process says in a graph, in order: op, group, dtype and width, parts that are equal or decided by the data."""
+    lines = []
+    for node in graph.nodes:
+        if getattr(node.target, "_opname", "") == "all_to_all_single":
+            x, *parts, group = node.args
+            value = x.meta["val"]
+            sizes = [[size if isinstance(size, int) else "?" for size in part] for part in parts]
+            lines.append((group, str(value.dtype), list(value.shape[1:]), *sizes))
+    return lines
+
+
+@pytest.fixture
+def process():
+    """Make this process the one of a rank, in a world that answers nothing."""
+    started = []
+
+    def start(rank, size):
+        if started:
+            dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+        started.append(rank)
+        return Axis("expert", dist.group.WORLD.group_name, size, rank)
+
+    yield start
+    dist.destroy_process_group()
+
+
+def layer_of(axis, **settings):
+    config = replace(TINY, n_routed_experts=64, num_hidden_layers=1, first_k_dense_replace=0)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    to_expert_parallel(model, axis, **settings)
+    model.to_empty(device="cpu")
+    model.initialize()
+    return model.model.layers[0].mlp
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "settings"),
+    [
+        (8, (0, 3, 7), {}),
+        (8, (0, 7), {"dispatch": "fp8"}),
+        (16, (0, 7, 15), {"mode": "capacity"}),
+        (64, (0, 63), {}),
+    ],
+)
+def test_all_processes_say_the_same_in_the_same_order(process, size, ranks, settings):
+    spoken = [[said(graph) for graph in graphs(layer_of(process(rank, size), **settings), 16)] for rank in ranks]
+    assert all(each == spoken[0] for each in spoken)
+    forward, backward = spoken[0]
+    group = "0"
+    if settings.get("mode") == "capacity":
+        # ceil(16 tokens * 3 choices / 64 experts * 1.25) = 1 row of each for each
+        part = [64 // size] * size
+        assert forward == backward == [(group, "torch.float32", [32], part, part)] * 2
+        return
+    counts, rows = [64 // size] * size, ["?"] * size
+    plain = (group, "torch.float32", [32], rows, rows)
+    there = (group, "torch.uint8", [48], rows, rows) if settings else plain
+    assert forward == [(group, "torch.int64", [], counts, counts), there, plain]
+    # gradients as they are, of what travelled in FP8 as well
+    assert backward == [plain, plain]
+
+
+def test_the_counts_wait_for_the_routing_only(process):
+    forward, _ = graphs(layer_of(process(0, 8)), 16)
+    first = next(node for node in forward.nodes if getattr(node.target, "_opname", "") == "all_to_all_single")
+    before, seen = [first], set()
+    while before:
+        node = before.pop()
+        seen.add(getattr(node.target, "_opname", ""))
+        before += node.all_input_nodes
+    assert "route" in seen and "expert_permute" not in seen

@@ -1,0 +1,118 @@
+"""Groups and meshes that are refused; no other process is needed for it."""
+
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from deepfuse.runtime import heartbeat
+from deepfuse.runtime.process_group import VARIABLES, check_mesh, command, device_mesh, started
+from deepfuse.runtime.told_once import Unless, told_once
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def world():
+    """Eight processes, of which there is one."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+def test_missing_variables_come_with_the_command_that_sets_them(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "10"])
+    with pytest.raises(
+        ValueError,
+        match="want the variables RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, which torchrun sets, got no RANK, WORLD_SIZE, "
+        "MASTER_ADDR, MASTER_PORT; start it with: torchrun --standalone --nproc-per-node=6 train.py --steps 10$",
+    ):
+        device_mesh(CPU, 5, data=2, expert=3)
+
+
+def test_the_command_of_a_module(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/__main__.py", "x"])
+    spec = type("Spec", (), {"name": "deepfuse.__main__"})
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    assert command(2) == "torchrun --standalone --nproc-per-node=2 -m deepfuse x"
+
+
+@pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("x", "2"), ("0", "")])
+def test_variables_that_contradict_each_other(monkeypatch, rank, size):
+    for name, value in zip(VARIABLES, (rank, size, "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="want 0 <= RANK < WORLD_SIZE|got no WORLD_SIZE"):
+        started(CPU, 5)
+
+
+def test_nccl_is_refused_on_a_cpu():
+    with pytest.raises(ValueError, match="want a backend for device cpu, got cpu:nccl; init_process_group"):
+        started(CPU, 5, backend="nccl")
+
+
+def test_a_group_without_the_device_is_refused(world, monkeypatch):
+    monkeypatch.setattr(dist, "get_backend_config", lambda group=None: "cuda:nccl")
+    with pytest.raises(ValueError, match="want a backend for device cpu, got cuda:nccl"):
+        check_mesh(init_device_mesh("cpu", (8,), mesh_dim_names=("expert",)), CPU, 5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"expert": 4}, "want 4 processes, got 8; change the sizes of the mesh, or start it with: torchrun .*-node=4"),
+        ({"data": 2, "pipe": 4}, "want axes out of data, tensor, expert, got 'pipe'"),
+        ({"data": 8, "expert": 0}, "want at least one axis, and sizes >= 1, got {'expert': 0}"),
+        ({}, "want at least one axis"),
+    ],
+)
+def test_sizes_that_are_refused(world, sizes, words):
+    with pytest.raises(ValueError, match=words):
+        device_mesh(CPU, 5, **sizes)
+
+
+def test_meshes_that_are_refused(world):
+    with pytest.raises(TypeError, match="want mesh as a DeviceMesh, got 'expert'"):
+        check_mesh("expert", CPU, 5)
+    for mesh, words in (
+        (DeviceMesh("cpu", list(range(8))), "want axes with names out of data, tensor, expert, got 1 without"),
+        (
+            DeviceMesh("cpu", [[0, 1, 2, 3], [4, 5, 6, 7]], mesh_dim_names=("data", "data")),
+            "want each axis once, got 'data' more than once",
+        ),
+        (DeviceMesh("cpu", [0, 1], mesh_dim_names=("expert",)), "want 2 processes, got 8"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_mesh(mesh, CPU, 5)
+    mesh = device_mesh(CPU, 5, data=2, expert=4)
+    with pytest.raises(ValueError, match="want one of device cuda, which the model is on, got one of cpu"):
+        check_mesh(mesh, torch.device("cuda"), 5)
+    for timeout_s in (0, -1.0, float("inf"), "60"):
+        with pytest.raises(ValueError, match="want timeout_s as a number of seconds > 0"):
+            check_mesh(mesh, CPU, timeout_s)
+
+
+def test_without_other_processes_nothing_beats(world):
+    heartbeat.start(5)
+    assert not heartbeat.running()
+    with pytest.raises(RuntimeError, match=r"^gloo/ my own$"), heartbeat.watched("forward", 1):
+        raise RuntimeError("gloo/ my own")
+
+
+@pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])
+def test_one_process_of_a_machine_prints(monkeypatch, rank, prints):
+    printed = []
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(sys, "excepthook", lambda *error: printed.append(error))
+    told = told_once(ValueError("mine"))
+    told_once(told)
+    other = ValueError("other")
+    for error in (told, other):
+        sys.excepthook(type(error), error, None)
+    assert [error for _, error, _ in printed] == ([told, other] if prints else [other])
+    assert isinstance(sys.excepthook, Unless) is not prints
