@@ -260,6 +260,7 @@ def build(
         tokenizer=tokenizer,
         defaults=defaults,
         source=None if folder is None else folder.absolute(),  # still right where the program changes its directory
+        processes=processes,
     )
 
 

@@ -17,6 +17,7 @@ from deepfuse.blocks.config import Config
 from deepfuse.runtime.engine import Engine
 from deepfuse.runtime.generation import Request, Sampling, Speed, generate_tokens
 from deepfuse.runtime.generation_config import GenerationConfig
+from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.report import Report
 from deepfuse.runtime.save import save_checkpoint
 from deepfuse.runtime.stop_strings import TextStream
@@ -37,9 +38,11 @@ class Model:
         tokenizer: Tokenizer | None,
         defaults: GenerationConfig,
         source: Path | None,
+        processes: Processes | None = None,
     ):
         self.engine, self.report, self.max_seq_len = engine, report, max_seq_len
         self.tokenizer, self.defaults, self.source = tokenizer, defaults, source
+        self.processes = processes or Processes()
 
     @property
     def config(self) -> Config:
@@ -247,8 +250,11 @@ class Model:
         return self._run(ids, self._sampling(**options), stop, text=True, single=True, stream=stream)
 
     def save(self, path: str | Path) -> None:
-        """Write a Hugging Face checkpoint directory, which transformers and :func:`build` load."""
-        save_checkpoint(self.engine.model, Path(path), source=self.source)
+        """Write a Hugging Face checkpoint directory, which transformers and :func:`build` load.
+
+        Over a mesh all processes call it, and the first writes the whole model.
+        """
+        save_checkpoint(self.engine.model, Path(path), source=self.source, processes=self.processes)
 
     def graph(self, stage: str, name: str | None = None) -> str:
         """A graph as runnable Python: ``before:PASS`` or ``after:PASS``, of the graph ``prefill``, ``decode_1``, ...;

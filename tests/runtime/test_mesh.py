@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import deepfuse as df
 import mesh_worker
 from mesh_worker import CORPUS, TRAINED, TRAINING, prompts_of, texts_of, train
 from ranks import run_ranks
+from tiny_checkpoint import assert_same_state, load
 from tiny_model import checkpoint, tiny_model
 
 TOLERANCE = 1e-5
@@ -37,11 +39,16 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory, reference: tuple[Path, float]) -> dict[int, list[dict[str, Any]]]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    return {size: tmp_path_factory.mktemp(f"mesh{size}") for size in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def said(folders: dict[int, Path], reference: tuple[Path, float]) -> dict[int, list[dict[str, Any]]]:
     """Number of processes -> what each said of each case."""
     out = {}
     for size, cases in ((2, OF_TWO), (4, OF_FOUR)):
-        folder = tmp_path_factory.mktemp(f"mesh{size}")
+        folder = folders[size]
         run_ranks(mesh_worker.__file__, size, folder, str(checkpoint()), str(reference[0]), *cases)
         out[size] = [json.loads((folder / f"said{rank}.json").read_text()) for rank in range(size)]
     return out
@@ -112,6 +119,19 @@ def test_training_goes_on_from_a_checkpoint_of_all_processes(said, size, case):
     for words in (process[case] for process in said[size]):
         assert words["resumed"]
         assert words["files"] == [*(f"part-{rank:05d}.safetensors" for rank in range(size)), "step-3", "trainer.json"]
+
+
+@pytest.mark.parametrize(("size", "case"), MODELS)
+def test_a_saved_model_is_the_one_that_was_loaded(said, folders, size, case):
+    saved = load_file(folders[size] / case.partition(" ")[0] / "model.safetensors")
+    assert_same_state(saved, load_file(checkpoint() / "model.safetensors"))
+
+
+@pytest.mark.parametrize(("size", "case"), TRAINERS)
+def test_a_trained_model_is_saved_as_a_checkpoint(said, reference, folders, size, case):
+    model = load(folders[size] / f"trained {case.partition(' ')[0]}")
+    loss = df.Trainer(model, TRAINING, compile=False).evaluate(CORPUS[:50])
+    assert loss == pytest.approx(reference[1], abs=TOLERANCE)
 
 
 @pytest.mark.compile

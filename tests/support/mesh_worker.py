@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import deepfuse as df
 from deepfuse.blocks.cut import taken
 from deepfuse.runtime.axes import axes_of
+from deepfuse.runtime.save import save_checkpoint
 from deepfuse.runtime.trainer import Trainer, mtp_loss, next_token_loss
 from tiny_checkpoint import TINY
 
@@ -59,7 +60,7 @@ def main(folder: Path, checkpoint: str, reference: str, *meshes: str) -> None:
         said[asked] = words
         if "model" in what:
             parallel = df.Parallel(mode="capacity", capacity_factor=8) if "capacity" in what else None
-            words |= _built(mesh, checkpoint, parallel, max_batch_size=2 if "batches" in what else 1)
+            words |= _built(mesh, checkpoint, folder, parallel, max_batch_size=2 if "batches" in what else 1)
         if "compiled" in what:
             words |= _compiled(mesh, checkpoint)
         if "trainer" in what:
@@ -69,12 +70,13 @@ def main(folder: Path, checkpoint: str, reference: str, *meshes: str) -> None:
 
 
 def _built(
-    mesh: DeviceMesh, checkpoint: str, parallel: df.Parallel | None, max_batch_size: int
+    mesh: DeviceMesh, checkpoint: str, folder: Path, parallel: df.Parallel | None, max_batch_size: int
 ) -> dict[str, Any]:
     room = {"max_batch_size": max_batch_size, "max_seq_len": 64}
     model = df.build(checkpoint, device="cpu", compile=False, mesh=mesh, parallel=parallel, **room)
     own = prompts_of(axes_of(mesh).token_rank)
     ids = torch.tensor(own[:1]) if own else torch.zeros(0, 1, dtype=torch.int64)
+    model.save(folder / _name(mesh))
     return {
         "scores": [score.tolist() for score in model.score([p for p in own if len(p) > 1])],
         "logits": model(ids, last_only=True).tolist(),
@@ -118,8 +120,9 @@ def _trained(mesh: DeviceMesh, reference: list[dict[str, Any]], folder: Path, *,
         error = {n: _error(g, _own(want["gradients"][n], first, n)) for n, g in step["gradients"].items()}
         error |= {n: _error(b, want["biases"][n]) for n, b in step["biases"].items()}
         errors.append({"loss": abs(step["loss"] - want["loss"]), **error})
-    name = "-".join(f"{n}{s}" for n, s in axes_of(mesh).sizes.items())
+    name = f"trainer {_name(mesh)}"
     first.save(folder / name)
+    save_checkpoint(first.model, folder / f"trained {_name(mesh)}", processes=first.processes)
     again = trainer()
     again.resume(folder / name)
     state, other = first._state(), again._state()
@@ -132,6 +135,10 @@ def _trained(mesh: DeviceMesh, reference: list[dict[str, Any]], folder: Path, *,
         and all(torch.equal(state[k], other[k]) for k in state),
         "files": sorted(p.name for p in (folder / name).rglob("*")),
     }
+
+
+def _name(mesh: DeviceMesh) -> str:
+    return ",".join(f"{n}={s}" for n, s in axes_of(mesh).sizes.items())
 
 
 def _own(whole: Tensor, trainer: Trainer, name: str) -> Tensor:
