@@ -36,6 +36,9 @@ def undone(source: str, flights: list[Flight]) -> list[str]:
 
     Args:
         source: Inductor's Python, with the sites of its kernels.
+
+    Raises:
+        RuntimeError: other tensors take the memory of a message while it is on its way.
     """
     lines = source.splitlines()
     calls = kernel_calls(lines)
@@ -55,7 +58,10 @@ def _problem(flight: Flight, calls: list[KernelCall], lines: list[str]) -> str:
     for line in lines[calls[begin].last + 1 : calls[end].first]:
         taken = _TAKEN.search(line)
         if taken is not None and taken[1] in buffers:
-            return f"transfer {flight.start}: its memory is taken while it is on its way: {line.strip()}"
+            raise RuntimeError(
+                f"transfer {flight.start}: want its memory left alone while it is on its way, got {line.strip()}; "
+                'build with passes=deepfuse.passes.default().without("overlap_all_to_all"), and report it'
+            )
     return ""
 
 

@@ -35,6 +35,11 @@ class Axes:
         """Of the axes there are."""
         return {axis.name: axis.size for axis in (self.data, self.tensor, self.expert) if axis is not None}
 
+    @property
+    def groups(self) -> dict[str, str]:
+        """Process group -> axis, of the axes there are."""
+        return {axis.group: axis.name for axis in (self.data, self.tensor, self.expert) if axis is not None}
+
     def part_of(self, config: Config) -> str:
         """What this process has of a model, in words."""
         parts = []
@@ -69,7 +74,7 @@ def axes_of(mesh: DeviceMesh) -> Axes:
 
 
 def tokens_axis(mesh: DeviceMesh, axes: Axes) -> Axis | None:
-    """The processes with tokens of their own as one axis, in the order of ``Axes.token_rank``.
+    """The processes with tokens of their own as one axis, in the order of their ranks.
 
     Where a mesh has both axes this makes process groups, which all processes must do at the same time.
     """
@@ -82,7 +87,8 @@ def tokens_axis(mesh: DeviceMesh, axes: Axes) -> Axis | None:
     # data, tensor, expert
     ranks = ranks if "tensor" in names else ranks.unsqueeze(1)
     for i in range(ranks.shape[1]):
-        together = ranks[:, i].flatten().tolist()
+        # a group numbers its processes by their ranks, however they are listed
+        together = sorted(ranks[:, i].flatten().tolist())
         group = dist.new_group(together)
         if axes.rank in together:
             assert isinstance(group, dist.ProcessGroup)

@@ -187,12 +187,14 @@ def build(
     in_fp8 = [] if built or training is not None else modules_in_fp8(cfg, folder, quantize, notes)
     counts = count_parameters(cfg)
     room = {"max_batch_size": max_batch_size, "max_seq_len": length}
+    row = device_row(wanted)
+    link = expert_link(processes, row)
     if mesh is not None:
         alike = {"mesh": processes.axes.sizes, "parallel": processes.parallel, "training": training, "seed": seed}
         alike |= {"dtype": dtype, "quantize": quantize, "cache_dtype": cached, "compile": compile, **room}
-        alike |= {"verify": verify, "strict": how["strict"], "providers": forced}
+        alike |= {"verify": verify, "strict": how["strict"], "providers": forced, "device": row, "link": link}
         agree(setup(cfg, folder, pipeline, **alike), timeout_s)
-    cut, row = processes.cut, device_row(wanted)
+    cut = processes.cut
     # only where the pass reads them so: what is not loaded into place is copied, a layer's experts at a time
     with_experts = row.kind == "cuda" and merge_shared_expert.name in pipeline.names and processes.axes.expert is None
     with processes.raising_together():
@@ -223,9 +225,9 @@ def build(
     defaults = GenerationConfig() if folder is None else GenerationConfig.from_folder(folder)
     tokenizer = None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder)
     settings = {"providers": forced, "device": row, "max_seq_len": length, "layout": layout_key(causal_lm)}
-    settings["link"] = expert_link(processes, row)
+    settings["link"] = link
     runner = Runner(pipeline, settings, **{**how, "verify": False})
-    kept_apart = {**settings, "strict": runner.strict}
+    kept_apart = {**settings, "strict": runner.strict, "parallel": processes.parallel}
     key = f"{graph_key(pipeline, kept_apart, cfg, dtype, wanted, {**room, 'cache': cached})}-{module_key(causal_lm)}"
     cache = LatentCache(cfg, dtype=cached, device=wanted, **room)
     with inductor_cache() if compile else contextlib.nullcontext():
@@ -235,7 +237,7 @@ def build(
         kept = BuildFolder(key) if compile else None
         made = kept_engine(causal_lm.eval(), cache, runner, max_batch_size, kept, processes)
     if mesh is not None:
-        agree(collective_orders(runner.journal), timeout_s)
+        agree(collective_orders(runner.journal, processes.axes.groups), timeout_s)
     report = Report(
         model=str(source) if isinstance(source, str | Path) else type(source).__name__,
         device=row.name if wanted.type == "cuda" else str(wanted),

@@ -5,9 +5,9 @@ from deepfuse.passes.journal import GraphEntry, Journal
 from deepfuse.passes.sites import Site
 
 
-def order(*calls):
+def order(*calls, axes=None):
     sites = [Site(i, "mlp", op, group=group, message=str(i)) for i, (op, group) in enumerate(calls)]
-    return collective_orders(Journal([GraphEntry("prefill", sites=[*sites, Site(9, "mlp", "linear")])]))
+    return collective_orders(Journal([GraphEntry("prefill", sites=[*sites, Site(9, "mlp", "linear")])]), axes or {})
 
 
 def test_orders_are_told_apart():
@@ -19,3 +19,11 @@ def test_orders_are_told_apart():
     assert order(("all_to_all_single", "1"), ("all_reduce", "1")) != there
     assert order(("all_reduce", "2"), ("all_to_all_single", "1")) != there
     assert order() == {}
+
+
+def test_two_axes_in_the_other_order_are_told_apart():
+    calls, turned = (("all_reduce", "3"), ("all_reduce", "8")), (("all_reduce", "8"), ("all_reduce", "3"))
+    assert order(*calls) == order(*turned)
+    axes = {"3": "expert", "8": "tensor"}
+    assert order(*calls, axes=axes) != order(*turned, axes=axes)
+    assert order(*turned, axes=axes) == order(*calls, axes={"8": "expert", "3": "tensor"})
