@@ -62,13 +62,13 @@ class Captured:
         ops: of one layer.
         weight_bytes: likewise.
         activation_bytes: the most that results of one layer and the head hold at once.
-        saved_bytes: kind of layer, empty for the head -> what a training step keeps for the gradient.
+        saved_bytes: what a training step keeps for the gradient, of one layer.
     """
 
     ops: Mapping[Place, tuple[OpWork, ...]]
     weight_bytes: Mapping[Place, int]
     activation_bytes: int
-    saved_bytes: Mapping[str, int]
+    saved_bytes: Mapping[Place, int]
 
 
 class RankWork:
@@ -83,12 +83,8 @@ class RankWork:
             return captured(config, more, phase, fp8=fp8, device=device)
 
         def experts(rows: int, slots: int) -> Captured:
-            # as a rank sees its experts: whatever comes is for one of them
-            alone = replace(
-                config, n_routed_experts=slots, num_experts_per_tok=1, n_group=1, topk_group=1, n_shared_experts=None,
-                num_hidden_layers=1, mlp_layer_types=("sparse",),
-            )  # fmt: skip
-            return captured(alone, Workload("rows", 1, rows), _alone(phase), fp8=fp8, device=device)
+            kind: Phase = "train" if phase == "train" else "prefill"
+            return captured(experts_alone(config, slots), Workload("rows", 1, rows), kind, fp8=fp8, device=device)
 
         self.base, self._twice = step(1), step(2)
         self._routed = None
@@ -105,15 +101,27 @@ class RankWork:
         assert self._routed is not None
         base, more_rows, more_slots = (c.ops["sparse", part] for c in self._routed)
         # with fewer rows than slots, a weight a row at most is read
-        steps = rows / _ROWS - 1, min(slots, rows) / _SLOTS - 1
+        steps = _steps(rows, min(slots, rows))
         return [
             OpWork(a.op, _at(steps[0], a, b).cost + _at(steps[1], a, c).cost + _times(-1.0, a.cost), a.dtype)
             for a, b, c in zip(base, more_rows, more_slots, strict=True)
         ]
 
+    def routed_saved(self, part: str, rows: float, slots: int) -> float:
+        """What of it a training step keeps for the gradient: quantized weights as well."""
+        assert self._routed is not None
+        base, more_rows, more_slots = (c.saved_bytes.get(("sparse", part), 0) for c in self._routed)
+        by_rows, by_slots = _steps(rows, slots)
+        return base + by_rows * (more_rows - base) + by_slots * (more_slots - base)
+
     def slot_bytes(self) -> float:
         """Of the weights of one expert of one layer."""
         return 0.0 if self._routed is None else self._routed[0].weight_bytes["sparse", "routed"] / _SLOTS
+
+
+def _steps(rows: float, slots: float) -> tuple[float, float]:
+    """From the first capture, in units of the way to the two others."""
+    return rows / _ROWS - 1, slots / _SLOTS - 1
 
 
 def _at(step: float, one: OpWork, two: OpWork) -> OpWork:
@@ -126,8 +134,12 @@ def _times(factor: float, cost: Cost) -> Cost:
     return Cost(factor * cost.flops, factor * cost.bytes)
 
 
-def _alone(phase: Phase) -> Phase:
-    return "train" if phase == "train" else "prefill"
+def experts_alone(config: Config, slots: int) -> Config:
+    """A layer as a rank sees its experts: whatever comes is for one of them."""
+    return replace(
+        config, n_routed_experts=slots, num_experts_per_tok=1, n_group=1, topk_group=1, n_shared_experts=None,
+        num_hidden_layers=1, mlp_layer_types=("sparse",),
+    )  # fmt: skip
 
 
 def captured(config: Config, workload: Workload, phase: Phase, *, fp8: bool, device: Device) -> Captured:
@@ -166,9 +178,9 @@ def captured(config: Config, workload: Workload, phase: Phase, *, fp8: bool, dev
     weights: dict[Place, int] = defaultdict(int)
     for name, parameter in model.named_parameters():
         weights[_place(Site(0, name.removeprefix("model."), ""), kinds)] += tensor_bytes(parameter)
-    saved: dict[str, int] = defaultdict(int)
+    saved: dict[Place, int] = defaultdict(int)
     for site, size in graphs[0].results if phase == "train" else []:
-        saved[_place(site, kinds)[0]] += size
+        saved[_place(site, kinds)] += size
     return Captured({k: tuple(v) for k, v in ops.items()}, weights, max(g.peak_bytes for g in graphs), saved)
 
 

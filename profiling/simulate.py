@@ -215,11 +215,16 @@ class _Rank:
         sequences = fraction * self.setup.sequences
         ops = [] if (kind, part) == ("sparse", "routed") else self.work.ops((kind, part), sequences)
         if kind == "sparse" and part in ("routed", "permute"):
-            rows = self.setup.imbalance * sequences * self.new_tokens * self.config.num_experts_per_tok
+            rows = self.rows(fraction)
             # alone, what is permuted for the experts is permuted already
             if part == "routed" or self.setup.expert > 1:
                 ops += self.work.routed_ops(part, rows, self.slots)
         return tuple(self.cluster.seconds(op.cost, op.dtype) for op in ops)
+
+    def rows(self, fraction: float) -> float:
+        """That come for the experts of the busiest rank."""
+        s = self.setup
+        return s.imbalance * fraction * s.sequences * self.new_tokens * self.config.num_experts_per_tok
 
     def layer(self, fraction: float) -> LayerSeconds:
         """Of a layer of experts."""
@@ -307,12 +312,20 @@ class _Rank:
         )
         return plain / high + (self.weights() - plain) / in_fp8
 
+    def saved(self) -> float:
+        """Bytes that a training step keeps for the gradient."""
+        kept = {place: float(size) for place, size in self.work.base.saved_bytes.items()}
+        kept["sparse", "routed"] = self.work.routed_saved("routed", self.rows(1.0), self.slots)
+        if self.setup.expert > 1:
+            received = self.work.routed_saved("permute", self.rows(1.0), self.slots)
+            kept["sparse", "permute"] = kept.get(("sparse", "permute"), 0.0) + received
+        return sum((self.layers(kind) if kind else 1) * size for (kind, _), size in kept.items())
+
     def memory(self) -> dict[str, float]:
         s, base = self.setup, self.work.base
         if s.phase == "train":
-            saved = sum((self.layers(kind) if kind else 1) * size for kind, size in base.saved_bytes.items())
             working = 0.0 if s.fp8 else self.weights()
-            return {"weights and optimizer": OPTIMIZER_BYTES * self.parameters() + working, "activations": saved}
+            return {"weights and optimizer": OPTIMIZER_BYTES * self.parameters() + working, "activations": self.saved()}
         tokens = s.sequences * (s.length + (s.phase == "decode"))
         row = self.config.cache_width * compute_dtype(self.cluster.device).itemsize
         cache = tokens * row * self.config.num_hidden_layers

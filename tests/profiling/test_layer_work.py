@@ -10,7 +10,7 @@ from torch import Tensor
 from deepfuse.blocks.presets import PRESETS
 from deepfuse.ir.device import CPU, H800
 from deepfuse.profiling.fake_step import Workload
-from deepfuse.profiling.layer_work import OpWork, RankWork, _peak_bytes, captured
+from deepfuse.profiling.layer_work import Captured, OpWork, RankWork, _peak_bytes, captured, experts_alone
 from graphs import trace
 
 TINY = PRESETS["v3-tiny"]()
@@ -54,11 +54,7 @@ def test_a_step_of_other_size_lies_on_the_line(work: RankWork) -> None:
 
 def test_routed_experts_of_other_sizes_lie_on_the_line(work: RankWork) -> None:
     rows, slots = 700, 5
-    alone = replace(
-        TINY, n_routed_experts=slots, num_experts_per_tok=1, n_group=1, topk_group=1, n_shared_experts=None,
-        num_hidden_layers=1, mlp_layer_types=("sparse",),
-    )  # fmt: skip
-    other = captured(alone, Workload("rows", 1, rows), "prefill", fp8=False, device=CPU)
+    other = captured(experts_alone(TINY, slots), Workload("rows", 1, rows), "prefill", fp8=False, device=CPU)
     for part in ("routed", "permute"):
         assert amounts(work.routed_ops(part, rows, slots)) == amounts(other.ops["sparse", part])
 
@@ -104,5 +100,26 @@ def test_a_training_step_has_gradients_and_what_they_read() -> None:
     # forward, gradient of the input, gradient of the weight
     products = sum(op.cost.flops for op in step.ops["sparse", "routed"] if op.op.startswith("grouped_matmul"))
     assert products == 3 * 2 * tokens * TINY.num_experts_per_tok * 3 * TINY.hidden_size * TINY.moe_intermediate_size
-    # two inputs of norms at least, and the rows of experts
-    assert step.saved_bytes["sparse"] > 4 * tokens * TINY.hidden_size * (2 + TINY.num_experts_per_tok)
+    # rows that come for the experts, and what comes of their first product
+    rows = tokens * TINY.num_experts_per_tok
+    assert step.saved_bytes["sparse", "permute"] >= 4 * rows * TINY.hidden_size
+    assert step.saved_bytes["sparse", "routed"] >= 4 * rows * 2 * TINY.moe_intermediate_size
+
+
+def test_what_training_in_fp8_keeps_of_weights_is_a_ranks_own(work: RankWork, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = (
+        captured(experts_alone(TINY, slots), Workload("rows", 1, 256), "train", fp8=True, device=H800)
+        for slots in (8, 16)
+    )
+    kept = many.saved_bytes["sparse", "routed"] - few.saved_bytes["sparse", "routed"]
+    # three matrices in FP8 at least, and at most a second set the other way around; scales are small
+    weights = 8 * 3 * TINY.hidden_size * TINY.moe_intermediate_size
+    assert weights <= kept <= 2.1 * weights
+
+    def of(size: int) -> Captured:
+        return replace(few, saved_bytes={("sparse", "routed"): size})
+
+    # 4096 rows and 8 slots; twice the rows; twice the slots
+    monkeypatch.setattr(work, "_routed", (of(100), of(150), of(130)))
+    assert work.routed_saved("routed", 4096, 24) == 160
+    assert work.routed_saved("routed", 3 * 4096, 8) == 200
