@@ -37,6 +37,8 @@ from deepfuse.passes.runner import Runner
 
 Step = Callable[[], object]
 NAME = "overlap_all_to_all"
+CHUNKS = 2
+CHUNKED = f"{NAME}, {CHUNKS} chunks"
 WITHOUT, SEQUENTIAL = "without", "one after the other"
 COMPUTE, INDEPENDENT, COMMUNICATION = "compute alone", "independent compute alone", "communication alone"
 INDUCTOR: Mapping[str, Any] = {
@@ -77,14 +79,15 @@ def layer_config(spec: Mapping[str, Any]) -> Config:
     )
 
 
-def layer(config: Config, axis: Axis) -> MoE:
+def layer(config: Config, axis: Axis, chunks: int = 1) -> MoE:
     """With the same numbers on every rank; routing is balanced up to chance."""
     torch.manual_seed(0)
     moe = MoE(config)
     for parameter in moe.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    holder = nn.ModuleDict({"moe": moe})
-    to_expert_parallel(holder, axis)
+    holder: Any = nn.ModuleDict({"moe": moe})
+    holder.cuts = {}  # where a model notes how its checkpoint is cut
+    to_expert_parallel(holder, axis, chunks=chunks)
     return moe.eval()
 
 
@@ -218,6 +221,8 @@ def measure(spec: Mapping[str, Any], axis: Axis, alone: Axis, link: Link) -> dic
         left_out = ""
         if spec["parts"]:
             steps[SEQUENTIAL], _ = build(kind=Sequential)
+            chunked = layer(config, axis, CHUNKS)
+            steps[CHUNKED], of_chunks = compiled(chunked, x, settings, backward=backward, ours=True)
             local = layer(replace(config, n_routed_experts=spec["experts"] // 2), alone)
             steps[COMPUTE], _ = compiled(local, x, settings, backward=backward)
             steps[INDEPENDENT] = independent(moe, x, settings, backward)
@@ -230,12 +235,17 @@ def measure(spec: Mapping[str, Any], axis: Axis, alone: Axis, link: Link) -> dic
                 left_out = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         equal = torch.equal(plain(), ours())  # type: ignore[arg-type]
         times = timed(steps, spec["rounds"])
-    notes = [note for g in runner.journal.graphs for p in g.passes if p.name == NAME for note in p.notes]
-    found = {"times": times, "notes": notes, "equal": equal, "left_out": left_out}
+    notes = _notes(runner)
+    found: dict[str, Any] = {"times": times, "notes": notes, "equal": equal, "left_out": left_out}
     if spec["parts"]:
         weights = sum(p.numel() * p.element_size() for p in moe.parameters())
-        found["peak"] = {name: weights + peak_bytes(steps[name]) for name in (SEQUENTIAL, NAME)}
+        found["peak"] = {name: weights + peak_bytes(steps[name]) for name in (SEQUENTIAL, NAME, CHUNKED)}
+        found["chunked"] = _notes(of_chunks)
     return found
+
+
+def _notes(runner: Runner) -> list[str]:
+    return [note for g in runner.journal.graphs for p in g.passes if p.name == NAME for note in p.notes]
 
 
 def independent(moe: MoE, x: Tensor, settings: Mapping[str, Any], backward: bool) -> Step:

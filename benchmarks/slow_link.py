@@ -82,7 +82,7 @@ class SlowLink:
         bits = f"{int(8 * self.rate)}bit"
         _run(
             *("tc", "-n", IN, "qdisc", "add", "dev", "shared", "root", "tbf"),
-            *("rate", bits, "burst", "64kb", "latency", "400ms"),
+            *("rate", bits, "burst", "128kb", "latency", "400ms"),
         )
 
     def _remove(self) -> None:

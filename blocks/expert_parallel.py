@@ -10,6 +10,7 @@ from torch import nn
 
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.capacity import Capacity, Drop
+from deepfuse.blocks.chunked import Chunked
 from deepfuse.blocks.cut import Cut, taken
 from deepfuse.blocks.dropless import Dropless
 from deepfuse.blocks.fp8 import FP8Experts
@@ -31,6 +32,7 @@ def to_expert_parallel(
     drop: Drop = "affinity",
     dispatch: Dispatch = "auto",
     nodes: tuple[Axis, Axis] | None = None,
+    chunks: int = 1,
 ) -> list[str]:
     """Keep this process's share of each layer's experts, and send tokens to where theirs are.
 
@@ -43,6 +45,7 @@ def to_expert_parallel(
         dispatch: ``fp8``: rows travel to experts as FP8; ``auto``: where the experts would quantize them anyway.
         nodes: the processes of this one's place in each node, and those of its node, where a token shall travel once to
             each node (``node_limited.py``); those of ``axis``, node by node. In mode ``dropless`` only.
+        chunks: of a layer's tokens, which travel one after the other (``chunked.py``).
 
     Returns:
         The names of the mixtures of experts.
@@ -74,6 +77,8 @@ def to_expert_parallel(
             )
         else:
             layer.exchange = Dropless(layer.num_experts, axis, dispatch=dispatch)
+        if chunks > 1:
+            layer.exchange = Chunked(layer.exchange, chunks)
         for part, whole in list(layer.experts.named_parameters()):
             kept = taken(whole, [cut]).clone()
             setattr(layer.experts, part, nn.Parameter(kept, requires_grad=whole.requires_grad))

@@ -25,6 +25,8 @@ class Parallel:
     """What goes beyond it: the choices of the lowest weight, or by ``position`` those of the last tokens."""
     dispatch: Dispatch = "auto"
     """``fp8``: rows travel to experts as FP8; ``auto``: where the experts would quantize them anyway."""
+    chunks: int = 1
+    """Of a layer's tokens: 2 to 4, so that one travels while experts compute another; for many tokens (prefill, training)."""
     link: Link | None = None
     """What carries rows, for the cost model that hides their way under other work; ``None``: the usual for the device."""
 
@@ -32,6 +34,8 @@ class Parallel:
         for name, kinds in (("mode", get_args(Mode)), ("drop", get_args(Drop)), ("dispatch", get_args(Dispatch))):
             if getattr(self, name) not in kinds:
                 raise ValueError(f"parallel: want {name} out of {list(kinds)}, got {getattr(self, name)!r}")
+        if not 1 <= self.chunks <= 4:
+            raise ValueError(f"parallel: want chunks from 1 to 4, got {self.chunks}; 1 leaves the tokens together")
         if not 0 < self.capacity_factor < math.inf:
             raise ValueError(f"parallel: want a finite capacity_factor > 0, got {self.capacity_factor}")
 
@@ -55,6 +59,7 @@ def to_parallel(model: CausalLM, parallel: Parallel, *, tensor: Axis | None, exp
             capacity_factor=parallel.capacity_factor,
             drop=parallel.drop,
             dispatch=parallel.dispatch,
+            chunks=parallel.chunks,
         )
     if tensor is not None:
         to_tensor_parallel(model, tensor)

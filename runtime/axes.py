@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from deepfuse.blocks.axis import AXES, Axis
+from deepfuse.blocks.config import Config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,18 @@ class Axes:
     def sizes(self) -> dict[str, int]:
         """Of the axes there are."""
         return {axis.name: axis.size for axis in (self.data, self.tensor, self.expert) if axis is not None}
+
+    def part_of(self, config: Config) -> str:
+        """What this process has of a model, in words."""
+        parts = []
+        if self.expert is not None and config.n_routed_experts is not None:
+            own = self.expert.share(config.n_routed_experts, "n_routed_experts")
+            parts.append(f"experts {own.start}-{own.stop - 1} of {config.n_routed_experts}")
+        if self.tensor is not None:
+            for field, word in (("num_attention_heads", "heads"), ("vocab_size", "vocabulary")):
+                own = self.tensor.share(getattr(config, field), field)
+                parts.append(f"{word} {own.start}-{own.stop - 1} of {getattr(config, field)}")
+        return ", ".join(parts) or "all"
 
     @property
     def token_processes(self) -> int:

@@ -242,6 +242,8 @@ def build(
         dtype=str(dtype).removeprefix("torch."),
         parameters=counts.total,
         active_parameters=counts.active,
+        mesh="" if mesh is None else str(processes.axes),
+        part="" if mesh is None else processes.axes.part_of(cfg),
         quantized=fp8_summary(causal_lm),
         weight_bytes=sum(t.nbytes for t in causal_lm.state_dict().values()),
         cache_dtype="fp8" if cached == FP8 else str(cached).removeprefix("torch."),
@@ -263,6 +265,7 @@ def build(
         tokenizer=tokenizer,
         defaults=defaults,
         source=None if folder is None else folder.absolute(),  # still right where the program changes its directory
+        processes=processes,
     )
 
 

@@ -147,6 +147,12 @@ class Engine:
         """Whether nothing was compiled."""
         return self.graphs_from_cache == 1 + len(self.buckets)
 
+    def drops(self) -> tuple[int, int]:
+        """Choices of experts that exchanges have dropped, and all choices, since the engine was made."""
+        counts = [m.dropped for m in self.model.modules() if isinstance(m, Capacity)]
+        dropped, choices = torch.stack(counts).sum(0).tolist() if counts else (0, 0)
+        return dropped, choices
+
     def _example_prefill(self) -> tuple[Tensor, Tensor, Tensor]:
         return self._prefill_inputs([[0, 0, 0], [0, 0]], [None, None], last_only=True)
 

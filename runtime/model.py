@@ -17,6 +17,7 @@ from deepfuse.blocks.config import Config
 from deepfuse.runtime.engine import Engine
 from deepfuse.runtime.generation import Request, Sampling, Speed, generate_tokens
 from deepfuse.runtime.generation_config import GenerationConfig
+from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.report import Report
 from deepfuse.runtime.save import save_checkpoint
 from deepfuse.runtime.stop_strings import TextStream
@@ -37,9 +38,11 @@ class Model:
         tokenizer: Tokenizer | None,
         defaults: GenerationConfig,
         source: Path | None,
+        processes: Processes | None = None,
     ):
         self.engine, self.report, self.max_seq_len = engine, report, max_seq_len
         self.tokenizer, self.defaults, self.source = tokenizer, defaults, source
+        self.processes = processes or Processes()
 
     @property
     def config(self) -> Config:
@@ -82,8 +85,13 @@ class Model:
         self.engine.lockstep.check_same("model", prompts)
         parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
         logits = [self.engine.prefill(part, [None] * len(part), last_only=last_only) for part in parts]
-        self.engine.finish()
+        self._finish()
         return torch.cat(logits) if logits else torch.zeros(0, self.config.vocab_size, device=self.engine.device)
+
+    def _finish(self) -> None:
+        """The end of a call of all processes."""
+        self.engine.finish()
+        self.report.dropped, self.report.choices = self.engine.drops()
 
     def score(self, texts: Many[Prompt]) -> list[Tensor]:
         """Log-probabilities, in nats, of each token but the first, given those before it: ``[T - 1]`` a text.
@@ -103,7 +111,7 @@ class Model:
             logits = self.engine.prefill([prompt], [None], last_only=False)[:-1]
             following = torch.tensor(prompt[1:], device=logits.device)
             scores.append(logits.log_softmax(-1).gather(-1, following[:, None])[:, 0])
-        self.engine.finish()
+        self._finish()
         return scores
 
     def generate(
@@ -218,6 +226,7 @@ class Model:
         finally:
             self.report.prefill_tokens_per_second = speed.prefill_tokens / max(speed.prefill_seconds, 1e-9)
             self.report.decode_tokens_per_second = speed.decode_tokens / max(speed.decode_seconds, 1e-9)
+            self.report.dropped, self.report.choices = self.engine.drops()
 
     def _text_piece(self, stream: TextStream, request: Request, token: int) -> str:
         if request.finish == "stop":
@@ -241,8 +250,11 @@ class Model:
         return self._run(ids, self._sampling(**options), stop, text=True, single=True, stream=stream)
 
     def save(self, path: str | Path) -> None:
-        """Write a Hugging Face checkpoint directory, which transformers and :func:`build` load."""
-        save_checkpoint(self.engine.model, Path(path), source=self.source)
+        """Write a Hugging Face checkpoint directory, which transformers and :func:`build` load.
+
+        Over a mesh all processes call it, and the first writes the whole model.
+        """
+        save_checkpoint(self.engine.model, Path(path), source=self.source, processes=self.processes)
 
     def graph(self, stage: str, name: str | None = None) -> str:
         """A graph as runnable Python: ``before:PASS`` or ``after:PASS``, of the graph ``prefill``, ``decode_1``, ...;

@@ -62,7 +62,7 @@ class Processes:
         return lambda model: to_parallel(model, self.parallel, tensor=self.axes.tensor, expert=self.axes.expert)
 
     def lockstep(self, device: torch.device) -> Lockstep:
-        return Lockstep(self.axes, device)
+        return Lockstep(self.axes, device, equal=self.parallel.mode == "capacity")
 
     def any_of(self, said: bool = False) -> bool:
         """Wait for the others, however long they compile; whether one of them said so."""

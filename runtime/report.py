@@ -25,6 +25,13 @@ class Report:
     active_parameters: int
     """Parameters that take part in one token's step."""
     weight_bytes: int
+    mesh: str = ""
+    """Axes and sizes, and which process of them this is; the report is its own."""
+    part: str = ""
+    """What it has of the model; ``weight_bytes`` counts that alone, ``parameters`` the whole."""
+    dropped: int = 0
+    """Choices of experts that went beyond their capacity, out of ``choices`` of this process's tokens since the build."""
+    choices: int = 0
     quantized: str = ""
     """Kind and number of the FP8 modules."""
     cache_dtype: str
@@ -64,12 +71,22 @@ class Report:
                 counts[entry.name] = counts.get(entry.name, 0) + entry.rewrites
         return counts
 
+    def collectives(self) -> dict[str, dict[str, int]]:
+        """Graph -> collective -> how many of it a call starts."""
+        counts: dict[str, dict[str, int]] = {}
+        for graph in self.journal.graphs:
+            started = [site.op for site in graph.sites if site.group]
+            if started:
+                counts[graph.name] = {op: started.count(op) for op in dict.fromkeys(started)}
+        return counts
+
     def to_json(self) -> dict[str, Any]:
         data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "journal"}
         return {
             **data,
             "graph_breaks": self.graph_breaks,
             "recompiles": self.recompiles,
+            "collectives": self.collectives(),
             "graphs": [
                 {"name": g.name, "passes": [{n: getattr(p, n) for n in p.__dataclass_fields__} for p in g.passes]}
                 for g in self.journal.graphs
@@ -93,6 +110,7 @@ class Report:
                 "parameters",
                 f"{self.parameters:,} ({self.active_parameters:,} active), {self.weight_bytes / 1e6:,.1f} MB",
             ),
+            *self._of_mesh(),
             *([("quantized", self.quantized)] if self.quantized else []),
             (
                 "latent cache",
@@ -107,6 +125,14 @@ class Report:
         for name, value in rows:
             table.add_row(name, value)
         return table
+
+    def _of_mesh(self) -> list[tuple[str, str]]:
+        rows = [("mesh", self.mesh), ("of the model", self.part)]
+        if self.choices:
+            rows.append(("dropped", f"{self.dropped:,} of {self.choices:,} choices of experts"))
+        for graph, counts in self.collectives().items():
+            rows.append((f"collectives, {graph}", ", ".join(f"{n} {op}" for op, n in counts.items())))
+        return [row for row in rows if row[1]] if self.mesh else []
 
     def _how(self) -> str:
         return (" (warm)" if self.warm else " (cold)") if self.compiled else " (uncompiled)"

@@ -7,17 +7,21 @@ than a mixed one.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deepfuse.blocks.fp8 import E4M3
 from deepfuse.blocks.model import CausalLM
 from deepfuse.runtime.checkpoint_files import durable, existing_folder, object_bytes, temporary_name
+from deepfuse.runtime.collected_weights import CollectedWeights
 from deepfuse.runtime.config_json import config_object
+from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.shards import SINGLE, shard_files, split_in_shards, write_shard
 from deepfuse.runtime.weight_names import pieces
 
@@ -39,6 +43,7 @@ def save_checkpoint(
     source: str | os.PathLike[str] | None = None,
     files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    processes: Processes | None = None,
 ) -> None:
     """Write a checkpoint that transformers and :func:`~deepfuse.runtime.checkpoint.load_weights` read.
 
@@ -48,23 +53,48 @@ def save_checkpoint(
         source: a checkpoint folder to copy the files of ``TOKENIZER_FILES`` from, as far as it has them.
         files: the same from memory, by name; they go before those of ``source``.
         max_shard_bytes: weights beyond it go into several files.
+        processes: of whom ``model`` is this one's part: all of them call it, and the first writes the whole.
 
     Raises:
         ValueError: the model has no weights (meta device), its configuration cannot be told to transformers, or
             ``files`` has another name.
         OSError: a full disk, for instance; the folder is then as it was.
     """
-    state = model.state_dict()
-    if any(t.is_meta for t in state.values()):
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         raise ValueError("save_checkpoint: want a model with weights, got one on the meta device")
-    path = Path(folder)
+    if processes is not None and processes.mesh is not None:
+        weights = CollectedWeights(model, processes)
+        options: dict[str, Any] = {"source": source, "files": files, "max_shard_bytes": max_shard_bytes}
+        with processes.raising_together():
+            tensors = iter(weights)
+            try:
+                if weights.writer:
+                    _write(model, Path(folder), weights.layout, tensors, **options)
+            finally:
+                for _ in tensors:  # the others send theirs, whatever became of the files
+                    pass
+        return
+    on_disk = _on_disk(model.state_dict(), model.config.moe_intermediate_size)
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in on_disk.items()}
+    _write(model, Path(folder), layout, iter(on_disk.items()), source, files, max_shard_bytes)
+
+
+def _write(
+    model: CausalLM,
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, torch.Size]],
+    tensors: Iterator[tuple[str, Tensor]],
+    source: str | os.PathLike[str] | None,
+    files: Mapping[str, bytes] | None,
+    max_shard_bytes: int,
+) -> None:
+    """``tensors`` in the order of ``layout``, each let go before the next."""
     # some checkpoints leave these layers out
     config = replace(model.config, num_nextn_predict_layers=len(model.model.layers) - model.config.num_hidden_layers)
     small = _tokenizer_files(source, files or {})
-    fp8 = any(tensor.dtype == E4M3 for tensor in state.values())
-    last = {"config.json": object_bytes(config_object(config, model.model.embed_tokens.weight.dtype, fp8=fp8))}
-    tensors = _on_disk(state, config.moe_intermediate_size)
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    fp8 = any(dtype == E4M3 for dtype, _ in layout.values())
+    last = {"config.json": object_bytes(config_object(config, layout["model.embed_tokens.weight"][0], fp8=fp8))}
+    sizes = {name: shape.numel() * dtype.itemsize for name, (dtype, shape) in layout.items()}
     shards = split_in_shards(sizes, max_shard_bytes)
     names, index = shard_files(shards, sum(sizes.values()))
     last = index | last
@@ -74,8 +104,7 @@ def save_checkpoint(
     try:
         for name, shard in zip(names, shards, strict=True):
             temporary[name] = temporary_name(path / name)
-            layout = {tensor: (tensors[tensor].dtype, tensors[tensor].shape) for tensor in shard}
-            write_shard(temporary[name], layout, ((tensor, tensors[tensor]) for tensor in shard))
+            write_shard(temporary[name], {tensor: layout[tensor] for tensor in shard}, islice(tensors, len(shard)))
         for name, content in (small | last).items():
             temporary[name] = temporary_name(path / name)
             with durable(temporary[name]) as out:

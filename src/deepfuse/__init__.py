@@ -15,6 +15,7 @@ from deepfuse._entry_point import register
 if TYPE_CHECKING:
     from deepfuse.blocks.config import Config, RopeScaling
     from deepfuse.blocks.model import CausalLM
+    from deepfuse.blocks.parallel import Parallel
     from deepfuse.blocks.presets import PRESETS
     from deepfuse.ir.op import OPS
     from deepfuse.passes.fusion import fusion
@@ -41,6 +42,7 @@ _HOMES = {
     "graph_pass": "deepfuse.passes.record",
     "Model": "deepfuse.runtime.model",
     "OPS": "deepfuse.ir.op",
+    "Parallel": "deepfuse.blocks.parallel",
     "PRESETS": "deepfuse.blocks.presets",
     "profile": "deepfuse.profiling.profile",
     "profile_ranks": "deepfuse.profiling.profile_ranks",
@@ -57,6 +59,7 @@ __all__ = [
     "CausalLM",
     "Config",
     "Model",
+    "Parallel",
     "Report",
     "RopeScaling",
     "Run",

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import deepfuse as df
 from deepfuse.blocks.cut import taken
 from deepfuse.runtime.axes import axes_of
+from deepfuse.runtime.save import save_checkpoint
 from deepfuse.runtime.trainer import Trainer, mtp_loss, next_token_loss
 from tiny_checkpoint import TINY
 
@@ -55,19 +56,27 @@ def main(folder: Path, checkpoint: str, reference: str, *meshes: str) -> None:
         spec, *what = asked.split()
         sizes = {name: int(size) for name, _, size in (part.partition("=") for part in spec.split(","))}
         mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        said[spec] = {"token_rank": axes_of(mesh).token_rank}
+        words: dict[str, Any] = {"token_rank": axes_of(mesh).token_rank}
+        said[asked] = words
         if "model" in what:
-            said[spec] |= _built(mesh, checkpoint)
+            parallel = df.Parallel(mode="capacity", capacity_factor=8) if "capacity" in what else None
+            words |= _built(mesh, checkpoint, folder, parallel, max_batch_size=2 if "batches" in what else 1)
+        if "compiled" in what:
+            words |= _compiled(mesh, checkpoint)
         if "trainer" in what:
-            said[spec] |= _trained(mesh, torch.load(reference), folder, graphs="graphs" in what)
+            words |= _trained(mesh, torch.load(reference), folder, graphs="graphs" in what)
     (folder / f"said{torch.distributed.get_rank()}.json").write_text(json.dumps(said))
     torch.distributed.destroy_process_group()
 
 
-def _built(mesh: DeviceMesh, checkpoint: str) -> dict[str, Any]:
-    model = df.build(checkpoint, device="cpu", compile=False, mesh=mesh, max_batch_size=2, max_seq_len=64)
+def _built(
+    mesh: DeviceMesh, checkpoint: str, folder: Path, parallel: df.Parallel | None, max_batch_size: int
+) -> dict[str, Any]:
+    room = {"max_batch_size": max_batch_size, "max_seq_len": 64}
+    model = df.build(checkpoint, device="cpu", compile=False, mesh=mesh, parallel=parallel, **room)
     own = prompts_of(axes_of(mesh).token_rank)
     ids = torch.tensor(own[:1]) if own else torch.zeros(0, 1, dtype=torch.int64)
+    model.save(folder / _name(mesh))
     return {
         "scores": [score.tolist() for score in model.score([p for p in own if len(p) > 1])],
         "logits": model(ids, last_only=True).tolist(),
@@ -76,8 +85,20 @@ def _built(mesh: DeviceMesh, checkpoint: str) -> dict[str, Any]:
         "first pieces": list(_cut_short(model, own)),
         "again": model.generate(own, max_new_tokens=2, temperature=0.0, stop_token_ids=[]),
         "report": str(model.report),
+        "collectives": model.report.collectives(),
+        "drops": [model.report.dropped, model.report.choices],
         "parameters": sum(p.numel() for p in model.engine.model.parameters()),
     }
+
+
+def _compiled(mesh: DeviceMesh, checkpoint: str) -> dict[str, Any]:
+    greedy, warm = [], []
+    for _ in range(2):
+        model = df.build(checkpoint, device="cpu", mesh=mesh, max_batch_size=1, max_seq_len=64)
+        own = prompts_of(axes_of(mesh).token_rank)
+        greedy.append(model.generate(own, max_new_tokens=6, temperature=0.0, stop_token_ids=[]))
+        warm.append(model.report.warm)
+    return {"greedy": greedy, "warm": warm}
 
 
 def _cut_short(model: Any, own: list[list[int]]) -> Any:
@@ -99,8 +120,9 @@ def _trained(mesh: DeviceMesh, reference: list[dict[str, Any]], folder: Path, *,
         error = {n: _error(g, _own(want["gradients"][n], first, n)) for n, g in step["gradients"].items()}
         error |= {n: _error(b, want["biases"][n]) for n, b in step["biases"].items()}
         errors.append({"loss": abs(step["loss"] - want["loss"]), **error})
-    name = "-".join(f"{n}{s}" for n, s in axes_of(mesh).sizes.items())
+    name = f"trainer {_name(mesh)}"
     first.save(folder / name)
+    save_checkpoint(first.model, folder / f"trained {_name(mesh)}", processes=first.processes)
     again = trainer()
     again.resume(folder / name)
     state, other = first._state(), again._state()
@@ -113,6 +135,10 @@ def _trained(mesh: DeviceMesh, reference: list[dict[str, Any]], folder: Path, *,
         and all(torch.equal(state[k], other[k]) for k in state),
         "files": sorted(p.name for p in (folder / name).rglob("*")),
     }
+
+
+def _name(mesh: DeviceMesh) -> str:
+    return ",".join(f"{n}={s}" for n, s in axes_of(mesh).sizes.items())
 
 
 def _own(whole: Tensor, trainer: Trainer, name: str) -> Tensor:

@@ -1,0 +1,65 @@
+"""What the overlap suite makes of the ranks' times; the ranks themselves run over a real link, when it is measured."""
+
+import torch
+
+from benchmark_scripts import load_script
+from deepfuse.profiling.bench import Bench
+from deepfuse.profiling.bench_device import facts
+from deepfuse.profiling.bench_results import Results
+
+overlap, ranks = load_script("overlap"), load_script("overlap_ranks")
+
+
+def rows(monkeypatch, found, missing=""):
+    monkeypatch.setattr(overlap, "missing", lambda: missing)
+    rates = []
+
+    def run(specs, rate):
+        rates.append(rate)
+        return [found for _ in specs]
+
+    monkeypatch.setattr(overlap, "_run", run)
+    bench = Bench(Results(suite="overlap", command="", device=facts(torch.device("cpu")), versions={}))
+    overlap.suite(bench)
+    return {row.name: row for row in bench.results.rows}, rates, bench.results.left_out
+
+
+def measured(sequential):
+    medians = {
+        overlap.WITHOUT: 1.3,
+        overlap.NAME: 1.05,
+        ranks.CHUNKED: 1.02,
+        overlap.SEQUENTIAL: sequential,
+        overlap.COMPUTE: 1.0,
+        overlap.INDEPENDENT: 0.8,
+        overlap.COMMUNICATION: 0.5,
+    }
+    peak = {overlap.SEQUENTIAL: 100, overlap.NAME: 110, ranks.CHUNKED: 105}
+    return {
+        "times": {name: [seconds] * 5 for name, seconds in medians.items()},
+        "notes": ["moved"],
+        "chunked": ["moved more"],
+        "equal": True,
+        "left_out": "",
+        "peak": peak,
+    }
+
+
+def test_hidden_is_what_is_saved_of_what_could_be(monkeypatch):
+    found, rates, left_out = rows(monkeypatch, measured(1.5))
+    # 0.65 of 0.8 s for 1024 rows of 2048 bytes, there and back, both ways: 8.4 MB
+    assert rates[0] == 1e9 and rates[1] == 16e6 and not left_out
+    facts_of = found["forward, 16 MB/s"].facts
+    assert facts_of["hidden"] == "90%" and facts_of["hidden_in_chunks"] == "96%" and facts_of["peak_memory"] == "1.10x"
+    assert "16 tokens, 20 MB/s" in found
+
+
+def test_it_is_void_where_the_parts_do_not_add_up(monkeypatch):
+    found, _, _ = rows(monkeypatch, measured(1.7))
+    assert found["forward, 16 MB/s"].facts["hidden"] == "void: one after the other is 13% off the sum of its parts"
+
+
+def test_without_root_it_is_the_loopback_and_says_so(monkeypatch):
+    found, rates, left_out = rows(monkeypatch, measured(1.5), missing="needs root")
+    assert set(rates) == {0.0} and "forward, loopback" in found
+    assert left_out == {"slow link": "needs root: the rows are of the loopback"}
