@@ -76,6 +76,8 @@ def test_the_shared_expert_runs_under_dispatch_and_combine():
     [
         (Link(name="fast", bandwidth=1e15, latency=0.0), "refused: predicted"),
         (None, ""),
+        # 2 x 0.06 ms, and 0.33 ms for each message
+        (Link(name="slow to begin", bandwidth=1e8, latency=6e-5), "refused: latency-bound: 0.12 ms of 0.7"),
     ],
 )
 def test_a_graph_that_would_not_be_faster_stays(link, why):
