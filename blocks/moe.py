@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deepfuse.blocks.axis import Axis
+from deepfuse.blocks.balance import SequenceBalance
 from deepfuse.blocks.collectives import same_over, sum_over
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.exchange import Local
@@ -24,6 +25,8 @@ from deepfuse.ops.swiglu import swiglu
 class Router(nn.Module):
     """``[T, D] -> (weights [T, K] float32, experts [T, K])``; runs in float32 whatever the model's dtype."""
 
+    balance: SequenceBalance | None = None
+    """Of a router in training: the sequence-wise balance loss, which then is in its gradients."""
     e_score_correction_bias: Tensor | None
     tokens_per_expert: Tensor
 
@@ -41,6 +44,8 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config
         logits = linear(x.float(), self.weight.float(), None)
+        if self.balance is not None and self.training:
+            logits = self.balance.joined(logits, c.num_experts_per_tok, c.scoring_func)
         return route(
             logits,
             self.e_score_correction_bias,

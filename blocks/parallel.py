@@ -10,6 +10,7 @@ from deepfuse.blocks.expert_parallel import Mode, to_expert_parallel
 from deepfuse.blocks.message import Dispatch
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.tensor_parallel import to_tensor_parallel
+from deepfuse.ir.link import Link
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,8 @@ class Parallel:
     """What goes beyond it: the choices of the lowest weight, or by ``position`` those of the last tokens."""
     dispatch: Dispatch = "auto"
     """``fp8``: rows travel to experts as FP8; ``auto``: where the experts would quantize them anyway."""
+    link: Link | None = None
+    """What carries rows, for the cost model that hides their way under other work; ``None``: the usual for the device."""
 
     def __post_init__(self) -> None:
         for name, kinds in (("mode", get_args(Mode)), ("drop", get_args(Drop)), ("dispatch", get_args(Dispatch))):

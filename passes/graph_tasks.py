@@ -27,7 +27,7 @@ MATMULS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.op
 
 @dataclass(frozen=True, slots=True)
 class GraphTasks:
-    """The calls of a graph in order, a task for each, and the bytes of the inputs that go when they have been read."""
+    """The calls of a graph in order, a task for each, and the bytes of the inputs, weights among them."""
 
     nodes: list[fx.Node]
     tasks: list[Task]
@@ -46,10 +46,10 @@ def graph_tasks(graph: fx.Graph, sizes: BalancedSizes, device: Device, link: Lin
     inputs = graph.find_nodes(op="placeholder")
     # AOTAutograd's names: a backward graph has gradients among its inputs, and what the forward one left for it, which goes
     backward = any("tangents" in node.name for node in inputs)
-    left = [node for node in inputs if backward and not node.name.startswith("primals")]
-    given = {storage: sizes.bytes(value) for node in left for storage, value in _storages(node).items()}
-    made = {storage for node in inputs for storage in _storages(node)}
-    kept = (made - given.keys()) | {s for node in graph.output_node().all_input_nodes for s in _storages(node)}
+    stay = [node for node in inputs if not backward or node.name.startswith("primals")]
+    given = {storage: sizes.bytes(value) for node in inputs for storage, value in _storages(node).items()}
+    made = set(given)
+    kept = {storage for node in (*stay, *graph.output_node().all_input_nodes) for storage in _storages(node)}
     written = _writes(nodes)
     tasks = []
     for node in nodes:

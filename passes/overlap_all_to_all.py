@@ -29,7 +29,7 @@ from deepfuse.passes.record import graph_pass
 from deepfuse.passes.sites import module_of
 
 MEMORY = 1.15
-"""Times its peak before that memory may have."""
+"""Times its peak before that memory may have, weights and results included."""
 GAIN = 0.01
 """Of the predicted time, that an order must save: below that predictions say nothing."""
 REACHES = (2, 4, 8, 16, 32)

@@ -62,7 +62,7 @@ def play(tasks: Sequence[Task], order: Sequence[int], given: Mapping[int, int] |
     """Run an order of all tasks.
 
     Args:
-        given: storage -> bytes of inputs that go when their last reader has run.
+        given: storage -> bytes of inputs; what is read goes when its last reader has run.
     """
     readers: dict[int, int] = {}
     for task in tasks:

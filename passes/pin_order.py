@@ -40,7 +40,7 @@ def pin_order(graph: fx.Graph) -> list[Flight]:
                 after[node] = [last]
             under[node] = []
             last = node
-        elif under and _is_kernel(node):
+        elif under and is_kernel(node):
             after[node] = list(under)
             for kernels in under.values():
                 kernels.append(node.meta[SITE])
@@ -48,6 +48,7 @@ def pin_order(graph: fx.Graph) -> list[Flight]:
     return flights
 
 
-def _is_kernel(node: fx.Node) -> bool:
+def is_kernel(node: fx.Node) -> bool:
+    """Whether Inductor calls it, a product or an op without loops, and fuses it into nothing."""
     namespace = getattr(node.target, "namespace", "")
     return getattr(node.target, "overloadpacket", None) in MATMULS or namespace not in (*_LOOPS, COLLECTIVES, "")

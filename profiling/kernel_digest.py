@@ -2,11 +2,12 @@
 
 It is taken of the representation that Triton makes first of a kernel (in it are the kernel, the functions it calls, values
 that are compiled in, types and alignments of arguments; comments and line numbers are not), of the launch's options (warps,
-stages, ...), of the target, and of the versions of Triton and ptxas. What is left out is a Triton that was changed and kept
-its version.
+stages, ...), of the target, and of the versions of Triton and ptxas. What is left out is the file in which a function
+stands, which Triton writes into its name, and a Triton that was changed and kept its version.
 """
 
 import hashlib
+import re
 from typing import Any
 
 import triton
@@ -36,6 +37,11 @@ def kernel_digest(source: ASTSource, options: Any, target: GPUTarget) -> str:
         # has the contents of libraries, not their paths
         options.hash(),
         str(sorted(get_cache_invalidating_env_vars().items())),
-        module.str_nodebug(),
+        without_files(module.str_nodebug()),
     )
     return hashlib.sha256("\n".join(decides).encode()).hexdigest()[:32]
+
+
+def without_files(text: str) -> str:
+    """Triton's representation, with functions of ops by their names alone: ``@deepfuse.ops.quantize.f`` is ``@f``."""
+    return re.sub(r"(@\"?)deepfuse\.ops\.\w+\.", r"\1", text)

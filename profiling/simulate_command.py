@@ -31,8 +31,8 @@ class Simulate:
     length: int = 4096
     """Tokens of each sequence; in decode, those in the cache."""
     quantize: Literal["fp8", "none"] = "fp8"
-    redundant: int = 0
-    """Further copies of experts, over all ranks."""
+    redundant: int | None = None
+    """Further copies of experts, over all ranks; as few as make the experts divide, where it is not given."""
     imbalance: float = 1.0
     """Rows of the busiest rank over the mean."""
     exchange: Literal["auto", "direct", "node_limited"] = "auto"
@@ -62,7 +62,8 @@ class Simulate:
         if not self.expert:
             raise ValueError("simulate: want a number of expert ranks at least, got none")
         cluster = self._cluster()
-        simulation = Simulation(folder_and_config(self.model)[1], cluster)
+        config = folder_and_config(self.model)[1]
+        simulation = Simulation(config, cluster)
         setups = [
             Setup(
                 phase=self.phase,
@@ -72,13 +73,17 @@ class Simulate:
                 tensor=self.tensor,
                 data=self.data,
                 fp8=self.quantize == "fp8",
-                redundant=self.redundant,
+                redundant=-(config.n_routed_experts or 0) % max(expert, 1)
+                if self.redundant is None
+                else self.redundant,
                 imbalance=self.imbalance,
                 exchange=None if self.exchange == "auto" else self.exchange,
             )
             for expert in self.expert
         ]
-        predictions = simulation.predict_all(setups)
+        # half a minute of silence would look as if nothing happened; off a terminal it prints nothing
+        with Console(stderr=True).status("capturing the graphs of a rank"):
+            predictions = simulation.predict_all(setups)
         if self.plot is not None:
             self.plot.write_text(figure(predictions, cluster))
         if self.json:

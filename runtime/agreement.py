@@ -1,34 +1,26 @@
-"""What every process must have alike, compared before the first collective; and errors that all of them raise alike.
-
-All tell the first process through the store; it judges, and all get its verdict.
-"""
+"""What every process must have alike, compared before the first collective; and errors that all of them raise alike."""
 
 import builtins
 import contextlib
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from deepfuse.blocks.config import Config
-from deepfuse.ir.private import default_store
 from deepfuse.passes.pipeline import Pipeline
 from deepfuse.runtime.blame import ranks
-from deepfuse.runtime.heartbeat import alone, fault, running, watched
+from deepfuse.runtime.heartbeat import alone
 from deepfuse.runtime.told_once import told_once
+from deepfuse.runtime.verdict import verdict
 
 MOST = 8
 """Differences that an error tells of."""
-SLOW = 10
-"""Timeouts that others wait for a process that is late, and lives: it may be reading a checkpoint."""
 ORDER = "order of passes"
 """Told where the passes are the same."""
-_meetings = 0
 
 
 def agree(facts: Mapping[str, str], timeout_s: float) -> None:
@@ -36,7 +28,7 @@ def agree(facts: Mapping[str, str], timeout_s: float) -> None:
 
     Args:
         facts: what must be alike, by name; :func:`setup` has those of a build.
-        timeout_s: seconds to wait for the others; ``SLOW`` times as many as long as they beat.
+        timeout_s: seconds to wait for the others; that one has died is known sooner.
 
     Raises:
         ValueError: the same in every process: what differs, with the values and the ranks that have them.
@@ -44,7 +36,7 @@ def agree(facts: Mapping[str, str], timeout_s: float) -> None:
     """
     if alone():
         return
-    text = _verdict("setup", json.dumps(dict(facts)), _differences, timeout_s)
+    text = verdict("setup", json.dumps(dict(facts)), _differences, timeout_s)
     if text:
         raise told_once(ValueError(text))
 
@@ -67,11 +59,11 @@ def raised_by_every_rank(timeout_s: float) -> Iterator[None]:
             raise mine
         return
     told = None if mine is None else [type(mine).__name__, str(mine)]
-    verdict = json.loads(_verdict("outcome", json.dumps(told), _first_failure, timeout_s))
-    if verdict is None:
+    failure = json.loads(verdict("outcome", json.dumps(told), _first_failure, timeout_s))
+    if failure is None:
         return
-    kind, text = verdict
-    if mine is not None and [type(mine).__name__, str(mine)] == verdict:
+    kind, text = failure
+    if mine is not None and told == failure:
         raise told_once(mine)
     known = getattr(builtins, kind, RuntimeError)
     raise told_once((known if issubclass(known, Exception) else RuntimeError)(text)) from mine
@@ -110,51 +102,6 @@ def _sampled_hash(path: Path) -> str:
             file.seek(max(size - block, 0) * i // (many - 1))
             digest.update(file.read(block))
     return f"sample {digest.hexdigest()[:8]}"
-
-
-def _verdict(what: str, mine: str, judge: Callable[[list[str]], str], timeout_s: float) -> str:
-    """What the first process makes of what all of them say."""
-    global _meetings
-    _meetings += 1
-    store = dist.PrefixStore(f"deepfuse/{what}{_meetings}", default_store())
-    rank, names = dist.get_rank(), [str(r) for r in range(dist.get_world_size())]
-    patience_s = timeout_s * (SLOW if running() else 1)
-    store.set(str(rank), mine)
-    with watched(what):
-        if rank == 0:
-            missing = _missing(store, names, patience_s)
-            judged = None if missing else judge([text.decode() for text in store.multi_get(names)])
-            store.set("verdict", json.dumps([missing, judged]))
-        elif _missing(store, ["verdict"], 1.25 * patience_s):
-            raise RuntimeError(f"{what}: want a verdict of rank 0 within {patience_s:g} s, got none")
-        missing, judged = json.loads(store.get("verdict"))
-    if rank != 0:
-        store.set(f"{rank} knows", "")
-    elif not missing:
-        # the store may be this process's, which the verdict may end, as it may have ended others already
-        with contextlib.suppress(dist.DistStoreError):
-            _missing(store, [f"{name} knows" for name in names[1:]], timeout_s)
-    if missing:
-        raise RuntimeError(
-            f"{what}: want every process within {patience_s:g} s, got nothing of {ranks(list(map(int, missing)))}"
-        )
-    return judged
-
-
-def _missing(store: dist.Store, names: list[str], timeout_s: float) -> list[str]:
-    """Names that are not in the store in that time."""
-    end, pause = time.monotonic() + timeout_s, 1e-3
-    # one name at a time: a question for all of them is answered by no more than whether all are there
-    while time.monotonic() < end:
-        while names and store.check(names[:1]):
-            names = names[1:]
-        if not names:
-            return []
-        if fault():
-            raise dist.DistStoreError(f"waits for {', '.join(names[:MOST])} in vain")
-        time.sleep(pause)
-        pause = min(2 * pause, 0.05)
-    return [name for name in names if not store.check([name])]
 
 
 def _differences(said: list[str]) -> str:

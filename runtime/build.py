@@ -17,6 +17,7 @@ from deepfuse.blocks.parallel import Parallel
 from deepfuse.blocks.parameters import count_parameters
 from deepfuse.ir.device import device_row
 from deepfuse.ir.op import OPS
+from deepfuse.passes.collective_order import collective_orders
 from deepfuse.passes.merge_shared_expert import merge_shared_expert
 from deepfuse.passes.pipeline import Pipeline, pipeline_of
 from deepfuse.passes.record import Pass
@@ -26,6 +27,7 @@ from deepfuse.runtime.build_key import graph_key, module_key
 from deepfuse.runtime.checkpoint import weights_bytes
 from deepfuse.runtime.compile_cache import BuildFolder, cache_root, inductor_cache
 from deepfuse.runtime.engine import Engine
+from deepfuse.runtime.expert_link import expert_link
 from deepfuse.runtime.generation import Sampling, Speed, generate_tokens
 from deepfuse.runtime.generation_config import GenerationConfig
 from deepfuse.runtime.kept_engine import kept_engine
@@ -221,6 +223,7 @@ def build(
     defaults = GenerationConfig() if folder is None else GenerationConfig.from_folder(folder)
     tokenizer = None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder)
     settings = {"providers": forced, "device": row, "max_seq_len": length, "layout": layout_key(causal_lm)}
+    settings["link"] = expert_link(processes, row)
     runner = Runner(pipeline, settings, **{**how, "verify": False})
     kept_apart = {**settings, "strict": runner.strict}
     key = f"{graph_key(pipeline, kept_apart, cfg, dtype, wanted, {**room, 'cache': cached})}-{module_key(causal_lm)}"
@@ -231,6 +234,8 @@ def build(
             _verify(causal_lm.eval(), cache, Runner(pipeline, settings, **how), max_batch_size, length, lockstep)
         kept = BuildFolder(key) if compile else None
         made = kept_engine(causal_lm.eval(), cache, runner, max_batch_size, kept, processes)
+    if mesh is not None:
+        agree(collective_orders(runner.journal), timeout_s)
     report = Report(
         model=str(source) if isinstance(source, str | Path) else type(source).__name__,
         device=row.name if wanted.type == "cuda" else str(wanted),

@@ -79,7 +79,7 @@ class Heartbeat:
         self._last.start()
 
     def _meet(self) -> None:
-        self._store.set(str(self.rank), self._own().write())
+        self._store.set(str(self.rank), self._own({}).write())
         names = [str(r) for r in self.others]
         try:
             self._store.wait(names, timedelta(seconds=self.timeout_s))
@@ -96,7 +96,7 @@ class Heartbeat:
     def watched(self, phase: str, step: int | None = None) -> "Watched":
         return Watched(self, phase, step)
 
-    def _own(self) -> Beat:
+    def _own(self, end: Mapping[str, Any]) -> Beat:
         doing = self._doing
         self._count += 1
         return Beat(
@@ -105,28 +105,30 @@ class Heartbeat:
             phase=doing.phase,
             seconds=time.monotonic() - doing.began,
             place=place(doing.thread),
-            **self._end,
+            **end,
         )
 
     def _beat(self) -> None:
-        while not self._stopping:
+        told: Mapping[str, Any] | None = None
+        # nothing after the last word: who hosts the store goes when it has been heard
+        while not (self._stopping and told is self._end):
             self._wake.clear()
             self._asked = time.monotonic()
+            end = self._end
             try:
-                self._exchange()
+                self._exchange(end)
             except RuntimeError:
                 with self._changed:
                     self._store_lost = True
                     self._changed.notify_all()
                 return
-            self._asked = None
-            self._wake.wait(self.interval)
-        with contextlib.suppress(RuntimeError):
-            self._exchange()
+            told, self._asked = end, None
+            if not self._stopping:
+                self._wake.wait(self.interval)
 
-    def _exchange(self) -> None:
-        self._store.set(str(self.rank), self._own().write())
-        bad = self._end.get("end") in ("lost", "failed")
+    def _exchange(self, end: Mapping[str, Any]) -> None:
+        self._store.set(str(self.rank), self._own(end).write())
+        bad = end.get("end") in ("lost", "failed")
         if bad:
             self._store.set("fault", "")
         elif self._flagged:  # its error was caught, and it goes on
@@ -135,7 +137,7 @@ class Heartbeat:
         # a question with an answer: what is only sent is not known to have arrived
         flag = self._store.check(["fault"])
         # all beats are many: they are read when there is a reason
-        if not (flag or self._end or self._lasts(self._doing)):
+        if not (flag or end or self._lasts(self._doing)):
             return
         texts = self._store.multi_get([str(r) for r in self.others])
         with self._changed:
@@ -162,17 +164,30 @@ class Heartbeat:
 
     def fault(self) -> bool:
         """Whether something has happened to another process."""
-        ended = any(beat.end in ("lost", "failed") for beat, _ in self._heard.values())
+        # a copy, as the other thread adds to it
+        ended = any(beat.end in ("lost", "failed") for beat, _ in list(self._heard.values()))
         return ended or self._no_answer() or any(map(self._silent, self.others))
 
     def _listen(self, done: Callable[[Beat], bool]) -> None:
         """Wait until all others that are not silent have said a last word, or nobody can hear it."""
+        first: dict[int, int] = {}
 
         def told(r: int) -> bool:
-            return r in self._heard and (done(self._heard[r][0]) or self._silent(r))
+            return self._no_answer() or (r in self._heard and (done(self._heard[r][0]) or self._silent(r)))
+
+        def known(r: int) -> bool:
+            if r not in self._heard:
+                return told(r)
+            count = self._heard[r][0].count
+            return count > first.setdefault(r, count) or told(r)
+
+        def all_known() -> bool:
+            return all(list(map(known, self.others)))  # each is asked, to note what it is at first
 
         with self._changed:
-            self._changed.wait_for(lambda: self._store_lost or all(map(told, self.others)), self.settle)
+            self._changed.wait_for(lambda: all_known() and all(map(told, self.others)), self.settle)
+            # on a busy machine this process may have looked too seldom to tell who lives from who is silent
+            self._changed.wait_for(all_known, self.settle)
 
     def failed(self, error: BaseException, *, by_itself: bool) -> None:
         """An error that no other process made: they are told. It may be caught, and the next phase takes it back."""
@@ -225,14 +240,21 @@ class Heartbeat:
 
     def stop(self, *, patiently: bool = True) -> None:
         """Beat no more; ``patiently``, the process that hosts the store waits until the others do not need it."""
+        host = patiently and self.rank == 0
+        self._stopping = not host
         if not self._end:
             error = getattr(sys, "last_value", None)
             self._say(end="failed", reason=first_line(error)) if error is not None else self._say(end="left")
-            if patiently and self.rank == 0:
+            if host:
                 self._listen(lambda beat: beat.end != "")
         self._stopping = True
         self._wake.set()
-        self._beats.join(self.settle)
+        self._beats.join(0.0 if self._no_answer() and not self._store_lost else self.settle)
+        if self._beats.is_alive() and self._end["end"] in ("lost", "failed"):
+            # it may come back from the store while the interpreter ends, which would abort
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(1)
 
 
 class Watched:

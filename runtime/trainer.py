@@ -38,6 +38,7 @@ from deepfuse.ir.private import compile_inner, sizes_from_data, with_own_code
 from deepfuse.passes.journal import naming
 from deepfuse.passes.pipeline import Pipeline, default
 from deepfuse.passes.runner import Runner
+from deepfuse.runtime.expert_link import expert_link
 from deepfuse.runtime.gradient_norm import clip_gradients
 from deepfuse.runtime.heartbeat import watched
 from deepfuse.runtime.processes import Processes
@@ -162,6 +163,7 @@ class Trainer:
             "providers": dict(providers or {}),
             "device": device_row(self.device),
             "max_seq_len": training.seq_len,
+            "link": expert_link(self.processes, device_row(self.device)),
         }
         self.runner = Runner(pipeline or default(), settings, **(how or {}))
         self.compiled = compile

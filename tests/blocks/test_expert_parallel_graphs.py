@@ -15,8 +15,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.expert_parallel import to_expert_parallel
+from deepfuse.blocks.fp8 import to_fp8
 from deepfuse.blocks.model import CausalLM
+from deepfuse.ir.device import H200
+from deepfuse.passes.pipeline import default
+from deepfuse.passes.runner import Runner
 from expert_parallel_worker import TINY
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.11's Dynamo
 
 
 class _Captured(Exception):
@@ -68,8 +74,9 @@ def process():
     dist.destroy_process_group()
 
 
-def layer_of(axis, **settings):
-    config = replace(TINY, n_routed_experts=64, num_hidden_layers=1, first_k_dense_replace=0)
+def layer_of(axis, hidden_size=32, moe_intermediate_size=24, **settings):
+    widths = {"hidden_size": hidden_size, "moe_intermediate_size": moe_intermediate_size}
+    config = replace(TINY, n_routed_experts=64, num_hidden_layers=1, first_k_dense_replace=0, **widths)
     with torch.device("meta"):
         model = CausalLM(config)
     to_expert_parallel(model, axis, **settings)
@@ -114,3 +121,34 @@ def test_the_counts_wait_for_the_routing_only(process):
         seen.add(getattr(node.target, "_opname", ""))
         before += node.all_input_nodes
     assert "route" in seen and "expert_permute" not in seen
+
+
+@pytest.mark.parametrize("mode", ["dropless", "capacity"])
+def test_passes_find_what_they_look_for_between_the_messages(process, mode):
+    layer = layer_of(process(0, 8), hidden_size=256, moe_intermediate_size=128, mode=mode).eval()
+    holder = torch.nn.ModuleDict({"mlp": layer})
+    to_fp8(holder, wanted=lambda name: True)
+    for name, parameter in layer.named_parameters():
+        if parameter.dtype == torch.float32 and "scale" not in name:
+            parameter.data = parameter.data.bfloat16()
+    settings = {"providers": {}, "device": H200, "max_seq_len": 64, "layout": "by rank"}
+    runner = Runner(default().without("lower"), settings, strict=True)
+
+    def backend(gm, inputs):
+        runner.backend()(gm, inputs)
+        raise _Captured
+
+    torch._dynamo.reset()
+    x = torch.randn(16, 256, dtype=torch.bfloat16)
+    stopped = pytest.raises((BackendCompilerFailed, _Captured))
+    with torch._dynamo.config.patch(capture_scalar_outputs=True), torch.no_grad(), stopped:
+        torch.compile(layer, fullgraph=True, backend=backend)(x)
+    (graph,) = runner.journal.graphs
+    rewrites = {p.name: p.rewrites for p in graph.passes if p.stage == "quantize" and p.rewrites}
+    # one quantize of a token serves the message, gate and up of the shared expert; the message's, both of the experts'
+    fused = {"fuse_swiglu_quantize": 2, "fuse_quantized_matmul": 3, "fuse_quantized_experts": 2}
+    assert rewrites == {"share_quantize": 2, **fused}
+    # the shared expert runs while tokens travel: it is no rank's own
+    apart = [note for p in graph.passes if p.name == "merge_shared_expert" for note in p.notes]
+    stands = "apart: wait_tensor stands where grouped_matmul does in a mixture of experts"
+    assert any(stands in note for note in apart) == (mode == "dropless")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,15 +75,18 @@ def test_ranks_of_several_gpus_fill_a_node_sooner() -> None:
     assert PLAIN.exchange(config, 10, 2, 4, "direct", gpus_per_rank=2) == pytest.approx(2 + 60 * 2 / 4 / 10)
 
 
-# DeepEP, README of its first version: H800 with InfiniBand 400, 128 tokens to 8 of 256 experts, FP8 there, bfloat16 back
-@pytest.mark.parametrize(
-    ("ranks", "dispatch_us", "combine_us"),
-    [(16, 118, 195), (32, 155, 273), (64, 173, 314), (128, 192, 369), (256, 194, 360)],
-)
-def test_low_latency_exchange_as_published(ranks: int, dispatch_us: float, combine_us: float) -> None:
-    found = [1e6 * CLUSTER.exchange(V3, 128, row, ranks, "direct") for row in (FP8_ROW, BF16_ROW)]
-    # no factor is fitted to these: the largest difference, of two nodes' dispatch, is 17%; docs/parallelism.md has all
-    assert found == [pytest.approx(dispatch_us, rel=0.17), pytest.approx(combine_us, rel=0.07)]
+def test_low_latency_exchange_as_published() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "parallelism.md").read_text()
+    table = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    rows = [tuple(map(int, row)) for row in table]
+    assert [row[0] for row in rows] == [8, 16, 32, 64, 128, 256]
+    for ranks, *figures in rows:
+        found = [1e6 * CLUSTER.exchange(V3, 128, row, ranks, "direct") for row in (FP8_ROW, BF16_ROW)]
+        assert [round(us) for us in found] == figures[1::2]
+        # no factor is fitted to these; what the text says of the differences, over the network and within a node
+        differences = [us / published - 1 for us, published in zip(found, figures[::2], strict=True)]
+        most = {8: 0.42, 16: 0.17}.get(ranks, 0.061)
+        assert max(map(abs, differences)) < most + 0.005
 
 
 def test_rows_of_vendors_are_not_what_programs_reach() -> None:

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from deepfuse.profiling.kernel_digest import without_files
+
 KERNELS = """\
 import triton
 import triton.language as tl
@@ -131,3 +133,9 @@ def test_an_edit_changes_the_kernels_it_is_in(
 @pytest.mark.parametrize("other", ["type", "block", "alignment", "arch", "warps", "stages", "triton"])
 def test_what_a_launch_and_its_compiler_decide(other: str, digests: dict[str, list[str]]) -> None:
     assert digests[other] != digests["nothing"][0]
+
+
+def test_the_file_of_an_op_decides_nothing() -> None:
+    here, there = (f"tt.call @deepfuse.ops.{file}.divide__fp32_c448.0(%0)" for file in ("quantize", "fp8_rounding"))
+    assert without_files(here) == without_files(there) == "tt.call @divide__fp32_c448.0(%0)"
+    assert without_files("@triton.language.standard.cdiv__i32_c64") == "@triton.language.standard.cdiv__i32_c64"

@@ -132,20 +132,36 @@ def test_a_model_without_experts_is_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def decode() -> list[Prediction]:
-    """The overview of DeepSeek's inference system: EP144, 32 redundant experts; 14.8k tokens/s a node at 20 to 22 a
-    sequence make 88 sequences a GPU, with 4989 tokens in the cache on average."""
-    setup = Setup(phase="decode", sequences=88, length=4989, expert=144, redundant=32)
-    return Simulation(V3, CLUSTER).predict_all([setup, replace(setup, expert=320, redundant=64)])
+def published() -> dict[str, Prediction]:
+    """What docs/parallelism.md predicts. The overview of DeepSeek's inference system has EP144 and 32 redundant experts in
+    decode; 14.8k tokens/s a node at 20 to 22 a sequence make 88 sequences a GPU, with 4989 tokens in the cache on average."""
+    decode = Setup(phase="decode", sequences=88, length=4989, expert=144, redundant=32)
+    prefill = Setup(phase="prefill", sequences=4, length=4096, expert=32, redundant=32)
+    setups = {
+        "decode, EP144": decode,
+        "decode, EP320": replace(decode, expert=320, redundant=64),
+        "decode, uneven": replace(decode, imbalance=1.5),
+        "prefill, EP32": prefill,
+        "prefill, uneven": replace(prefill, imbalance=1.5),
+    }
+    return dict(zip(setups, Simulation(V3, CLUSTER).predict_all([*setups.values()]), strict=True))
 
 
-def test_decode_as_published(decode: list[Prediction]) -> None:
+def test_steps_as_published(published: dict[str, Prediction]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "parallelism.md").read_text()
+    predicted = {name: f"{p.tokens_per_second:,.0f}" for name, p in published.items()}
+    for name in ("decode, EP144", "decode, EP320", "prefill, EP32"):
+        assert re.search(rf"^\| {name} \| [0-9,-]+ \| {predicted[name]} \|", text, re.MULTILINE), predicted[name]
+    assert predicted["decode, uneven"] in text and predicted["prefill, uneven"] in text
     # an average of a day's service, with loads that are not equal: the prediction must be above, and not by half
-    assert 1.0 < decode[0].tokens_per_second / 14_800 < 1.5
-    assert decode[0].overlap == "two-batch"
-    assert decode[0].fits and decode[1].fits
-    # one expert a GPU instead of two
-    assert decode[0].memory["weights"] - decode[1].memory["weights"] == pytest.approx(58 * 3 * 7168 * 2048, rel=0.01)
+    assert 1.0 < published["decode, EP144"].tokens_per_second / 14_800 < 1.5
+    assert all(p.fits and p.overlap == "two-batch" for p in published.values())
+
+
+def test_one_expert_a_gpu_instead_of_two(published: dict[str, Prediction]) -> None:
+    two, one = (published[f"decode, EP{n}"].memory["weights"] for n in (144, 320))
+    # FP8 numbers, and a scale for each 128 x 128 of them
+    assert two - one == pytest.approx(58 * 3 * 7168 * 2048 * (1 + 4 / 128**2))
 
 
 def test_a_training_step_sums_gradients_and_holds_an_optimizer(tiny: Simulation) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
 import faults_worker
 from faults_worker import CASES, SETUPS, STEP, TIMEOUT_S, WORLD
@@ -79,11 +80,13 @@ def test_who_hangs_ends_too(folder):
 
 
 def test_no_checkpoint_is_partial(folder):
-    case = "killed in save"
-    whole = sorted(path for path in (folder / case).glob("step-*"))
-    assert [path.name for path in whole] == [f"step-{step}" for step in range(STEP)]
-    for path in whole:
-        assert {part.name: part.read_text() for part in path.iterdir()} == {f"rank{r}": "whole" for r in range(WORLD)}
+    checkpoint = folder / "killed in save" / "checkpoint"
+    index = json.loads((checkpoint / "trainer.json").read_text())
+    assert index["step"] == STEP - 1
+    parts = sorted((checkpoint / index["folder"]).iterdir())
+    assert [path.name for path in parts] == [f"part-{rank:05d}.safetensors" for rank in range(WORLD)]
+    for path in parts:
+        assert load_file(path)["weight"].eq(STEP - 1).all()
 
 
 DIFFER = {

@@ -1,7 +1,9 @@
 """Placements of experts: whole, even, never worse than none, and within their bound of the best."""
 
+import ast
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +152,10 @@ def test_the_report_says_the_balance_of_each_layer() -> None:
 def test_what_does_not_fit_is_refused(loads: Tensor, how: dict[str, int], error: str) -> None:
     with pytest.raises(ValueError, match=f"^placement: .*{re.escape(error)}"):
         place_experts(loads, 2, **how)  # type: ignore[arg-type]
+
+
+def test_the_documentation_prints_what_it_says() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "parallelism.md").read_text()
+    rows = re.search(r"loads = torch.tensor\((.*)\)", text)
+    assert rows is not None
+    assert str(place_experts(torch.tensor(ast.literal_eval(rows[1])), ranks=4, redundant=4)) in text

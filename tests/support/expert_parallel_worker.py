@@ -248,7 +248,7 @@ def main(folder):
     worker = Worker()
     R, axis = worker.size, worker.axis
     torch._dynamo.config.capture_scalar_outputs = True
-    even, uneven = [6] * R, [3 + 4 * (i % 3) for i in range(R)]
+    even, full, uneven = [6] * R, [12] * R, [3 + 4 * (i % 3) for i in range(R)]
     for L in (1, 2, 4):
         worker.exchange(f"{L} a process", Dropless(L * R, axis), uniform(6 * R, min(3, L * R), L * R), even)
     E, dropless = 2 * R, Dropless(2 * R, axis)
@@ -259,20 +259,17 @@ def main(folder):
     silent = [0 if i == R - 1 else 5 for i in range(R)]
     worker.exchange("a process without tokens", dropless, uniform(sum(silent), 2, E), silent)
     worker.exchange("no tokens at all", dropless, uniform(0, 2, E), [0] * R)
-    worker.exchange("compiled by aot_eager", dropless, of_uneven, uneven, "aot_eager")
 
-    worker.capacity("dropped by affinity", "affinity", 1.0, even)
-    worker.capacity("dropped by position", "position", 1.0, even)
-    worker.capacity("half dropped", "affinity", 0.3, even)
-    worker.capacity("nothing dropped", "affinity", 100.0, even)
-    worker.capacity("capacity compiled by aot_eager", "affinity", 1.0, even, "aot_eager")
+    worker.capacity("dropped by affinity", "affinity", 1.0, full)
+    worker.capacity("dropped by position", "position", 1.0, full)
+    worker.capacity("half dropped", "affinity", 0.3, full)
+    worker.capacity("nothing dropped", "affinity", 100.0, full)
 
     # one block of 128 columns and a part of one; not a multiple of 16
     fp8 = Dropless(E, axis, dispatch="fp8")
     for kind in ("fp8", "fp8 weights", "trained fp8", "trained high"):
         worker.exchange(f"experts {kind}", dropless, of_uneven, uneven, kind=kind, width=200)
     worker.exchange("dispatch in fp8", fp8, of_uneven, uneven, width=200)
-    worker.exchange("dispatch in fp8 compiled by aot_eager", fp8, of_uneven, uneven, "aot_eager", width=200)
     bounded = Capacity(E, axis, capacity_factor=2 * R, dispatch="fp8")
     worker.exchange("dispatch in fp8 with a capacity", bounded, uniform(sum(even), 2, E), even, width=200)
 
@@ -280,10 +277,13 @@ def main(folder):
         worker.nodes(name, number, uniform(sum(uneven), 3, E), uneven)
     worker.nodes("nodes and a process without tokens", 2, uniform(sum(silent), 3, E), silent)
     worker.nodes("nodes in fp8", 2, uniform(sum(uneven), 3, E), uneven, dispatch="fp8")
-    worker.nodes("nodes compiled by aot_eager", 2, uniform(sum(uneven), 3, E), uneven, "aot_eager")
 
     worker.model("model", uneven)
     if R == 2:
+        worker.exchange("compiled by aot_eager", dropless, of_uneven, uneven, "aot_eager")
+        worker.capacity("capacity compiled by aot_eager", "affinity", 1.0, full, "aot_eager")
+        worker.exchange("dispatch in fp8 compiled by aot_eager", fp8, of_uneven, uneven, "aot_eager", width=200)
+        worker.nodes("nodes compiled by aot_eager", 2, uniform(sum(uneven), 3, E), uneven, "aot_eager")
         worker.model("model compiled by aot_eager", uneven, "aot_eager")
         worker.exchange("compiled by inductor", dropless, of_uneven, uneven, "inductor")
     (folder / f"said{worker.rank}.json").write_text(json.dumps(worker.said))

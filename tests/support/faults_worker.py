@@ -21,16 +21,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.collectives import all_to_all
 from deepfuse.blocks.presets import PRESETS
 from deepfuse.ir.private import process_group, set_group_timeout
 from deepfuse.passes.pipeline import default
-from deepfuse.runtime import heartbeat
 from deepfuse.runtime.agreement import agree, raised_by_every_rank, setup
 from deepfuse.runtime.heartbeat import watched
 from deepfuse.runtime.process_group import device_mesh
-from deepfuse.runtime.written_by_all import written_by_all
+from deepfuse.runtime.processes import Processes
+from deepfuse.runtime.trainer import Training
+from deepfuse.runtime.trainer_checkpoint import write_state
 
 WORLD, TIMEOUT_S, STEP = 3, 8.0, 4
 """The fault is in this step."""
@@ -129,10 +129,19 @@ def train(axis, weight, step, fault):
         back.square().sum().backward()
 
 
+def save(folder, step, processes, fault):
+    def part():
+        fault("save")
+        return {"weight": torch.full((WIDTH,), float(step))}
+
+    with watched("save", step):
+        write_state(folder, part, step, Training(steps=1), processes)
+
+
 def run_case(case, folder):
     phase, victim, what = CASES[case]
-    axis = begun()
-    rank = dist.get_rank()
+    processes = begun()
+    axis, rank = processes.axes.expert, dist.get_rank()
     if case.endswith("endless wait"):
         never_ends(axis)
     weight = torch.eye(WIDTH, requires_grad=True)
@@ -145,17 +154,12 @@ def run_case(case, folder):
     for step in range(STEP + 3):
         train(axis, weight, step, fault)
         if phase == "save":
-            with watched("save", step), written_by_all(folder / f"step-{step}", TIMEOUT_S) as parts:
-                (parts / f"rank{rank}").write_text("half")
-                fault("save")
-                (parts / f"rank{rank}").write_text("whole")
+            save(folder / "checkpoint", step, processes, fault)
 
 
 def begun():
     mesh = device_mesh(torch.device("cpu"), TIMEOUT_S, expert=int(os.environ["WORLD_SIZE"]))
-    heartbeat.start(TIMEOUT_S)
-    group = mesh.get_group("expert")
-    return Axis("expert", group.group_name, group.size(), group.rank())
+    return Processes.of(mesh, None, "cpu", TIMEOUT_S)[0]
 
 
 def compare_setups(case, folder):
