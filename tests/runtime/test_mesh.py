@@ -15,6 +15,7 @@ from ranks import run_ranks
 from tiny_checkpoint import assert_same_state, load
 from tiny_model import checkpoint, tiny_model
 
+pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
 """Of float32: sums over up to 64 numbers in another order, 64 * 2 ** -24 = 4e-6 of their size, over a few layers."""
 OF_TWO = [

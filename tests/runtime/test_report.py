@@ -11,6 +11,11 @@ from deepfuse.runtime.report import condensed
 from tiny_model import MAX_BATCH_SIZE, MAX_SEQ_LEN, build, checkpoint
 
 FIELDS = {
+    "mesh",
+    "part",
+    "dropped",
+    "choices",
+    "collectives",
     "model",
     "device",
     "dtype",
