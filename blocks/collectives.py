@@ -20,7 +20,6 @@ from torch import Tensor
 from deepfuse.blocks.axis import Axis
 
 _plain: Any = torch.ops._c10d_functional
-_differentiable: Any = torch.ops._c10d_functional_autograd
 
 
 def all_to_all(x: Tensor, received: Sequence[int], sent: Sequence[int], axis: Axis) -> Tensor:
@@ -29,12 +28,36 @@ def all_to_all(x: Tensor, received: Sequence[int], sent: Sequence[int], axis: Ax
     Args:
         received, sent: rows from and to each process of ``axis``; integers, or symbolic ones that are known to be >= 0.
     """
-    return wait(_differentiable.all_to_all_single(x.contiguous(), list(received), list(sent), axis.group))
+    return _AllToAll.apply(x.contiguous(), list(received), list(sent), axis.group)
 
 
 def wait(x: Tensor) -> Tensor:
     """``x``, once the collective that makes it has ended."""
     return _plain.wait_tensor(x)
+
+
+class _AllToAll(torch.autograd.Function):
+    # torch's own differentiable collectives are other ops, of which Inductor does not know that memory is read until the wait
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, received: list[int], sent: list[int], group: str) -> Tensor:
+        ctx.back = sent, received, group
+        return wait(_plain.all_to_all_single(x, received, sent, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return wait(_plain.all_to_all_single(grads[0].contiguous(), *ctx.back)), None, None, None
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return wait(_plain.all_gather_into_tensor(x, axis.size, axis.group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        axis = ctx.axis
+        return wait(_plain.reduce_scatter_tensor(grads[0].contiguous(), "sum", axis.size, axis.group)), None
 
 
 class _Sum(torch.autograd.Function):
@@ -95,4 +118,4 @@ def gather_columns(x: Tensor, axis: Axis | None) -> Tensor:
 
 def gather_rows(x: Tensor, axis: Axis) -> Tensor:
     """``x [n, ...] -> [size * n, ...]``, of all processes in order; each computes something else of it."""
-    return wait(_differentiable.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
+    return _Rows.apply(x.contiguous(), axis)

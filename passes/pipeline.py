@@ -34,7 +34,6 @@ from deepfuse.passes.lower import lower
 from deepfuse.passes.merge_projections import merge_projections
 from deepfuse.passes.merge_shared_expert import merge_shared_expert
 from deepfuse.passes.overlap_all_to_all import overlap_all_to_all
-from deepfuse.passes.plain_collectives import plain_collectives
 from deepfuse.passes.recognize_linear import RecognizeLinear
 from deepfuse.passes.recognize_norm import RecognizeNorm
 from deepfuse.passes.recognize_rotary import RecognizeRotary
@@ -61,7 +60,6 @@ DEFAULT: tuple[Any, ...] = (  # of passes; mypy takes a decorated class for a cl
     FuseQuantizedExperts,
     FuseQuantizedWgrad,
     fuse_rope_append,  # norm, rotation and cache write in one kernel
-    plain_collectives,  # nothing is differentiated any more
     overlap_all_to_all,  # tokens travel while something else is computed
     lower,  # each remaining op to the provider for its device
 )

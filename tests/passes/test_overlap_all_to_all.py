@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from torch import fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import deepfuse.passes.runner as runner_module
@@ -18,7 +17,6 @@ from deepfuse.passes.balanced_sizes import BalancedSizes
 from deepfuse.passes.emitted_order import undone
 from deepfuse.passes.overlap_all_to_all import overlap_all_to_all
 from deepfuse.passes.pipeline import default
-from deepfuse.passes.plain_collectives import plain_collectives
 from deepfuse.passes.runner import Runner
 from graphs import assert_same_graph, rewritten, trace
 
@@ -148,16 +146,6 @@ def test_nothing_is_moved_across_a_write_of_what_it_reads():
     assert overlap(gm.graph) > 0
     order = starts_and_waits(gm)
     assert order.index("copy_") > max(i for i, name in enumerate(order) if name == "linear")
-
-
-def test_collectives_that_would_have_a_gradient_become_plain():
-    differentiable = torch.ops._c10d_functional_autograd
-
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    graph.output(graph.call_function(differentiable.all_to_all_single.default, (x, HALVES, HALVES, "0")))
-    assert plain_collectives(graph) == 1 and plain_collectives(graph) == 0
-    assert [n.target for n in graph.nodes][1] is c10d.all_to_all_single.default
 
 
 @pytest.fixture
