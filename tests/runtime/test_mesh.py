@@ -133,12 +133,3 @@ def test_a_trained_model_is_saved_as_a_checkpoint(said, reference, folders, size
     model = load(folders[size] / f"trained {case.partition(' ')[0]}")
     loss = df.Trainer(model, TRAINING, compile=False).evaluate(CORPUS[:50])
     assert loss == pytest.approx(reference[1], abs=TOLERANCE)
-
-
-@pytest.mark.compile
-def test_compiled_and_from_the_cache(tmp_path):
-    run_ranks(mesh_worker.__file__, 2, tmp_path, str(checkpoint()), "none", "expert=2 compiled", timeout_s=900)
-    for rank in range(2):
-        words = json.loads((tmp_path / f"said{rank}.json").read_text())["expert=2 compiled"]
-        greedy = tiny_model().generate(prompts_of(rank), max_new_tokens=6, temperature=0.0, stop_token_ids=[])
-        assert words == {"token_rank": rank, "greedy": [greedy, greedy], "warm": [False, True]}

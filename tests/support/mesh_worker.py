@@ -61,8 +61,6 @@ def main(folder: Path, checkpoint: str, reference: str, *meshes: str) -> None:
         if "model" in what:
             parallel = df.Parallel(mode="capacity", capacity_factor=8) if "capacity" in what else None
             words |= _built(mesh, checkpoint, folder, parallel, max_batch_size=2 if "batches" in what else 1)
-        if "compiled" in what:
-            words |= _compiled(mesh, checkpoint)
         if "trainer" in what:
             words |= _trained(mesh, torch.load(reference), folder, graphs="graphs" in what)
     (folder / f"said{torch.distributed.get_rank()}.json").write_text(json.dumps(said))
@@ -89,16 +87,6 @@ def _built(
         "drops": [model.report.dropped, model.report.choices],
         "parameters": sum(p.numel() for p in model.engine.model.parameters()),
     }
-
-
-def _compiled(mesh: DeviceMesh, checkpoint: str) -> dict[str, Any]:
-    greedy, warm = [], []
-    for _ in range(2):
-        model = df.build(checkpoint, device="cpu", mesh=mesh, max_batch_size=1, max_seq_len=64)
-        own = prompts_of(axes_of(mesh).token_rank)
-        greedy.append(model.generate(own, max_new_tokens=6, temperature=0.0, stop_token_ids=[]))
-        warm.append(model.report.warm)
-    return {"greedy": greedy, "warm": warm}
 
 
 def _cut_short(model: Any, own: list[list[int]]) -> Any:
