@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.collectives import wait
+from deepfuse.blocks.slots import in_dtype
 
 _plain: Any = torch.ops._c10d_functional
 
@@ -31,8 +32,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         summed = wait(_plain.reduce_scatter_tensor(grads[0].float().contiguous(), "sum", ctx.axis.size, ctx.axis.group))
-        # not to() for the dtype it has: torch 2.11's Dynamo loses the gradient of a function that returns what it was given
-        return (summed if ctx.dtype == torch.float32 else summed.to(ctx.dtype)), None
+        return in_dtype(summed, ctx.dtype), None
 
 
 class Gathered(nn.Module):

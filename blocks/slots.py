@@ -35,10 +35,10 @@ class _FromSlots(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         y, source, slot, weights = ctx.saved_tensors
         compute = torch.promote_types(y.dtype, torch.float32)
-        of_token = fill(grads[0], source, slot.shape[1]).to(compute)
-        weight = weights.to(compute).flatten()[source.clamp(min=0)]
-        dweights = _of_slots((of_token * y.to(compute)).sum(-1), slot)
-        return (of_token * weight[:, None]).to(y.dtype), None, None, dweights.to(weights.dtype)
+        of_token = in_dtype(fill(grads[0], source, slot.shape[1]), compute)
+        weight = in_dtype(weights, compute).flatten()[source.clamp(min=0)]
+        dweights = _of_slots((of_token * in_dtype(y, compute)).sum(-1), slot)
+        return in_dtype(of_token * weight[:, None], y.dtype), None, None, in_dtype(dweights, weights.dtype)
 
 
 def to_slots(x: Tensor, source: Tensor, slot: Tensor) -> Tensor:
@@ -59,7 +59,13 @@ def fill(x: Tensor, source: Tensor, choices: int) -> Tensor:
 def gradient_of_slots(dout: Tensor, slot: Tensor) -> Tensor:
     """What :func:`to_slots` gives its ``x``."""
     compute = torch.promote_types(dout.dtype, torch.float32)
-    return _of_slots(dout, slot).to(compute).sum(1).to(dout.dtype)
+    return in_dtype(in_dtype(_of_slots(dout, slot), compute).sum(1), dout.dtype)
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)`` where that is another tensor: torch 2.11's Dynamo loses the gradient of an autograd function in which a
+    call returns what it was given."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def sources(slot: Tensor, slots: int) -> Tensor:
@@ -78,4 +84,4 @@ def _of_slots(y: Tensor, slot: Tensor) -> Tensor:
 
 def _collect(y: Tensor, slot: Tensor, weights: Tensor) -> Tensor:
     compute = torch.promote_types(y.dtype, torch.float32)
-    return (_of_slots(y, slot).to(compute) * weights.to(compute)[..., None]).sum(1).to(y.dtype)
+    return in_dtype((in_dtype(_of_slots(y, slot), compute) * in_dtype(weights, compute)[..., None]).sum(1), y.dtype)
