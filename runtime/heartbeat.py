@@ -29,6 +29,9 @@ import torch.distributed as dist
 from deepfuse.ir.private import default_store
 from deepfuse.runtime.blame import Beat, RankError, blame, ranks, where
 
+BAD = ("lost", "failed")
+"""Last words after which the others' collectives with a process fail."""
+
 
 class Doing:
     """What a thread is at: phase ``""`` is outside of any."""
@@ -128,7 +131,7 @@ class Heartbeat:
 
     def _exchange(self, end: Mapping[str, Any]) -> None:
         self._store.set(str(self.rank), self._own(end).write())
-        bad = end.get("end") in ("lost", "failed")
+        bad = end.get("end") in BAD
         if bad:
             self._store.set("fault", "")
         elif self._flagged:  # its error was caught, and it goes on
@@ -136,8 +139,9 @@ class Heartbeat:
         self._flagged = bad
         # a question with an answer: what is only sent is not known to have arrived
         flag = self._store.check(["fault"])
-        # all beats are many: they are read when there is a reason
-        if not (flag or end or self._lasts(self._doing)):
+        # all beats are many: they are read when there is a reason, also to hear that one who failed goes on
+        failed = any(beat.end in BAD for beat, _ in self._heard.values())
+        if not (flag or end or failed or self._lasts(self._doing)):
             return
         texts = self._store.multi_get([str(r) for r in self.others])
         with self._changed:
@@ -165,7 +169,7 @@ class Heartbeat:
     def fault(self) -> bool:
         """Whether something has happened to another process."""
         # a copy, as the other thread adds to it
-        ended = any(beat.end in ("lost", "failed") for beat, _ in list(self._heard.values()))
+        ended = any(beat.end in BAD for beat, _ in list(self._heard.values()))
         return ended or self._no_answer() or any(map(self._silent, self.others))
 
     def _listen(self, done: Callable[[Beat], bool]) -> None:
@@ -250,7 +254,7 @@ class Heartbeat:
         self._stopping = True
         self._wake.set()
         self._beats.join(0.0 if self._no_answer() and not self._store_lost else self.settle)
-        if self._beats.is_alive() and self._end["end"] in ("lost", "failed"):
+        if self._beats.is_alive() and self._end["end"] in BAD:
             # it may come back from the store while the interpreter ends, which would abort
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()

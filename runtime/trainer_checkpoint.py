@@ -20,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deepfuse.runtime.agreement import agree
+from deepfuse.runtime.axes import Axes
 from deepfuse.runtime.checkpoint_files import object_bytes, read_object, replace_file
 from deepfuse.runtime.processes import Processes
 
@@ -43,7 +45,16 @@ def write_state(
         return
     unfinished = folder / f".step-{step}.tmp"
     with processes.raising_together():
-        unfinished.mkdir(parents=True, exist_ok=True)
+        if axes.rank == 0:
+            for left in folder.glob(".step-*.tmp"):  # by a kill
+                shutil.rmtree(left)
+            unfinished.mkdir(parents=True)
+    with processes.raising_together():
+        if not unfinished.is_dir():
+            raise FileNotFoundError(
+                f"trainer: want one file system for all processes, got {unfinished}, which rank 0 has made, not seen by "
+                f"rank {axes.rank}; train in a folder that all of them share"
+            )
         _write(unfinished / _part(axes.rank), state(), facts)
     with processes.raising_together():
         if axes.rank == 0:
@@ -56,12 +67,19 @@ def write_state(
 
 
 def read_state(folder: Path, processes: Processes) -> tuple[int, dict[str, Tensor]] | None:
-    """Step and tensors of a checkpoint, of this process's part; ``None`` where there is none.
+    """Step and tensors of a checkpoint, of this process's part; ``None`` where there is none. All processes ask together.
 
     Raises:
-        ValueError: it was saved over other processes.
+        ValueError: it was saved over other processes, or they see different ones.
+        SafetensorError: from all of them, where a part is damaged.
     """
-    axes = processes.axes
+    with processes.raising_together():
+        found = _read(folder, processes.axes)
+    agree({"step of the checkpoint": "none" if found is None else str(found[0])}, processes.patience_s)
+    return found
+
+
+def _read(folder: Path, axes: Axes) -> tuple[int, dict[str, Tensor]] | None:
     index = _index(folder)
     path = folder / SINGLE if index is None else folder / index["folder"] / _part(axes.rank)
     saved = {} if index is None else index["mesh"]
