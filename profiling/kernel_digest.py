@@ -2,8 +2,8 @@
 
 It is taken of the representation that Triton makes first of a kernel (in it are the kernel, the functions it calls, values
 that are compiled in, types and alignments of arguments; comments and line numbers are not), of the launch's options (warps,
-stages, ...), of the target, and of the versions of Triton and ptxas. What is left out is the file in which a function
-stands, which Triton writes into its name, and a Triton that was changed and kept its version.
+stages, ...), of the target, and of the versions of Triton and ptxas. What is left out are the names of functions, into which
+Triton writes the file where they stand, and a Triton that was changed and kept its version.
 """
 
 import hashlib
@@ -37,11 +37,21 @@ def kernel_digest(source: ASTSource, options: Any, target: GPUTarget) -> str:
         # has the contents of libraries, not their paths
         options.hash(),
         str(sorted(get_cache_invalidating_env_vars().items())),
-        without_files(module.str_nodebug()),
+        without_names(module.str_nodebug()),
     )
     return hashlib.sha256("\n".join(decides).encode()).hexdigest()[:32]
 
 
-def without_files(text: str) -> str:
-    """Triton's representation, with functions of ops by their names alone: ``@deepfuse.ops.quantize.f`` is ``@f``."""
-    return re.sub(r"(@\"?)deepfuse\.ops\.\w+\.", r"\1", text)
+def without_names(text: str) -> str:
+    """Triton's representation with functions numbered as they come: ``@deepfuse.ops.quantize.divide__fp32`` is ``@1``.
+
+    Each keeps a number of its own, so that a call of another function is seen, also of one with the same name in another
+    file. What is written like a name in inline assembly (``@p0``) is none.
+    """
+    defined = set(re.findall(r"\btt\.func (?:public |private )?(@(?:\"[^\"]*\"|[\w.$-]+))", text))
+    numbers: dict[str, str] = {}
+
+    def number(name: re.Match[str]) -> str:
+        return numbers.setdefault(name[0], f"@{len(numbers)}") if name[0] in defined else name[0]
+
+    return re.sub(r"@(?:\"[^\"]*\"|[\w.$-]+)", number, text)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from deepfuse.profiling.kernel_digest import without_files
+from deepfuse.profiling.kernel_digest import without_names
 
 KERNELS = """\
 import triton
@@ -135,7 +135,32 @@ def test_what_a_launch_and_its_compiler_decide(other: str, digests: dict[str, li
     assert digests[other] != digests["nothing"][0]
 
 
-def test_the_file_of_an_op_decides_nothing() -> None:
-    here, there = (f"tt.call @deepfuse.ops.{file}.divide__fp32_c448.0(%0)" for file in ("quantize", "fp8_rounding"))
-    assert without_files(here) == without_files(there) == "tt.call @divide__fp32_c448.0(%0)"
-    assert without_files("@triton.language.standard.cdiv__i32_c64") == "@triton.language.standard.cdiv__i32_c64"
+CALLS = """\
+tt.func public @_kernel(%0: f32) {
+  %1 = tt.call @FIRST(%0)
+  %2 = tt.call @SECOND(%1)
+  %3 = tt.elementwise_inline_asm "@p0 bra done;" {} %2
+}
+tt.func private @FIRST(%0: f32) { %1 = arith.addf %0, %0 }
+tt.func private @SECOND(%0: f32) { %1 = arith.mulf %0, %0 }
+"""
+
+
+def representation(first: str, second: str) -> str:
+    return without_names(CALLS.replace("FIRST", first).replace("SECOND", second))
+
+
+def test_the_file_and_the_name_of_a_function_decide_nothing() -> None:
+    names = ("deepfuse.ops.quantize.f__fp32", "deepfuse.ops.fp8_rounding.f__fp32", '"triton.f__(1,)c8"', "f")
+    assert len({representation(name, "g") for name in names}) == 1
+
+
+def test_functions_of_one_name_in_two_files_are_two() -> None:
+    text = representation("deepfuse.ops.a.f", "deepfuse.ops.b.f")
+    other_call = CALLS.replace("tt.call @SECOND", "tt.call @FIRST")
+    assert without_names(other_call) != text == representation("deepfuse.ops.b.f", "deepfuse.ops.a.f")
+
+
+def test_a_label_of_inline_assembly_is_no_function() -> None:
+    assert "@p0 bra" in representation("f", "g")
+    assert representation("f", "g") != without_names(CALLS.replace("@p0", "@p1"))
