@@ -108,7 +108,7 @@ def test_what_is_committed_are_its_parts_and_what_it_lacks_is_listed(suite: Modu
 def test_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"DATA": tmp_path, "SOURCE": str(folder), "WINDOW": 30}.items():
         monkeypatch.setattr(model, name, value)
-    monkeypatch.setattr(model, "run_code", lambda *_: {"peak": 300e6, "weights": 139e6, "whole process": 1.0})
+    monkeypatch.setattr(model, "run_code", lambda *_, **__: {"peak": 300e6, "weights": 139e6, "whole process": 1.0})
     bench = bench_of("model")
     with pytest.raises(ValueError, match=r"model: want .*heldout\.npy, made by python -m .*, got no such file"):
         model.suite(bench)

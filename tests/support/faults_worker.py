@@ -32,7 +32,7 @@ from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.trainer import Training
 from deepfuse.runtime.trainer_checkpoint import write_state
 
-WORLD, TIMEOUT_S, STEP = 3, 8.0, 4
+WORLD, TIMEOUT_S, STEP = 3, 16.0, 4
 """The fault is in this step."""
 WIDTH = 8
 
