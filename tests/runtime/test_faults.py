@@ -112,7 +112,12 @@ def test_all_are_refused_and_one_prints_it(folder, case):
     assert [ended(folder, case)[rank][0] for rank in range(WORLD)] == [1] * WORLD
     text = said(folder, case, 0).replace("[rank0]:", "")
     assert re.search(TOLD[case], text), text
-    assert [said(folder, case, rank) for rank in range(1, WORLD)] == [""] * (WORLD - 1)
+    for rank in range(1, WORLD):
+        # what torch warns of names of sockets is not ours to keep back
+        lines = [
+            line for line in said(folder, case, rank).splitlines() if not re.match(r"\[W.* socket\.cpp:\d+\]", line)
+        ]
+        assert lines == [], rank
 
 
 def test_torchruns_message_suffices(tmp_path):
