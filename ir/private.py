@@ -1,5 +1,7 @@
 """Every private PyTorch API the project uses: torch may change these without notice, and a new one is tried here first.
 
+One file, hence the length: what a new torch breaks is found, and mended, by reading this one.
+
 ``torch._inductor`` and ``torch._dynamo`` are imported inside the functions: they cost seconds, and ``import deepfuse``
 must not pay for them.
 """

@@ -68,10 +68,17 @@ def test_gradients_are_those_of_the_sum_of_both_losses(config, compiled):
 
 
 def test_it_is_off_in_evaluation():
+    torch.manual_seed(0)
     moe = MoE(TINY).eval()
-    moe.gate.balance = SequenceBalance(1.0, 3)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(4, TINY.hidden_size)
+    expected = moe(x)
     # 4 tokens are no sequences of 3
-    moe(torch.randn(4, TINY.hidden_size))
+    moe.gate.balance = SequenceBalance(1.0, 3)
+    assert torch.equal(moe(x), expected)
+    with pytest.raises(ValueError, match="want tokens of whole sequences of seq_len = 3, got 4"):
+        moe.train()(x)
 
 
 def test_bad_input():
