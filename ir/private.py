@@ -325,6 +325,8 @@ A part's own sites, of the nodes it computes into memory, and behind ``/`` those
 """
 COLLECTIVES = "_c10d_functional"
 """Namespace of the collectives that stand in graphs."""
+collectives: Any = getattr(torch.ops, COLLECTIVES)
+"""The collectives themselves: without gradients, start and wait apart."""
 PART = "// deepfuse part"
 """Stands before each part of a C++ kernel, a nest of loops. It is the same everywhere: equal kernels stay one."""
 

@@ -32,7 +32,6 @@ REFUSED = {
     "parallel": "build: want parallel as a Parallel, got 'capacity'$",
     "sizes": "mesh: want at least one axis, and sizes >= 1, got {'expert': 0}$",
     "order": ORDER + "prefill: 3 in the order \\w{8} in rank 0; 4 in the order \\w{8} in rank 1$",
-    "order of a trainer": ORDER + "train: 19 in the order \\w{8} in rank 0; 20 in the order \\w{8} in rank 1$",
     "order of a trainer's backward": ORDER
     + "train: 18 in the order \\w{8} in rank 0; 19 in the order \\w{8} in rank 1$",
     "prompt": "model: want token ids in 0 .. 299, got 9999 in prompt 0$",

@@ -131,7 +131,6 @@ def cases(rank: int, checkpoint: Path) -> Any:
     yield "parallel", lambda: build(parallel="capacity")
     yield "sizes", lambda: build(mesh={"expert": 0})
     yield "order", lambda: build(passes=[one_more_forward])
-    yield "order of a trainer", lambda: step(one_more_forward)
     yield "order of a trainer's backward", lambda: step(one_more_backward)
     few = default().without(*(name for name in default().names if name not in ("lower", "overlap_all_to_all")))
     yield "verified", lambda: build(verify=True, passes=few).generate(PROMPTS, **GREEDY)
