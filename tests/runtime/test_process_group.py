@@ -8,9 +8,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import deepfuse as df
 from deepfuse.runtime import heartbeat
+from deepfuse.runtime.axes import Axes
+from deepfuse.runtime.meeting import any_of
 from deepfuse.runtime.process_group import VARIABLES, check_mesh, command, device_mesh, started
 from deepfuse.runtime.told_once import Unless, told_once
+from tiny_model import ONE_LAYER
 
 CPU = torch.device("cpu")
 
@@ -102,6 +106,13 @@ def test_without_other_processes_nothing_beats(world):
     assert not heartbeat.running()
     with pytest.raises(RuntimeError, match=r"^gloo/ my own$"), heartbeat.watched("forward", 1):
         raise RuntimeError("gloo/ my own")
+
+
+def test_nobody_is_waited_for_over_a_fake_group(world):
+    assert any_of(True, Axes(size=8), 5)
+    assert not any_of(False, Axes(size=8), 5)
+    model = df.build(ONE_LAYER, mesh={"data": 8}, device="cpu", compile=False, max_batch_size=1, max_seq_len=32)
+    assert len(model.generate([[1, 2]], max_new_tokens=2, stop_token_ids=())[0]) == 2
 
 
 @pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])
