@@ -5,7 +5,6 @@ it compiles, or reads a checkpoint) is waited for as long as it beats, others fo
 meeting that the others come to next, whatever it is for, and all of them raise its error.
 """
 
-import builtins
 import contextlib
 import itertools
 import json
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from deepfuse.ir.private import default_store
 from deepfuse.runtime.blame import RankError, lives, ranks, where
 from deepfuse.runtime.heartbeat import fault, last_of, last_step, watched
-from deepfuse.runtime.told_once import settled, told_once
+from deepfuse.runtime.told_once import kind_of, of_kind, settled, told_once
 
 WAITS = 0.75
 """Part of ``timeout_s`` that the first process waits for the others: all have ended when it is over."""
@@ -43,7 +42,7 @@ def verdict(what: str, mine: str, judge: Callable[[list[str]], str], timeout_s: 
     outcome = _met(what, {"what": what, "said": mine}, judge, timeout_s)
     if "failed" in outcome:
         kind, text = outcome["failed"]
-        raise told_once(getattr(builtins, kind)(text))
+        raise told_once(of_kind(kind, text))
     judged: str = outcome["verdict"]
     return judged
 
@@ -53,7 +52,7 @@ def failing(error: Exception, timeout_s: float) -> Exception:
 
     Where they come to none, it is the error itself.
     """
-    kind = next(base.__name__ for base in type(error).__mro__ if base.__module__ == "builtins")
+    kind = kind_of(error)
     try:
         outcome = _met("failure", {"what": "failure", "failed": [kind, str(error)]}, None, timeout_s)
     except RuntimeError:
@@ -61,7 +60,7 @@ def failing(error: Exception, timeout_s: float) -> Exception:
     if outcome["failed"] == [kind, str(error)]:
         return told_once(error)
     kind, text = outcome["failed"]
-    return told_once(getattr(builtins, kind)(text))
+    return told_once(of_kind(kind, text))
 
 
 def _met(what: str, mine: dict[str, Any], judge: Callable[[list[str]], str] | None, timeout_s: float) -> dict[str, Any]:
