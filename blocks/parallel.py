@@ -30,7 +30,12 @@ class Parallel:
     link: Link | None = None
     """What carries rows, for the cost model that hides their way under other work; ``None``: the usual for the device."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """What ``build`` does with it, so that one process tells for all.
+
+        Raises:
+            ValueError: a setting is out of its range.
+        """
         for name, kinds in (("mode", get_args(Mode)), ("drop", get_args(Drop)), ("dispatch", get_args(Dispatch))):
             if getattr(self, name) not in kinds:
                 raise ValueError(f"parallel: want {name} out of {list(kinds)}, got {getattr(self, name)!r}")
