@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.parallel import Parallel, to_parallel
 from deepfuse.ir.private import process_group
 from deepfuse.runtime.agreement import raised_by_every_rank
-from deepfuse.runtime.axes import Axes, axes_of, tokens_axis
+from deepfuse.runtime.axes import Axes, axes_of, by_node, tokens_axis
 from deepfuse.runtime.heartbeat import start
 from deepfuse.runtime.lockstep import Lockstep
 from deepfuse.runtime.meeting import any_of
@@ -59,7 +59,22 @@ class Processes:
         """Cuts a model down to this process's part; ``None`` where each has all of it."""
         if self.axes.tensor is None and self.axes.expert is None:
             return None
-        return lambda model: to_parallel(model, self.parallel, tensor=self.axes.tensor, expert=self.axes.expert)
+        axes = self.axes
+        return lambda model: to_parallel(model, self.parallel, tensor=axes.tensor, expert=axes.expert, nodes=axes.nodes)
+
+    def by_node(self) -> "Processes":
+        """The same, with the groups of nodes that mode ``node_limited`` wants; all must ask at the same time, in agreement.
+
+        Raises:
+            ValueError: nodes do not come out even.
+        """
+        if self.mesh is None or self.parallel.mode != "node_limited":
+            return self
+        assert self.parallel.ranks_per_node is not None
+        axes = by_node(self.mesh, self.axes, self.parallel.ranks_per_node)
+        for axis in axes.nodes or ():
+            limit_waits(process_group(axis.group), self.timeout_s)
+        return replace(self, axes=axes)
 
     def lockstep(self, device: torch.device) -> Lockstep:
         return Lockstep(self.axes, device, equal=self.parallel.mode == "capacity")
@@ -92,7 +107,7 @@ class Processes:
             yield
             return
         groups = [dist.group.WORLD, *self.mesh.get_all_groups()]
-        groups += [process_group(axis.group) for axis in others if axis is not None]
+        groups += [process_group(axis.group) for axis in (*(self.axes.nodes or ()), *others) if axis is not None]
         for group in groups:
             limit_waits(group, self.patience_s)
         try:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import deepfuse as df
 from deepfuse.blocks.cut import taken
+from deepfuse.ir.link import Link
 from deepfuse.runtime.axes import axes_of
 from deepfuse.runtime.save import save_checkpoint
 from deepfuse.runtime.trainer import Trainer, mtp_loss, next_token_loss
@@ -25,6 +26,13 @@ TRAINING = df.Training(
     steps=2, batch_size=4, seq_len=8, lr=1e-3, warmup_steps=1, dtype=torch.float32, mtp_steps=1, clip_norm=0.05
 )
 """Which clips the gradients of each step."""
+
+SLOW = Link(name="slow", bandwidth=4e7, latency=1e-9)
+"""On which messages of the least of models take about as long as its compute."""
+PARALLEL = {
+    "capacity": df.Parallel(mode="capacity", capacity_factor=8),
+    "nodes": df.Parallel(mode="node_limited", ranks_per_node=2, link=SLOW),
+}
 
 
 def prompts_of(rank: int) -> list[list[int]]:
@@ -58,11 +66,11 @@ def main(folder: Path, checkpoint: str, reference: str, *meshes: str) -> None:
         mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         words: dict[str, Any] = {"token_rank": axes_of(mesh).token_rank}
         said[asked] = words
+        parallel = next((PARALLEL[word] for word in what if word in PARALLEL), None)
         if "model" in what:
-            parallel = df.Parallel(mode="capacity", capacity_factor=8) if "capacity" in what else None
             words |= _built(mesh, checkpoint, folder, parallel, max_batch_size=2 if "batches" in what else 1)
         if "trainer" in what:
-            words |= _trained(mesh, torch.load(reference), folder, graphs="graphs" in what)
+            words |= _trained(mesh, torch.load(reference), folder, parallel, graphs="graphs" in what)
     (folder / f"said{torch.distributed.get_rank()}.json").write_text(json.dumps(said))
     torch.distributed.destroy_process_group()
 
@@ -83,6 +91,7 @@ def _built(
         "first pieces": list(_cut_short(model, own)),
         "again": model.generate(own, max_new_tokens=2, temperature=0.0, stop_token_ids=[]),
         "report": str(model.report),
+        "overlap": model.explain("overlap_all_to_all"),
         "collectives": model.report.collectives(),
         "drops": [model.report.dropped, model.report.choices],
         "parameters": sum(p.numel() for p in model.engine.model.parameters()),
@@ -96,9 +105,11 @@ def _cut_short(model: Any, own: list[list[int]]) -> Any:
     pieces.close() if hasattr(pieces, "close") else None
 
 
-def _trained(mesh: DeviceMesh, reference: list[dict[str, Any]], folder: Path, *, graphs: bool) -> dict[str, Any]:
+def _trained(
+    mesh: DeviceMesh, reference: list[dict[str, Any]], folder: Path, parallel: df.Parallel | None, *, graphs: bool
+) -> dict[str, Any]:
     def trainer() -> Trainer:
-        return df.build(TRAINED, device="cpu", compile=False, training=TRAINING, mesh=mesh, seed=1)
+        return df.build(TRAINED, device="cpu", compile=False, training=TRAINING, mesh=mesh, parallel=parallel, seed=1)
 
     first = trainer()
     steps = train(first, graphs=graphs)
