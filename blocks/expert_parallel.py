@@ -80,6 +80,7 @@ def to_expert_parallel(
             layer.exchange = Capacity(
                 layer.num_experts, axis, capacity_factor=capacity_factor, drop=drop, dispatch=dispatch
             )
+            layer.sends_padding = False
         else:
             layer.exchange = Dropless(layer.num_experts, axis, dispatch=dispatch)
         if chunks > 1:

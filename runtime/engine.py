@@ -106,6 +106,9 @@ class Engine:
                     made[name] = self._recorded(made[name], fn, args)
             self._prefill = made["prefill"]
             self._decode = {b: made[f"decode_{b}"] for b in self.buckets}
+        # of the calls that made them
+        for exchange in self._capacities():
+            exchange.dropped.zero_()
         self.compile_seconds = time.perf_counter() - began
 
     def _graph(self, name: str, fn: Graph, *example: Tensor) -> Graph:
@@ -147,9 +150,12 @@ class Engine:
         """Whether nothing was compiled."""
         return self.graphs_from_cache == 1 + len(self.buckets)
 
+    def _capacities(self) -> list[Capacity]:
+        return [m for m in self.model.modules() if isinstance(m, Capacity)]
+
     def drops(self) -> tuple[int, int]:
         """Choices of experts that exchanges have dropped, and all choices, since the engine was made."""
-        counts = [m.dropped for m in self.model.modules() if isinstance(m, Capacity)]
+        counts = [exchange.dropped for exchange in self._capacities()]
         dropped, choices = torch.stack(counts).sum(0).tolist() if counts else (0, 0)
         return dropped, choices
 
@@ -174,8 +180,8 @@ class Engine:
             ends.append(len(ids))
         # of no sequence, a row all the same
         rows = ([end - 1 for end in ends[1:]] if last_only else list(range(len(ids)))) or [0]
-        # sequences of one token that nobody asked about
-        ends += range(len(ids) + 1, len(ids) + padding + 1)
+        # padding stands behind the last sequence, which is empty where there is none
+        ends += [] if prompts else [0]
         nothing = [0] * padding
         # a compiled graph checks no dtype, and an empty list would be float32
         tokens = torch.tensor(

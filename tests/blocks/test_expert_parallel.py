@@ -19,7 +19,7 @@ EXACT += ["a process without tokens", "no tokens at all", "compiled by aot_eager
 IN_FP8 = ["experts fp8", "experts fp8 weights", "experts trained fp8", "experts trained high"]
 IN_FP8 += ["dispatch in fp8", "dispatch in fp8 compiled by aot_eager"]
 DROPPING = ["dropped by affinity", "dropped by position", "half dropped", "nothing dropped"]
-DROPPING += ["capacity compiled by aot_eager"]
+DROPPING += ["padding by affinity", "padding by position", "padding alone", "capacity compiled by aot_eager"]
 NODES = ["nodes of one", "one node", "two nodes", "nodes and a process without tokens", "nodes in fp8"]
 NODES += ["nodes compiled by aot_eager"]
 CHUNKS = ["chunks", "chunks and a process without tokens", "chunks compiled by aot_eager"]
@@ -67,6 +67,7 @@ def test_drops_are_counted(said):
         assert actual == expected, name
         lost[name] += actual[0]
     assert not lost["nothing dropped"] and lost["half dropped"] > lost["dropped by affinity"] > 0
+    assert not lost["padding alone"] and lost["padding by affinity"] > 0
 
 
 def test_a_token_travels_once_to_each_node(said):
