@@ -109,6 +109,7 @@ class Engine:
         with torch.inference_mode(False), torch.no_grad(), sizes_from_data():
             self._prefill = self._graph("prefill", prefill, *self._example_prefill())
             self._decode = {b: self._graph(f"decode_{b}", decode, *self._example_decode(b)) for b in self.buckets}
+        self._forget_drops()
         self.compile_seconds = time.perf_counter() - began
 
     @torch.inference_mode(False)
@@ -121,6 +122,7 @@ class Engine:
             args = (self.model, self.cache.layers, *self._example_decode(bucket))
             graph(*args)
             self._decode[bucket] = self._recorded(graph, decode, args)
+        self._forget_drops()
 
     def _graph(self, name: str, fn: Graph, *example: Tensor) -> Graph:
         args = (self.model, self.cache.layers, *example)
@@ -161,9 +163,17 @@ class Engine:
         """Whether nothing was compiled."""
         return self.graphs_from_cache == 1 + len(self.buckets)
 
+    def _capacities(self) -> list[Capacity]:
+        return [m for m in self.model.modules() if isinstance(m, Capacity)]
+
+    def _forget_drops(self) -> None:
+        """Of calls that nobody asked for."""
+        for exchange in self._capacities():
+            exchange.dropped.zero_()
+
     def drops(self) -> tuple[int, int]:
         """Choices of experts that exchanges have dropped, and all choices, since the engine was made."""
-        counts = [m.dropped for m in self.model.modules() if isinstance(m, Capacity)]
+        counts = [exchange.dropped for exchange in self._capacities()]
         dropped, choices = torch.stack(counts).sum(0).tolist() if counts else (0, 0)
         return dropped, choices
 
@@ -188,9 +198,8 @@ class Engine:
             ends.append(len(ids))
         # of no sequence, a row all the same
         rows = ([end - 1 for end in ends[1:]] if last_only else list(range(len(ids)))) or [0]
-        # sequences that nobody asked about, short ones
-        ends += range(len(ids) + ROWS, len(ids) + padding, ROWS)
-        ends += [len(ids) + padding] if padding else []
+        # padding stands behind the last sequence, which is empty where there is none
+        ends += [] if prompts else [0]
         nothing = [0] * padding
         # a compiled graph checks no dtype, and an empty list would be float32
         tokens = torch.tensor(
