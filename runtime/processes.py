@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,7 +14,7 @@ from deepfuse.ir.private import process_group
 from deepfuse.passes.collective_order import Call, collective_orders, order_of
 from deepfuse.passes.journal import Journal
 from deepfuse.runtime.agreement import agree, raised_by_every_rank
-from deepfuse.runtime.axes import Axes, axes_of, tokens_axis
+from deepfuse.runtime.axes import Axes, axes_of, by_node, tokens_axis
 from deepfuse.runtime.heartbeat import start
 from deepfuse.runtime.lockstep import Lockstep
 from deepfuse.runtime.meeting import any_of
@@ -73,7 +73,22 @@ class Processes:
         """Cuts a model down to this process's part; ``None`` where each has all of it."""
         if self.axes.tensor is None and self.axes.expert is None:
             return None
-        return lambda model: to_parallel(model, self.parallel, tensor=self.axes.tensor, expert=self.axes.expert)
+        axes = self.axes
+        return lambda model: to_parallel(model, self.parallel, tensor=axes.tensor, expert=axes.expert, nodes=axes.nodes)
+
+    def by_node(self) -> "Processes":
+        """The same, with the groups of nodes that mode ``node_limited`` wants; all must ask at the same time, in agreement.
+
+        Raises:
+            ValueError: nodes do not come out even.
+        """
+        if self.mesh is None or self.parallel.mode != "node_limited":
+            return self
+        assert self.parallel.ranks_per_node is not None
+        axes = by_node(self.mesh, self.axes, self.parallel.ranks_per_node)
+        for axis in axes.nodes or ():
+            limit_waits(process_group(axis.group), self.timeout_s)
+        return replace(self, axes=axes)
 
     def lockstep(self, device: torch.device) -> Lockstep:
         return Lockstep(self.axes, device, equal=self.parallel.mode == "capacity")
