@@ -45,12 +45,14 @@ class Parallel:
         if not 1 <= self.chunks <= 4:
             raise ValueError(f"parallel: want chunks from 1 to 4, got {self.chunks}; 1 leaves the tokens together")
         of_node = self.ranks_per_node
-        if (of_node is None and self.mode == "node_limited") or (
-            of_node is not None and (type(of_node) is not int or of_node < 1)
-        ):
+        if self.mode == "node_limited" and (type(of_node) is not int or of_node < 1):
             raise ValueError(
                 f"parallel: want ranks_per_node, an integer >= 1, with mode 'node_limited', got {of_node!r}; it is the number "
                 "of processes of axis 'expert' on one machine"
+            )
+        if self.mode != "node_limited" and of_node is not None:
+            raise ValueError(
+                f"parallel: want ranks_per_node with mode 'node_limited' alone, got {of_node!r} with {self.mode!r}"
             )
         if not 0 < self.capacity_factor < math.inf:
             raise ValueError(f"parallel: want a finite capacity_factor > 0, got {self.capacity_factor}")
