@@ -18,7 +18,10 @@ class Parallel:
     """How tokens reach the experts of other processes."""
 
     mode: Mode = "dropless"
-    """``dropless``: all of them; ``capacity``: of each process, an expert takes a bounded number, and drops the rest."""
+    """``dropless``: all of them; ``capacity``: of each process, an expert takes a bounded number, and drops the rest;
+    ``node_limited``: all of them, over the network once for each node where a token has experts."""
+    ranks_per_node: int | None = None
+    """In mode ``node_limited``: processes of axis ``expert`` on one node, which follow each other there."""
     capacity_factor: float = 1.25
     """That bound, as a multiple of the mean load of an expert."""
     drop: Drop = "affinity"
@@ -30,23 +33,44 @@ class Parallel:
     link: Link | None = None
     """What carries rows, for the cost model that hides their way under other work; ``None``: the usual for the device."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """What ``build`` does with it, so that one process tells for all.
+
+        Raises:
+            ValueError: a setting is out of its range.
+        """
         for name, kinds in (("mode", get_args(Mode)), ("drop", get_args(Drop)), ("dispatch", get_args(Dispatch))):
             if getattr(self, name) not in kinds:
                 raise ValueError(f"parallel: want {name} out of {list(kinds)}, got {getattr(self, name)!r}")
         if not 1 <= self.chunks <= 4:
             raise ValueError(f"parallel: want chunks from 1 to 4, got {self.chunks}; 1 leaves the tokens together")
+        of_node = self.ranks_per_node
+        if (of_node is None and self.mode == "node_limited") or (
+            of_node is not None and (type(of_node) is not int or of_node < 1)
+        ):
+            raise ValueError(
+                f"parallel: want ranks_per_node, an integer >= 1, with mode 'node_limited', got {of_node!r}; it is the number "
+                "of processes of axis 'expert' on one machine"
+            )
         if not 0 < self.capacity_factor < math.inf:
             raise ValueError(f"parallel: want a finite capacity_factor > 0, got {self.capacity_factor}")
 
 
-def to_parallel(model: CausalLM, parallel: Parallel, *, tensor: Axis | None, expert: Axis | None) -> None:
+def to_parallel(
+    model: CausalLM,
+    parallel: Parallel,
+    *,
+    tensor: Axis | None,
+    expert: Axis | None,
+    nodes: tuple[Axis, Axis] | None = None,
+) -> None:
     """Cut a model down to one process's part, in place; names of parameters stay.
 
     Args:
         model: not quantized yet; on any device. On the meta device nothing is computed.
         parallel: how.
         tensor, expert: the axes that share weights; ``None`` for one that the mesh does not have.
+        nodes: of ``expert`` in mode ``node_limited``: see :func:`~deepfuse.blocks.expert_parallel.to_expert_parallel`.
 
     Raises:
         ValueError: the model cannot be dealt out evenly over them.
@@ -59,6 +83,7 @@ def to_parallel(model: CausalLM, parallel: Parallel, *, tensor: Axis | None, exp
             capacity_factor=parallel.capacity_factor,
             drop=parallel.drop,
             dispatch=parallel.dispatch,
+            nodes=nodes,
             chunks=parallel.chunks,
         )
     if tensor is not None:

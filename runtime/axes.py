@@ -3,8 +3,9 @@
 Source: torch.distributed.device_mesh; process groups as functional collectives name them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ class Axes:
     data: Axis | None = None
     tensor: Axis | None = None
     expert: Axis | None = None
+    nodes: tuple[Axis, Axis] | None = None
+    """Of ``expert``, the processes of this one's place in each node, and those of its node; where tokens travel by node."""
     rank: int = 0
     """Of this process among all."""
     size: int = 1
@@ -28,6 +31,8 @@ class Axes:
 
     def __str__(self) -> str:
         named = [f"{name} {size}" for name, size in self.sizes.items()]
+        if self.nodes is not None:
+            named[-1] += f" on {self.nodes[0].size} nodes"
         return f"{' x '.join(named) or 'one process'}, this is rank {self.rank} of {self.size}"
 
     @property
@@ -37,8 +42,9 @@ class Axes:
 
     @property
     def groups(self) -> dict[str, str]:
-        """Process group -> axis, of the axes there are."""
-        return {axis.group: axis.name for axis in (self.data, self.tensor, self.expert) if axis is not None}
+        """Process group -> axis, of the axes there are, and of their nodes."""
+        axes = (self.data, self.tensor, self.expert, *(self.nodes or ()))
+        return {axis.group: axis.name for axis in axes if axis is not None}
 
     def part_of(self, config: Config) -> str:
         """What this process has of a model, in words."""
@@ -66,7 +72,7 @@ class Axes:
 def axes_of(mesh: DeviceMesh) -> Axes:
     """The axes of a mesh whose names were checked."""
     assert mesh.mesh_dim_names is not None
-    found = {}
+    found: dict[str, Any] = {}
     for dim, name in enumerate(mesh.mesh_dim_names):
         if mesh.size(dim) > 1:
             found[name] = Axis(name, mesh.get_group(name).group_name, mesh.size(dim), mesh.get_local_rank(name))
@@ -83,16 +89,46 @@ def tokens_axis(mesh: DeviceMesh, axes: Axes) -> Axis | None:
     names = mesh.mesh_dim_names
     assert names is not None
     ranks = mesh.mesh.permute(*(names.index(name) for name in AXES if name in names))
+    # tensor, data and expert
+    ranks = ranks.movedim(1, 0) if "tensor" in names else ranks.unsqueeze(0)
+    return _own_group("data x expert", axes.rank, ranks.flatten(1))
+
+
+def by_node(mesh: DeviceMesh, axes: Axes, ranks_per_node: int) -> Axes:
+    """The same axes, with ``nodes``: of so many processes of ``expert`` each, in order.
+
+    This makes process groups, which all processes must do at the same time.
+
+    Raises:
+        ValueError: nodes do not come out even.
+    """
+    if axes.expert is None:
+        return axes
+    if axes.expert.size % ranks_per_node:
+        raise ValueError(
+            f"parallel: want ranks_per_node that divides the {axes.expert.size} processes of axis 'expert', got "
+            f"{ranks_per_node}"
+        )
+    names = mesh.mesh_dim_names
+    assert names is not None
+    # [experts' axes, nodes, processes of a node]
+    ranks = mesh.mesh.movedim(names.index("expert"), -1).reshape(-1, axes.expert.size // ranks_per_node, ranks_per_node)
+    across = _own_group("nodes of expert", axes.rank, ranks.movedim(1, -1).flatten(0, 1))
+    within = _own_group("expert in a node", axes.rank, ranks.flatten(0, 1))
+    return replace(axes, nodes=(across, within))
+
+
+def _own_group(name: str, rank: int, groups: torch.Tensor) -> Axis:
+    """Make a process group of each row of ranks; the one with ``rank``."""
     mine = None
-    # data, tensor, expert
-    ranks = ranks if "tensor" in names else ranks.unsqueeze(1)
-    for i in range(ranks.shape[1]):
+    for row in groups.tolist():
         # a group numbers its processes by their ranks, however they are listed
-        together = sorted(ranks[:, i].flatten().tolist())
+        together = sorted(row)
         group = dist.new_group(together)
-        if axes.rank in together:
+        if rank in together:
             assert isinstance(group, dist.ProcessGroup)
-            mine = Axis("data x expert", group.group_name, len(together), together.index(axes.rank))
+            mine = Axis(name, group.group_name, len(together), together.index(rank))
+    assert mine is not None
     return mine
 
 

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import deepfuse as df
 from deepfuse.blocks.cut import taken
+from deepfuse.ir.link import Link
 from deepfuse.runtime.axes import axes_of
 from deepfuse.runtime.save import save_checkpoint
 from deepfuse.runtime.trainer import Trainer, mtp_loss, next_token_loss
@@ -22,9 +23,24 @@ PROMPTS = [[5, 9, 200, 31, 7], [44], [299, 0, 12], [150, 151, 152, 153, 154, 155
 TRAINED = replace(TINY, num_hidden_layers=2)
 CORPUS = np.tile(np.arange(7, dtype=np.uint16) * 5, 40)
 TRAINING = df.Training(
-    steps=2, batch_size=4, seq_len=8, lr=1e-3, warmup_steps=1, dtype=torch.float32, mtp_steps=1, clip_norm=0.05
+    steps=2,
+    batch_size=4,
+    seq_len=8,
+    lr=1e-3,
+    warmup_steps=1,
+    dtype=torch.float32,
+    mtp_steps=1,
+    clip_norm=0.05,
+    aux_loss_alpha=0.1,
 )
-"""Which clips the gradients of each step."""
+"""Which clips the gradients of each step, and in which the balance loss has a large part of the routers'."""
+
+SLOW = Link(name="slow", bandwidth=4e7, latency=1e-9)
+"""On which messages of the least of models take about as long as its compute."""
+PARALLEL = {
+    "capacity": df.Parallel(mode="capacity", capacity_factor=8),
+    "nodes": df.Parallel(mode="node_limited", ranks_per_node=2, link=SLOW),
+}
 
 
 def prompts_of(rank: int) -> list[list[int]]:
@@ -37,7 +53,7 @@ def texts_of(rank: int) -> list[str]:
 
 
 def train(trainer: Trainer, *, graphs: bool) -> list[dict[str, Any]]:
-    """Of each step the loss, the norm and all gradients after clipping, and the router's biases."""
+    """Of each step the loss and the balance loss, all gradients after clipping, and the router's biases."""
     if not graphs:
         trainer.next_token_loss, trainer.mtp_loss = next_token_loss, mtp_loss
     steps = []
@@ -45,7 +61,8 @@ def train(trainer: Trainer, *, graphs: bool) -> list[dict[str, Any]]:
         loss = trainer.train_step(CORPUS)
         gradients = {n: p.grad.clone() for n, p in trainer.masters.items() if p.grad is not None}
         biases = {n: b.clone() for n, b in trainer.model.named_buffers() if n.endswith("correction_bias")}
-        steps.append({"loss": loss, "gradients": gradients, "biases": biases})
+        losses = torch.tensor([loss, trainer.balance_loss()], dtype=torch.float64)
+        steps.append({"losses": losses, "gradients": gradients, "biases": biases})
     return steps
 
 
@@ -58,11 +75,11 @@ def main(folder: Path, checkpoint: str, reference: str, *meshes: str) -> None:
         mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         words: dict[str, Any] = {"token_rank": axes_of(mesh).token_rank}
         said[asked] = words
+        parallel = next((PARALLEL[word] for word in what if word in PARALLEL), None)
         if "model" in what:
-            parallel = df.Parallel(mode="capacity", capacity_factor=8) if "capacity" in what else None
             words |= _built(mesh, checkpoint, folder, parallel, max_batch_size=2 if "batches" in what else 1)
         if "trainer" in what:
-            words |= _trained(mesh, torch.load(reference), folder, graphs="graphs" in what)
+            words |= _trained(mesh, torch.load(reference), folder, parallel, graphs="graphs" in what)
     (folder / f"said{torch.distributed.get_rank()}.json").write_text(json.dumps(said))
     torch.distributed.destroy_process_group()
 
@@ -75,16 +92,19 @@ def _built(
     own = prompts_of(axes_of(mesh).token_rank)
     ids = torch.tensor(own[:1]) if own else torch.zeros(0, 1, dtype=torch.int64)
     model.save(folder / _name(mesh))
+    greedy = model.generate(own, max_new_tokens=6, temperature=0.0, stop_token_ids=[])
     return {
+        "greedy": greedy,
+        "drops": [model.report.dropped, model.report.choices],
         "scores": [score.tolist() for score in model.score([p for p in own if len(p) > 1])],
         "logits": model(ids, last_only=True).tolist(),
-        "greedy": model.generate(own, max_new_tokens=6, temperature=0.0, stop_token_ids=[]),
         "sampled": model.generate(texts_of(axes_of(mesh).token_rank), max_new_tokens=4, temperature=1.0, seed=3),
         "first pieces": list(_cut_short(model, own)),
         "again": model.generate(own, max_new_tokens=2, temperature=0.0, stop_token_ids=[]),
         "report": str(model.report),
+        "overlap": model.explain("overlap_all_to_all"),
         "collectives": model.report.collectives(),
-        "drops": [model.report.dropped, model.report.choices],
+        "choices in all": model.report.choices,
         "parameters": sum(p.numel() for p in model.engine.model.parameters()),
     }
 
@@ -96,9 +116,11 @@ def _cut_short(model: Any, own: list[list[int]]) -> Any:
     pieces.close() if hasattr(pieces, "close") else None
 
 
-def _trained(mesh: DeviceMesh, reference: list[dict[str, Any]], folder: Path, *, graphs: bool) -> dict[str, Any]:
+def _trained(
+    mesh: DeviceMesh, reference: list[dict[str, Any]], folder: Path, parallel: df.Parallel | None, *, graphs: bool
+) -> dict[str, Any]:
     def trainer() -> Trainer:
-        return df.build(TRAINED, device="cpu", compile=False, training=TRAINING, mesh=mesh, seed=1)
+        return df.build(TRAINED, device="cpu", compile=False, training=TRAINING, mesh=mesh, parallel=parallel, seed=1)
 
     first = trainer()
     steps = train(first, graphs=graphs)
@@ -107,8 +129,8 @@ def _trained(mesh: DeviceMesh, reference: list[dict[str, Any]], folder: Path, *,
         assert step["gradients"].keys() == want["gradients"].keys()
         error = {n: _error(g, _own(want["gradients"][n], first, n)) for n, g in step["gradients"].items()}
         error |= {n: _error(b, want["biases"][n]) for n, b in step["biases"].items()}
-        errors.append({"loss": abs(step["loss"] - want["loss"]), **error})
-    name = f"trainer {_name(mesh)}"
+        errors.append({"losses": _error(step["losses"], want["losses"]), **error})
+    name = f"trainer {_name(mesh)} {parallel and parallel.mode}"
     first.save(folder / name)
     save_checkpoint(first.model, folder / f"trained {_name(mesh)}", processes=first.processes)
     again = trainer()
