@@ -30,6 +30,9 @@ class Parallel:
     """``fp8``: rows travel to experts as FP8; ``auto``: where the experts would quantize them anyway."""
     chunks: int = 1
     """Of a layer's tokens: 2 to 4, so that one travels while experts compute another; for many tokens (prefill, training)."""
+    max_ctas: int | None = 20
+    """On CUDA, multiprocessors that a transfer of tokens may take from what runs beside it (NCCL's name); ``None``: NCCL's
+    choice. 20 of an H800's 132 are DeepSeek-V3's (arXiv:2412.19437, section 3.2.2)."""
     link: Link | None = None
     """What carries rows, for the cost model that hides their way under other work; ``None``: the usual for the device."""
 
@@ -45,13 +48,17 @@ class Parallel:
         if not 1 <= self.chunks <= 4:
             raise ValueError(f"parallel: want chunks from 1 to 4, got {self.chunks}; 1 leaves the tokens together")
         of_node = self.ranks_per_node
-        if (of_node is None and self.mode == "node_limited") or (
-            of_node is not None and (type(of_node) is not int or of_node < 1)
-        ):
+        if self.mode == "node_limited" and (type(of_node) is not int or of_node < 1):
             raise ValueError(
                 f"parallel: want ranks_per_node, an integer >= 1, with mode 'node_limited', got {of_node!r}; it is the number "
                 "of processes of axis 'expert' on one machine"
             )
+        if self.mode != "node_limited" and of_node is not None:
+            raise ValueError(
+                f"parallel: want ranks_per_node with mode 'node_limited' alone, got {of_node!r} with {self.mode!r}"
+            )
+        if self.max_ctas is not None and (type(self.max_ctas) is not int or self.max_ctas < 1):
+            raise ValueError(f"parallel: want max_ctas as an integer >= 1, or None, got {self.max_ctas!r}")
         if not 0 < self.capacity_factor < math.inf:
             raise ValueError(f"parallel: want a finite capacity_factor > 0, got {self.capacity_factor}")
 

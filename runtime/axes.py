@@ -3,6 +3,7 @@
 Source: torch.distributed.device_mesh; process groups as functional collectives name them.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -13,6 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from deepfuse.blocks.axis import AXES, Axis
 from deepfuse.blocks.config import Config
+
+Settings = Callable[[], Mapping[str, Any]]
+"""Makes what ``new_group`` is told of a group beside its ranks; anew for each, which writes into them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +89,9 @@ def tokens_axis(mesh: DeviceMesh, axes: Axes) -> Axis | None:
     Where a mesh has both axes this makes process groups, which all processes must do at the same time.
     """
     if axes.data is None or axes.expert is None:
-        return axes.data or axes.expert
+        axis = axes.data or axes.expert
+        # gradients do not travel in the group that tokens have for themselves
+        return None if axis is None else replace(axis, group=mesh.get_group(axis.name).group_name)
     names = mesh.mesh_dim_names
     assert names is not None
     ranks = mesh.mesh.permute(*(names.index(name) for name in AXES if name in names))
@@ -94,10 +100,21 @@ def tokens_axis(mesh: DeviceMesh, axes: Axes) -> Axis | None:
     return _own_group("data x expert", axes.rank, ranks.flatten(1))
 
 
-def by_node(mesh: DeviceMesh, axes: Axes, ranks_per_node: int) -> Axes:
+def expert_apart(mesh: DeviceMesh, axes: Axes, settings: Settings = dict) -> Axes:
+    """The same axes, with a process group of its own for ``expert`` beside that of the mesh.
+
+    This makes process groups, which all processes must do at the same time; ``settings``: of each.
+    """
+    if axes.expert is None:
+        return axes
+    ranks = _experts_last(mesh)
+    return replace(axes, expert=_own_group("expert", axes.rank, ranks.flatten(0, -2), settings))
+
+
+def by_node(mesh: DeviceMesh, axes: Axes, ranks_per_node: int, settings: Settings = dict) -> Axes:
     """The same axes, with ``nodes``: of so many processes of ``expert`` each, in order.
 
-    This makes process groups, which all processes must do at the same time.
+    This makes process groups, which all processes must do at the same time; ``settings``: of each.
 
     Raises:
         ValueError: nodes do not come out even.
@@ -109,22 +126,26 @@ def by_node(mesh: DeviceMesh, axes: Axes, ranks_per_node: int) -> Axes:
             f"parallel: want ranks_per_node that divides the {axes.expert.size} processes of axis 'expert', got "
             f"{ranks_per_node}"
         )
-    names = mesh.mesh_dim_names
-    assert names is not None
-    # [experts' axes, nodes, processes of a node]
-    ranks = mesh.mesh.movedim(names.index("expert"), -1).reshape(-1, axes.expert.size // ranks_per_node, ranks_per_node)
-    across = _own_group("nodes of expert", axes.rank, ranks.movedim(1, -1).flatten(0, 1))
-    within = _own_group("expert in a node", axes.rank, ranks.flatten(0, 1))
+    # [axes of experts, nodes, processes of a node]
+    ranks = _experts_last(mesh).flatten(0, -2).unflatten(1, (-1, ranks_per_node))
+    across = _own_group("nodes of expert", axes.rank, ranks.movedim(1, -1).flatten(0, 1), settings)
+    within = _own_group("expert in a node", axes.rank, ranks.flatten(0, 1), settings)
     return replace(axes, nodes=(across, within))
 
 
-def _own_group(name: str, rank: int, groups: torch.Tensor) -> Axis:
+def _experts_last(mesh: DeviceMesh) -> torch.Tensor:
+    names = mesh.mesh_dim_names
+    assert names is not None
+    return mesh.mesh.movedim(names.index("expert"), -1).unsqueeze(0)
+
+
+def _own_group(name: str, rank: int, groups: torch.Tensor, settings: Settings = dict) -> Axis:
     """Make a process group of each row of ranks; the one with ``rank``."""
     mine = None
     for row in groups.tolist():
         # a group numbers its processes by their ranks, however they are listed
         together = sorted(row)
-        group = dist.new_group(together)
+        group = dist.new_group(together, **settings())
         if rank in together:
             assert isinstance(group, dist.ProcessGroup)
             mine = Axis(name, group.group_name, len(together), together.index(rank))

@@ -8,18 +8,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from deepfuse.ir.private import process_group
-from deepfuse.runtime.axes import Axes, axes_of, by_node, tokens_axis
+from deepfuse.runtime.axes import Axes, axes_of, by_node, expert_apart, tokens_axis
 
 SIZES = {"data": 2, "tensor": 2, "expert": 4}
 
 
 def as_rank(rank, names):
-    """Axes, with nodes of two processes, and the axis of those with tokens of their own, of one of 16 processes."""
+    """Axes of one of 16 processes, with nodes of two; those with tokens of their own; the experts' again."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=16)
     try:
         mesh = init_device_mesh("cpu", tuple(SIZES[name] for name in names), mesh_dim_names=names)
         axes = by_node(mesh, axes_of(mesh), 2)
-        found = (*axes.nodes, tokens_axis(mesh, axes))
+        found = (*axes.nodes, tokens_axis(mesh, axes), expert_apart(mesh, axes).expert)
         return axes, [(axis, dist.get_process_group_ranks(process_group(axis.group))) for axis in found]
     finally:
         dist.destroy_process_group()
@@ -42,7 +42,8 @@ def test_every_process_is_in_the_groups_that_its_place_in_the_mesh_says(names):
         across = [ranks(expert=2 * n + place) for n in range(2)]
         within = [ranks(expert=2 * node + p) for p in range(2)]
         together = sorted(ranks(data=d, expert=e) for d in range(2) for e in range(4))
-        for (axis, found), want in zip(groups, (across, within, together), strict=True):
+        experts = sorted(ranks(expert=e) for e in range(4))
+        for (axis, found), want in zip(groups, (across, within, together, experts), strict=True):
             assert found == want and (axis.size, axis.rank) == (len(want), want.index(rank)), axis.name
         assert [axis.rank for axis, _ in groups[:2]] == [node, place]
         assert len(axes.groups) == 5 and "expert 4 on 2 nodes" in str(axes)

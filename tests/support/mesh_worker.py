@@ -18,6 +18,7 @@ from deepfuse.runtime.axes import axes_of
 from deepfuse.runtime.save import save_checkpoint
 from deepfuse.runtime.trainer import Trainer, mtp_loss, next_token_loss
 from tiny_checkpoint import TINY
+from tiny_model import CONFIG
 
 PROMPTS = [[5, 9, 200, 31, 7], [44], [299, 0, 12], [150, 151, 152, 153, 154, 155, 156, 157, 158], [17, 18]]
 TRAINED = replace(TINY, num_hidden_layers=2)
@@ -41,6 +42,18 @@ PARALLEL = {
     "capacity": df.Parallel(mode="capacity", capacity_factor=8),
     "nodes": df.Parallel(mode="node_limited", ranks_per_node=2, link=SLOW),
 }
+
+WIDE = replace(
+    CONFIG,
+    hidden_size=128,
+    intermediate_size=256,
+    moe_intermediate_size=256,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=64,
+    v_head_dim=64,
+)
+"""Heads and inner widths of which each of two processes has whole FP8 blocks of 128."""
+IN_FP8: dict[str, dict[str, Any]] = {"fp8": {}, "fp8-wide": {"source": WIDE, "seed": 1}}
 
 
 def prompts_of(rank: int) -> list[list[int]]:
@@ -77,9 +90,15 @@ def main(folder: Path, checkpoint: str, reference: str, *meshes: str) -> None:
         said[asked] = words
         parallel = next((PARALLEL[word] for word in what if word in PARALLEL), None)
         if "model" in what:
-            words |= _built(mesh, checkpoint, folder, parallel, max_batch_size=2 if "batches" in what else 1)
+            words |= _built(mesh, checkpoint, folder / f"saved {asked}", parallel, 2 if "batches" in what else 1)
+        for kind in IN_FP8.keys() & set(what):
+            words |= _in_fp8(mesh, checkpoint, kind)
+        if "refused" in what:
+            words |= _refused(mesh, checkpoint)
         if "trainer" in what:
-            words |= _trained(mesh, torch.load(reference), folder, parallel, graphs="graphs" in what)
+            words |= _trained(
+                mesh, torch.load(reference), folder / f"trainer {asked}", parallel, graphs="graphs" in what
+            )
     (folder / f"said{torch.distributed.get_rank()}.json").write_text(json.dumps(said))
     torch.distributed.destroy_process_group()
 
@@ -91,7 +110,7 @@ def _built(
     model = df.build(checkpoint, device="cpu", compile=False, mesh=mesh, parallel=parallel, **room)
     own = prompts_of(axes_of(mesh).token_rank)
     ids = torch.tensor(own[:1]) if own else torch.zeros(0, 1, dtype=torch.int64)
-    model.save(folder / _name(mesh))
+    model.save(folder)
     greedy = model.generate(own, max_new_tokens=6, temperature=0.0, stop_token_ids=[])
     return {
         "greedy": greedy,
@@ -109,6 +128,41 @@ def _built(
     }
 
 
+def _in_fp8(mesh: DeviceMesh, checkpoint: str, kind: str) -> dict[str, Any]:
+    model = in_fp8(checkpoint, kind, mesh=mesh)
+    own = [p for p in prompts_of(axes_of(mesh).token_rank) if len(p) > 1]
+    return {
+        "scores": [score.tolist() for score in model.score(own)],
+        "greedy": model.generate(own, max_new_tokens=4, temperature=0.0, stop_token_ids=[]),
+        "quantized": model.report.quantized,
+    }
+
+
+def in_fp8(checkpoint: str, kind: str, **settings: Any) -> Any:
+    how = {"source": checkpoint, "quantize": "fp8", **IN_FP8[kind], **settings}
+    return df.build(how.pop("source"), device="cpu", compile=False, max_batch_size=1, max_seq_len=64, **how)
+
+
+def _refused(mesh: DeviceMesh, checkpoint: str) -> dict[str, str]:
+    """What each process is told of builds that cannot be, in which no process may wait for another."""
+    rank = torch.distributed.get_rank()
+    odd = replace(CONFIG, n_routed_experts=7, n_group=1, topk_group=1)
+    plain = replace(CONFIG, n_group=1, topk_group=1)
+    asked: dict[str, tuple[Any, df.Parallel | None]] = {
+        "experts": (odd, None),
+        "nodes": (checkpoint, df.Parallel(mode="node_limited", ranks_per_node=3)),
+        "groups": (plain, df.Parallel(mode="node_limited", ranks_per_node=1)),
+        "not alike": (checkpoint, df.Parallel(mode="node_limited", ranks_per_node=2 - rank)),
+    }
+    told = {}
+    for name, (source, parallel) in asked.items():
+        try:
+            df.build(source, device="cpu", compile=False, mesh=mesh, parallel=parallel)
+        except ValueError as error:
+            told[name] = str(error)
+    return told
+
+
 def _cut_short(model: Any, own: list[list[int]]) -> Any:
     """One process stops reading early; the others must not wait for it."""
     pieces = model.generate(own, max_new_tokens=6, temperature=0.0, stop_token_ids=[], stream=True)
@@ -117,7 +171,7 @@ def _cut_short(model: Any, own: list[list[int]]) -> Any:
 
 
 def _trained(
-    mesh: DeviceMesh, reference: list[dict[str, Any]], folder: Path, parallel: df.Parallel | None, *, graphs: bool
+    mesh: DeviceMesh, reference: list[dict[str, Any]], own: Path, parallel: df.Parallel | None, *, graphs: bool
 ) -> dict[str, Any]:
     def trainer() -> Trainer:
         return df.build(TRAINED, device="cpu", compile=False, training=TRAINING, mesh=mesh, parallel=parallel, seed=1)
@@ -130,11 +184,17 @@ def _trained(
         error = {n: _error(g, _own(want["gradients"][n], first, n)) for n, g in step["gradients"].items()}
         error |= {n: _error(b, want["biases"][n]) for n, b in step["biases"].items()}
         errors.append({"losses": _error(step["losses"], want["losses"]), **error})
-    name = f"trainer {_name(mesh)} {parallel and parallel.mode}"
-    first.save(folder / name)
-    save_checkpoint(first.model, folder / f"trained {_name(mesh)}", processes=first.processes)
-    again = trainer()
-    again.resume(folder / name)
+    first.save(own)
+    save_checkpoint(first.model, own / "exported", processes=first.processes)
+    again, others = trainer(), []
+    # of the cases before; over the same processes it goes on, however tokens reach experts
+    for other in sorted(own.parent.glob("trainer *")):
+        if other != own:
+            try:
+                again.resume(other)
+            except ValueError as error:
+                others.append(str(error))
+    again.resume(own)
     state, other = first._state(), again._state()
     return {
         "errors": errors,
@@ -143,12 +203,9 @@ def _trained(
         "resumed": again.step == 3
         and state.keys() == other.keys()
         and all(torch.equal(state[k], other[k]) for k in state),
-        "files": sorted(p.name for p in (folder / name).rglob("*")),
+        "others": others,
+        "files": sorted(p.name for p in own.rglob("*") if "exported" not in p.parts),
     }
-
-
-def _name(mesh: DeviceMesh) -> str:
-    return ",".join(f"{n}={s}" for n, s in axes_of(mesh).sizes.items())
 
 
 def _own(whole: Tensor, trainer: Trainer, name: str) -> Tensor:
