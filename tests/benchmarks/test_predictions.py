@@ -39,12 +39,16 @@ def test_rates_are_those_that_the_times_were_made_of():
     assert found["exchange"]["share"] == pytest.approx(SHARE)
 
 
+@pytest.mark.parametrize(("seconds", "share"), [(0.0, 0.0), (1e3, micro.MOST)])
+def test_a_message_holds_no_less_than_nothing_and_leaves_something(seconds, share):
+    assert micro.rates({**taken(), micro.BESIDE: seconds}, 2)["exchange"] == {"share": share}
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {f"sum {micro.MEMORY}": LAUNCH / 2},
         {f"message {rows}": LATENCY / 2 for rows in micro.MESSAGES[1:]},
-        {micro.BESIDE: 1e3},
     ],
 )
 def test_times_that_do_not_grow_with_the_work_are_refused(wrong):
