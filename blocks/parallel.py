@@ -36,19 +36,26 @@ class Parallel:
     link: Link | None = None
     """What carries rows, for the cost model that hides their way under other work; ``None``: the usual for the device."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """What ``build`` does with it, so that one process tells for all.
+
+        Raises:
+            ValueError: a setting is out of its range.
+        """
         for name, kinds in (("mode", get_args(Mode)), ("drop", get_args(Drop)), ("dispatch", get_args(Dispatch))):
             if getattr(self, name) not in kinds:
                 raise ValueError(f"parallel: want {name} out of {list(kinds)}, got {getattr(self, name)!r}")
         if not 1 <= self.chunks <= 4:
             raise ValueError(f"parallel: want chunks from 1 to 4, got {self.chunks}; 1 leaves the tokens together")
         of_node = self.ranks_per_node
-        if (of_node is None and self.mode == "node_limited") or (
-            of_node is not None and (type(of_node) is not int or of_node < 1)
-        ):
+        if self.mode == "node_limited" and (type(of_node) is not int or of_node < 1):
             raise ValueError(
                 f"parallel: want ranks_per_node, an integer >= 1, with mode 'node_limited', got {of_node!r}; it is the number "
                 "of processes of axis 'expert' on one machine"
+            )
+        if self.mode != "node_limited" and of_node is not None:
+            raise ValueError(
+                f"parallel: want ranks_per_node with mode 'node_limited' alone, got {of_node!r} with {self.mode!r}"
             )
         if self.max_ctas is not None and (type(self.max_ctas) is not int or self.max_ctas < 1):
             raise ValueError(f"parallel: want max_ctas as an integer >= 1, or None, got {self.max_ctas!r}")

@@ -1,4 +1,4 @@
-"""Settings that are refused before any process is asked."""
+"""Settings that a build refuses."""
 
 import pytest
 
@@ -17,10 +17,11 @@ from deepfuse.blocks.parallel import Parallel
         ({"max_ctas": 2.5}, "want max_ctas as an integer >= 1, or None, got 2.5"),
         ({"mode": "node_limited"}, "want ranks_per_node, an integer >= 1, with mode 'node_limited', got None"),
         ({"mode": "node_limited", "ranks_per_node": 0}, "want ranks_per_node, an integer >= 1, .*, got 0"),
-        ({"ranks_per_node": 2.0}, "want ranks_per_node, an integer >= 1, .*, got 2.0"),
+        ({"mode": "node_limited", "ranks_per_node": 2.0}, "want ranks_per_node, an integer >= 1, .*, got 2.0"),
+        ({"ranks_per_node": 2}, "want ranks_per_node with mode 'node_limited' alone, got 2 with 'dropless'"),
         ({"mode": "node_limited", "ranks_per_node": True}, "want ranks_per_node, an integer >= 1, .*, got True"),
     ],
 )
 def test_settings_that_are_refused(settings, words):
     with pytest.raises(ValueError, match=f"^parallel: {words}"):
-        Parallel(**settings)
+        Parallel(**settings).check()
