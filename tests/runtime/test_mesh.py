@@ -25,7 +25,6 @@ OF_TWO = [
     "data=2 trainer graphs",
     "expert=2 fp8",
     "tensor=2 fp8",
-    "tensor=2 fp8-wide",
     "expert=2 refused",
 ]
 OF_FOUR = ["tensor=2,expert=2 model trainer", "data=2,expert=2 trainer", "expert=4 nodes model trainer"]
@@ -161,26 +160,26 @@ def test_a_trained_model_is_saved_as_a_checkpoint(said, reference, folders, size
     assert loss == pytest.approx(reference[1], abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("case", ["expert=2 fp8", "tensor=2 fp8", "tensor=2 fp8-wide"])
-def test_a_model_in_fp8_is_as_good_as_one_process_s(said, case):
-    kind = case.partition(" ")[2]
-    one = in_fp8(str(checkpoint()), kind)
-    # where blocks begin elsewhere there are other roundings, of the same size
-    exact = in_fp8(str(checkpoint()), kind, quantize=None) if case == "tensor=2 fp8" else None
-    for words in (process[case] for process in said[2]):
-        own = [p for p in prompts_of(words["token_rank"]) if len(p) > 1]
-        assert words["quantized"] == one.report.quantized and "fp8: " in words["quantized"]
-        if not own:
-            continue
-        got, want = torch.tensor([number for score in words["scores"] for number in score]), torch.cat(one.score(own))
-        if exact is None:
-            # what differs in its last bit may be rounded to the next of 2 ** 3 steps an octave
-            assert float((got - want).abs().max() / want.abs().max()) <= 2**-4
-        else:
-            plain = torch.cat(exact.score(own))
-            assert 0 < float((got - plain).norm()) <= 2 * float((want - plain).norm())
-        if "expert" in case:
-            assert words["greedy"] == one.generate(own, max_new_tokens=4, temperature=0.0, stop_token_ids=[])
+def test_a_model_in_fp8_is_as_good_as_one_process_s(said):
+    plain, one = tiny_model(), in_fp8(str(checkpoint()))
+    for case in ("expert=2 fp8", "tensor=2 fp8"):
+        for words in (process[case] for process in said[2]):
+            own = [p for p in prompts_of(words["token_rank"]) if len(p) > 1]
+            assert words["quantized"] == one.report.quantized and "fp8: " in words["quantized"]
+            if not own:
+                continue
+            got, want = (
+                torch.tensor([number for score in words["scores"] for number in score]),
+                torch.cat(one.score(own)),
+            )
+            if "expert" in case:
+                # what differs in its last bit may be rounded to the next of 2 ** 3 steps an octave
+                assert float((got - want).abs().max() / want.abs().max()) <= 2**-4
+                assert words["greedy"] == one.generate(own, max_new_tokens=4, temperature=0.0, stop_token_ids=[])
+            else:
+                # parts are not whole blocks: each has scales of its own, so other roundings, of the same size
+                exact = torch.cat(plain.score(own))
+                assert 0 < float((got - exact).norm()) <= 2 * float((want - exact).norm())
 
 
 def test_builds_that_cannot_be_are_refused_by_every_process(said):

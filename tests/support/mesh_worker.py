@@ -43,18 +43,6 @@ PARALLEL = {
     "nodes": df.Parallel(mode="node_limited", ranks_per_node=2, link=SLOW),
 }
 
-WIDE = replace(
-    CONFIG,
-    hidden_size=128,
-    intermediate_size=256,
-    moe_intermediate_size=256,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=64,
-    v_head_dim=64,
-)
-"""Heads and inner widths of which each of two processes has whole FP8 blocks of 128."""
-IN_FP8: dict[str, dict[str, Any]] = {"fp8": {}, "fp8-wide": {"source": WIDE, "seed": 1}}
-
 
 def prompts_of(rank: int) -> list[list[int]]:
     """Other numbers for each process with tokens of its own, and none at all for one."""
@@ -91,8 +79,8 @@ def main(folder: Path, checkpoint: str, reference: str, *meshes: str) -> None:
         parallel = next((PARALLEL[word] for word in what if word in PARALLEL), None)
         if "model" in what:
             words |= _built(mesh, checkpoint, folder / f"saved {asked}", parallel, 2 if "batches" in what else 1)
-        for kind in IN_FP8.keys() & set(what):
-            words |= _in_fp8(mesh, checkpoint, kind)
+        if "fp8" in what:
+            words |= _in_fp8(mesh, checkpoint)
         if "refused" in what:
             words |= _refused(mesh, checkpoint)
         if "trainer" in what:
@@ -128,8 +116,8 @@ def _built(
     }
 
 
-def _in_fp8(mesh: DeviceMesh, checkpoint: str, kind: str) -> dict[str, Any]:
-    model = in_fp8(checkpoint, kind, mesh=mesh)
+def _in_fp8(mesh: DeviceMesh, checkpoint: str) -> dict[str, Any]:
+    model = in_fp8(checkpoint, mesh)
     own = [p for p in prompts_of(axes_of(mesh).token_rank) if len(p) > 1]
     return {
         "scores": [score.tolist() for score in model.score(own)],
@@ -138,9 +126,9 @@ def _in_fp8(mesh: DeviceMesh, checkpoint: str, kind: str) -> dict[str, Any]:
     }
 
 
-def in_fp8(checkpoint: str, kind: str, **settings: Any) -> Any:
-    how = {"source": checkpoint, "quantize": "fp8", **IN_FP8[kind], **settings}
-    return df.build(how.pop("source"), device="cpu", compile=False, max_batch_size=1, max_seq_len=64, **how)
+def in_fp8(checkpoint: str, mesh: DeviceMesh | None = None) -> Any:
+    room = {"max_batch_size": 1, "max_seq_len": 64}
+    return df.build(checkpoint, quantize="fp8", device="cpu", compile=False, mesh=mesh, **room)
 
 
 def _refused(mesh: DeviceMesh, checkpoint: str) -> dict[str, str]:
