@@ -41,6 +41,8 @@ class SequenceBalance:
     """Weight of the loss; 1e-4 for DeepSeek-V3."""
     seq_len: int
     """L; tokens are whole sequences, one after the other."""
+    sequences: int | None = None
+    """Of a step, over which the mean is, where a router gets these in halves; ``None``: those of each call."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha < math.inf or self.seq_len < 1:
@@ -51,6 +53,8 @@ class SequenceBalance:
     def joined(self, logits: Tensor, num_experts_per_tok: int, scoring_func: str) -> Tensor:
         """``logits [T, E]`` as they are, whose gradient will have the loss's added."""
         loss = self.alpha * sequence_balance_loss(logits, self.seq_len, num_experts_per_tok, scoring_func)
+        if self.sequences is not None:
+            loss = loss * (logits.shape[0] / (self.seq_len * self.sequences))
         return _Joined.apply(logits, loss)  # type: ignore[no-untyped-call, no-any-return]
 
 

@@ -8,7 +8,21 @@ from typing import Any
 
 import torch
 
-from deepfuse.blocks import attention, batch, cached_latent, config, decoder, linear, mlp, model, moe, mtp, norm, rotary
+from deepfuse.blocks import (
+    attention,
+    batch,
+    cached_latent,
+    config,
+    decoder,
+    linear,
+    mlp,
+    model,
+    moe,
+    mtp,
+    norm,
+    rotary,
+    two_batch,
+)
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.model import CausalLM
@@ -25,7 +39,7 @@ def graph_key(
     room: Mapping[str, Any],
 ) -> str:
     """Of everything a captured graph depends on."""
-    modules = (attention, batch, cached_latent, config, decoder, linear, mlp, model, moe, mtp, norm, rotary, engine)
+    blocks = (attention, batch, cached_latent, config, decoder, linear, mlp, model, moe, mtp, norm, rotary, two_batch)
     parts = [
         torch.__version__,
         platform.machine(),
@@ -34,7 +48,7 @@ def graph_key(
         pipeline.key(sorted(settings.items())),
         repr(cfg),
         f"{dtype} {device} {sorted(room.items())}",
-        *(inspect.getsource(m) for m in modules),
+        *(inspect.getsource(m) for m in (*blocks, engine)),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
