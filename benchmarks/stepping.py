@@ -1,9 +1,11 @@
 """Models to be timed side by side: ours, transformers' (eager or compiled) and llama.cpp's, with the same weights.
 
 Each gives calls to time: ``steps(context)`` makes ``STEPS`` decode steps behind so many tokens, ``prefill(tokens)`` one
-prefill, ``training()`` one step of training. What they compute is compared in tests/benchmarks/test_stepping.py.
+prefill, ``training()`` one step of training. Prefills and training steps have other tokens in each call, as in use: libraries
+that prepare for a number of rows (oneDNN writes code for it) meet other numbers at every expert. What they compute is compared in tests/benchmarks/test_stepping.py.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,9 +62,10 @@ class Ours:
     def prefill(self, tokens: int) -> Call:
         engine = self.model.engine
         place = self._place(tokens)
-        ids = prompt(tokens, self.vocab_size)
+        number = itertools.count()
 
         def run() -> torch.Tensor:
+            ids = prompt(tokens, self.vocab_size, next(number))
             return engine.prefill([ids], [place], last_only=True)[0]
 
         return run
@@ -81,8 +84,8 @@ class Transformers:
             return transformers.StaticCache(config=self.model.config, max_cache_len=self.max_seq_len)
         return transformers.DynamicCache(config=self.model.config)
 
-    def _prompt(self, tokens: int) -> torch.Tensor:
-        return torch.tensor([prompt(tokens, self.model.config.vocab_size)])
+    def _prompt(self, tokens: int, number: int = 0) -> torch.Tensor:
+        return torch.tensor([prompt(tokens, self.model.config.vocab_size, number)])
 
     @torch.no_grad()
     def steps(self, context: int) -> Call:
@@ -104,10 +107,11 @@ class Transformers:
         return run
 
     def prefill(self, tokens: int) -> Call:
-        ids = self._prompt(tokens)
+        number = itertools.count()
 
         @torch.no_grad()
         def run() -> torch.Tensor:
+            ids = self._prompt(tokens, next(number))
             return self.forward(ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
 
         return run
@@ -155,19 +159,19 @@ class LlamaCpp:
         return run
 
     def prefill(self, tokens: int) -> Call:
-        ids = prompt(tokens, self.llama.n_vocab())
+        number = itertools.count()
 
         def run() -> torch.Tensor:
             self.llama.reset()
-            self.llama.eval(ids)
+            self.llama.eval(prompt(tokens, self.llama.n_vocab(), next(number)))
             return self._logits()
 
         return run
 
 
-def prompt(tokens: int, vocab_size: int) -> list[int]:
+def prompt(tokens: int, vocab_size: int, number: int = 0) -> list[int]:
     """The same random tokens for every model; a single one repeated would always go to the same few experts."""
-    return _text(vocab_size, tokens).tolist()
+    return _text(vocab_size, tokens, number).tolist()
 
 
 def disagreement(calls: Mapping[str, Callable[[], torch.Tensor]], dtype: torch.dtype) -> str | None:
@@ -199,10 +203,10 @@ def transformers_training(folder: Path, dtype: torch.dtype, *, compiled: bool) -
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
-    tokens = torch.from_numpy(_text(model.config.vocab_size)[: SEQUENCES * LENGTH].astype(np.int64))
+    number = itertools.count()
 
     def run() -> float:
-        ids = tokens.view(SEQUENCES, LENGTH)
+        ids = torch.tensor(prompt(SEQUENCES * LENGTH, model.config.vocab_size, next(number))).view(SEQUENCES, LENGTH)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -214,5 +218,5 @@ def transformers_training(folder: Path, dtype: torch.dtype, *, compiled: bool) -
     return run
 
 
-def _text(vocab_size: int, tokens: int = 1 << 14) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, vocab_size, size=tokens).astype(np.uint16)
+def _text(vocab_size: int, tokens: int = 1 << 14, number: int = 0) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, vocab_size, size=tokens).astype(np.uint16)

@@ -23,7 +23,7 @@ from deepfuse.ir.provider import at_most, float32_result_at_most
 from deepfuse.ops.dequantize import check_scale, dequantize_ref, in_memory, widen_scale
 from deepfuse.ops.fp8_matmul import gluon_refuses
 from deepfuse.ops.grouped_matmul import few_rows, group_of_rows, rows_of_tile
-from deepfuse.ops.grouped_matmul_wgrad import groups
+from deepfuse.ops.groups import groups
 from deepfuse.ops.k_major import k_major
 from deepfuse.ops.quantize import FP8_DTYPES, quantize_ref, scale_shape
 
@@ -281,7 +281,7 @@ def _cost(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> Cost:
     M, (E, N, K) = x.shape[0], weight.shape
-    # with fewer rows than groups, at most one weight a row is read
+    # with fewer rows than at most one weight a row is read
     read = min(M, E) if isinstance(M, int) else E
     scales_N, scales_K = scale_shape(weight.shape[1:], 128, 128)
     weights = read * (N * K + scales_N * scales_K * weight_scale.element_size())

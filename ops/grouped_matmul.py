@@ -21,14 +21,15 @@ from deepfuse.ir.op import define
 from deepfuse.ir.private import materialize
 from deepfuse.ir.provider import at_most, float32_at_most
 from deepfuse.ops.dot import dot
+from deepfuse.ops.grouped_matmul_onednn import grouped, refuses
 from deepfuse.ops.grouped_matmul_wgrad import (
     GROUPS,
     aligned,
     grouped_matmul_wgrad,
     grouped_mm_refuses,
-    groups,
     largest_tile,
 )
+from deepfuse.ops.groups import groups
 
 GATHER_ROWS = 64
 """Up to so many rows each reads its group's weight in place, by index, as a fused reduction."""
@@ -243,4 +244,5 @@ Raises:
 grouped_matmul.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)
 # CUTLASS on a GPU; on a CPU the reference's loop, in C++ (1.3 for 1.8 ms: 16384 rows, 16 matrices 256 x 256 of bfloat16)
 grouped_matmul.provide("torch", _torch, priority={"cuda": 20, "cpu": 5}, supports=_torch_supports)
+grouped_matmul.provide("onednn", grouped, priority={"cpu": 6}, supports=lambda x, weight, offsets: refuses(x))
 grouped_matmul.provide("gather", _gather, priority={"cpu": 10}, supports=few_rows, inline=True)

@@ -21,6 +21,8 @@ from deepfuse.ir.op import define
 from deepfuse.ir.provider import at_most, float32_at_most
 from deepfuse.ir.sizes import check_value
 from deepfuse.ops.dot import dot
+from deepfuse.ops.grouped_matmul_onednn import grouped_wgrad, refuses
+from deepfuse.ops.groups import groups
 
 TORCH_GROUPS = 1023
 """``grouped_mm`` on CUDA takes no more."""
@@ -40,15 +42,6 @@ def grouped_matmul_wgrad_ref(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     for e, rows in groups(offsets):
         torch.mm(dy[rows].t(), x[rows], out=dweight[e])
     return dweight
-
-
-def groups(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """Number and rows of each group that has rows."""
-    begin = 0
-    for e, end in enumerate(offsets.tolist()):
-        if end > begin:
-            yield e, slice(begin, end)
-        begin = end
 
 
 @triton.jit
@@ -216,3 +209,4 @@ Raises:
 
 grouped_matmul_wgrad.provide("triton", _launch, priority={"cuda": 10}, supports=float32_at_most)
 grouped_matmul_wgrad.provide("torch", _torch, priority={"cuda": 20, "cpu": 5}, supports=_torch_supports)
+grouped_matmul_wgrad.provide("onednn", grouped_wgrad, priority={"cpu": 6}, supports=lambda dy, x, offsets: refuses(x))
