@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.capacity import Drop
@@ -11,6 +11,8 @@ from deepfuse.blocks.message import Dispatch
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.tensor_parallel import to_tensor_parallel
 from deepfuse.ir.link import Link
+
+Overlap = Literal["auto", "none", "shared", "halves"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,17 +27,22 @@ class Parallel:
     """What goes beyond it: the choices of the lowest weight, or by ``position`` those of the last tokens."""
     dispatch: Dispatch = "auto"
     """``fp8``: rows travel to experts as FP8; ``auto``: where the experts would quantize them anyway."""
+    overlap: Overlap = "auto"
+    """What hides the way of tokens: ``shared``, the shared expert; ``halves`` of the batch in training, one under the other;
+    ``auto``: whichever is predicted to be fastest, chunks among them; ``none``."""
     chunks: int = 1
-    """Of a layer's tokens: 2 to 4, so that one travels while experts compute another; for many tokens (prefill, training)."""
+    """Of a layer's tokens: 2 to 4, so that one travels while experts compute another, however many tokens there are."""
     link: Link | None = None
     """What carries rows, for the cost model that hides their way under other work; ``None``: the usual for the device."""
 
     def __post_init__(self) -> None:
-        for name, kinds in (("mode", get_args(Mode)), ("drop", get_args(Drop)), ("dispatch", get_args(Dispatch))):
-            if getattr(self, name) not in kinds:
-                raise ValueError(f"parallel: want {name} out of {list(kinds)}, got {getattr(self, name)!r}")
+        for name, of in (("mode", Mode), ("drop", Drop), ("dispatch", Dispatch), ("overlap", Overlap)):
+            if getattr(self, name) not in get_args(of):
+                raise ValueError(f"parallel: want {name} out of {list(get_args(of))}, got {getattr(self, name)!r}")
         if not 1 <= self.chunks <= 4:
             raise ValueError(f"parallel: want chunks from 1 to 4, got {self.chunks}; 1 leaves the tokens together")
+        if self.chunks > 1 and self.overlap != "auto":
+            raise ValueError(f"parallel: want overlap 'auto' with chunks = {self.chunks}, got {self.overlap!r}")
         if not 0 < self.capacity_factor < math.inf:
             raise ValueError(f"parallel: want a finite capacity_factor > 0, got {self.capacity_factor}")
 

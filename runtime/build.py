@@ -210,7 +210,7 @@ def build(
                 cfg, folder, wanted, dtype, seed, in_fp8=in_fp8, activations=activations, with_experts=laid, cut=cut
             )
     if training is not None:
-        return Trainer(
+        trainer = Trainer(
             causal_lm,
             training,
             compile=compile,
@@ -220,6 +220,9 @@ def build(
             providers=forced,
             processes=processes,
         )
+        if mesh is not None:
+            agree({"overlap": repr(trainer.runner.settings["decided"])}, processes.patience_s)
+        return trainer
 
     # before a minute of compiling: these files may be damaged as well
     defaults = GenerationConfig() if folder is None else GenerationConfig.from_folder(folder)

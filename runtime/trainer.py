@@ -17,7 +17,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -39,9 +39,11 @@ from deepfuse.ir.private import compile_inner, sizes_from_data, with_own_code
 from deepfuse.passes.journal import naming
 from deepfuse.passes.pipeline import Pipeline, default
 from deepfuse.passes.runner import Runner
+from deepfuse.runtime.choose_overlap import Choice, choose
 from deepfuse.runtime.expert_link import expert_link
 from deepfuse.runtime.gradient_norm import clip_gradients
 from deepfuse.runtime.heartbeat import watched
+from deepfuse.runtime.overlap_form import Form, in_form
 from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.trainer_checkpoint import read_state, write_state
 
@@ -181,6 +183,10 @@ class Trainer:
             "link": expert_link(self.processes, device_row(self.device)),
         }
         self.runner = Runner(pipeline or default(), settings, **(how or {}))
+        self.forms = self._forms()
+        named = {f"{phase}train": choice.decided for phase, choice in self.forms.items() if choice.why}
+        self.runner.settings = {**settings, "decided": named}
+        self.in_form = {phase: in_form(self.compute, choice.form) for phase, choice in self.forms.items()}
         self.compiled = compile
         inductor = functools.partial(compile_inner, options=self.runner.options())
         options: dict[str, Any] = {"backend": inductor if compile else self.runner.backend()}
@@ -189,6 +195,31 @@ class Trainer:
         self.mtp_loss = torch.compile(with_own_code(mtp_loss), **options)
         self._called: list[Any] = []
         self._around: Callable[[str, Callable[[], Any]], Any] = lambda name, part: part()
+
+    def _forms(self) -> dict[str, Choice]:
+        """Of the steps that train the model, and of those that train the multi-token-prediction module alone."""
+        expert, parallel = self.processes.axes.expert, self.processes.parallel
+        if parallel.overlap == "halves":
+            asked = Choice(Form(halves=expert is not None))
+            return {"": asked, "mtp_": asked}
+        if expert is None or parallel.overlap != "auto" or parallel.chunks > 1:
+            return {"": Choice(Form()), "mtp_": Choice(Form())}
+        B, L = self.training.batch_size // self.token_processes, self.training.seq_len
+        ids = torch.zeros(B, L + 2, dtype=torch.int64, device=self.device)
+
+        def step(model: CausalLM, layers: Sequence[int], form: Form) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+            return next_token_loss, (model, ids, *self._places(B), form.halves)
+
+        forms = [Form(chunks=2), Form(chunks=4), *([Form(halves=True)] if B > 1 else [])]
+        with sizes_from_data():
+            choice = choose(self.compute, step, forms, self.runner, tokens=B * L, ranks=expert.size)
+        return {"": choice, "mtp_": Choice(Form())}
+
+    def _places(self, sequences: int) -> tuple[Tensor, Tensor]:
+        """Positions of the tokens of so many sequences, and where each begins."""
+        L = self.training.seq_len
+        starts = torch.arange(0, (sequences + 1) * L, L, dtype=torch.int32, device=self.device)
+        return torch.arange(L, device=self.device).repeat(sequences), starts
 
     @torch.no_grad()
     def _copy_buffers(self) -> None:
@@ -231,10 +262,7 @@ class Trainer:
     def train_step(self, tokens: np.ndarray) -> float:
         """One step on windows of ``tokens [N]``; returns the loss in nats a token."""
         t = self.training
-        L = t.seq_len
-        B = t.batch_size // self.token_processes
-        positions = torch.arange(L, device=self.device).repeat(B)
-        q_start = torch.arange(0, (B + 1) * L, L, dtype=torch.int32, device=self.device)
+        places = self._places(t.batch_size // self.token_processes)
         if self.step == t.steps:
             self._fix_all_but_mtp()
         self._around("copy_weights", self._copy_weights)
@@ -244,9 +272,10 @@ class Trainer:
         new = loss_fn not in self._called  # whose graphs are made in this step, on one process sooner than on another
         self._called += [loss_fn] if new else []
         patient = self.processes.patient(self.tokens) if new else contextlib.nullcontext()
-        with naming("train"), sizes_from_data(), patient:
+        model, halves = self.in_form[phase], self.forms[phase].form.halves
+        with naming(f"{phase}train"), sizes_from_data(), patient:
             with watched(f"{phase}forward", self.step):
-                loss = self._around(f"{phase}forward", lambda: loss_fn(self.compute, batch, positions, q_start))
+                loss = self._around(f"{phase}forward", lambda: loss_fn(model, batch, *places, halves))
             with watched(f"{phase}backward", self.step):
                 # of the mean over all processes' tokens, as many on each
                 share = None if self.tokens is None else torch.full_like(loss, 1 / self.token_processes)

@@ -163,6 +163,8 @@ def test_a_weight_that_processes_share_is_gathered_once():
         assert torch.equal(layer.parametrizations.weight.original.grad, torch.full((3, 3), 4.0))
 
 
+# of Dynamo, torch 2.11
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_over_data_a_graph_gathers_each_weight_once():
     if not dist.is_initialized():
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
