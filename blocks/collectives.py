@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from deepfuse.blocks.axis import Axis
-
-_plain: Any = torch.ops._c10d_functional
+from deepfuse.ir.private import collectives
 
 
 def all_to_all(x: Tensor, received: Sequence[int], sent: Sequence[int], axis: Axis) -> Tensor:
@@ -33,7 +32,7 @@ def all_to_all(x: Tensor, received: Sequence[int], sent: Sequence[int], axis: Ax
 
 def wait(x: Tensor) -> Tensor:
     """``x``, once the collective that makes it has ended."""
-    return _plain.wait_tensor(x)
+    return collectives.wait_tensor(x)
 
 
 class _AllToAll(torch.autograd.Function):
@@ -41,29 +40,29 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, received: list[int], sent: list[int], group: str) -> Tensor:
         ctx.back = sent, received, group
-        return wait(_plain.all_to_all_single(x, received, sent, group))
+        return wait(collectives.all_to_all_single(x, received, sent, group))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return wait(_plain.all_to_all_single(grads[0].contiguous(), *ctx.back)), None, None, None
+        return wait(collectives.all_to_all_single(grads[0].contiguous(), *ctx.back)), None, None, None
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return wait(_plain.all_gather_into_tensor(x, axis.size, axis.group))
+        return wait(collectives.all_gather_into_tensor(x, axis.size, axis.group))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         axis = ctx.axis
-        return wait(_plain.reduce_scatter_tensor(grads[0].contiguous(), "sum", axis.size, axis.group)), None
+        return wait(collectives.reduce_scatter_tensor(grads[0].contiguous(), "sum", axis.size, axis.group)), None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        return wait(_plain.all_reduce(x, "sum", group))
+        return wait(collectives.all_reduce(x, "sum", group))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -78,14 +77,14 @@ class _Same(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return wait(_plain.all_reduce(grads[0].contiguous(), "sum", ctx.group)), None
+        return wait(collectives.all_reduce(grads[0].contiguous(), "sum", ctx.group)), None
 
 
 class _Columns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis, ctx.width = axis, x.shape[-1]
-        rows = wait(_plain.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
+        rows = wait(collectives.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
         return rows.view(axis.size, *x.shape).movedim(0, -2).flatten(-2)
 
     @staticmethod
@@ -108,7 +107,7 @@ def same_over(x: Tensor, axis: Axis | None) -> Tensor:
 
 def largest_over(x: Tensor, axis: Axis | None) -> Tensor:
     """The largest of each number over the processes of ``axis``; without a gradient."""
-    return x if axis is None else wait(_plain.all_reduce(x, "max", axis.group))
+    return x if axis is None else wait(collectives.all_reduce(x, "max", axis.group))
 
 
 def gather_columns(x: Tensor, axis: Axis | None) -> Tensor:

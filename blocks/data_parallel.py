@@ -19,19 +19,20 @@ from torch.nn.utils import parametrize
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.collectives import wait
 from deepfuse.blocks.slots import in_dtype
-
-_plain: Any = torch.ops._c10d_functional
+from deepfuse.ir.private import collectives
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, axis: Axis) -> Tensor:
         ctx.axis, ctx.dtype = axis, part.dtype
-        return wait(_plain.all_gather_into_tensor(part, axis.size, axis.group))
+        return wait(collectives.all_gather_into_tensor(part, axis.size, axis.group))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        summed = wait(_plain.reduce_scatter_tensor(grads[0].float().contiguous(), "sum", ctx.axis.size, ctx.axis.group))
+        summed = wait(
+            collectives.reduce_scatter_tensor(grads[0].float().contiguous(), "sum", ctx.axis.size, ctx.axis.group)
+        )
         return in_dtype(summed, ctx.dtype), None
 
 

@@ -35,7 +35,12 @@ class Parallel:
     link: Link | None = None
     """What carries rows, for the cost model that hides their way under other work; ``None``: the usual for the device."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """What ``build`` does with it, so that one process tells for all.
+
+        Raises:
+            ValueError: a setting is out of its range.
+        """
         for name, of in (("mode", Mode), ("drop", Drop), ("dispatch", Dispatch), ("overlap", Overlap)):
             if getattr(self, name) not in get_args(of):
                 raise ValueError(f"parallel: want {name} out of {list(get_args(of))}, got {getattr(self, name)!r}")

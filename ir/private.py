@@ -249,14 +249,40 @@ def traced(fn: Callable[..., Any], args: tuple[Any, ...]) -> list[fx.GraphModule
     return found
 
 
-def compile_inner(gm: fx.GraphModule, example_inputs: list[Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    """Compile a graph of Dynamo's with Inductor, under these options; its code says its sites, as that of :func:`capture`."""
+def compile_inner(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    options: Mapping[str, Any],
+    heard: Callable[[str], None] | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph of Dynamo's with Inductor, under these options; its code says its sites, as that of :func:`capture`.
+
+    Args:
+        heard: called with the code of each graph before it runs, also where Inductor has kept it.
+    """
+    import torch._functorch.config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     # around each graph: the backward one is compiled when it is called for the first time
-    inner: Any = _sites_in_code()(compile_fx_inner)
-    compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=dict(options))
+    noted: Any = _sites_in_code()(compile_fx_inner)
+
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        compiled = noted(*args, **kwargs)
+        if heard is not None:
+            heard(getattr(compiled, "source_code", ""))
+        return compiled
+
+    # what AOTAutograd has kept comes past us
+    past = contextlib.nullcontext() if heard is None else torch._functorch.config.patch(enable_autograd_cache=False)
+    with past:
+        compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=dict(options))
     return compiled
+
+
+def backends_error(error: BaseException) -> BaseException:
+    """What a backend of ``torch.compile`` raised, where Dynamo has made an error of its own of it."""
+    inner: BaseException = getattr(error, "inner_exception", error)
+    return inner
 
 
 def mark_unbacked(tensor: Tensor, dim: int) -> None:
@@ -337,6 +363,8 @@ A part's own sites, of the nodes it computes into memory, and behind ``/`` those
 """
 COLLECTIVES = "_c10d_functional"
 """Namespace of the collectives that stand in graphs."""
+collectives: Any = getattr(torch.ops, COLLECTIVES)
+"""The collectives themselves: without gradients, start and wait apart."""
 PART = "// deepfuse part"
 """Stands before each part of a C++ kernel, a nest of loops. It is the same everywhere: equal kernels stay one."""
 

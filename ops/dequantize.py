@@ -37,7 +37,8 @@ def dequantize_ref(values: Tensor, scale: Tensor, rows: int, cols: int, dtype: t
     values, scale = values.detach(), scale.detach()
     compute = torch.promote_types(values.dtype if values.element_size() > 1 else dtype, torch.float32)
     of_each = expand_scale(scale.to(compute), values.shape, rows, cols)
-    return (values.to(compute) * of_each).to(dtype).contiguous()
+    # in place: a weight in float32 once less
+    return values.to(compute, copy=True).mul_(of_each).to(dtype).contiguous()
 
 
 class _StraightThrough(torch.autograd.Function):

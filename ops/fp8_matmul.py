@@ -26,7 +26,7 @@ from deepfuse.ops.dequantize import check_scale, dequantize_ref
 from deepfuse.ops.fp8_matmul_scaled_mm import scaled_mm, scaled_mm_refuses
 from deepfuse.ops.fp8_matmul_triton import FEW_ROWS, launch
 from deepfuse.ops.linear import MATVEC_ROWS, matvec
-from deepfuse.ops.quantize import FP8_DTYPES, expand_scale, quantize, scale_shape
+from deepfuse.ops.quantize import FP8_DTYPES, quantize, scale_shape
 
 
 def fp8_matmul_ref(
@@ -40,8 +40,8 @@ def fp8_matmul_ref(
     dtype: torch.dtype,
 ) -> Tensor:
     compute = torch.promote_types(a.dtype if a.element_size() > 1 else dtype, torch.float32)
-    a_MK = a.to(compute) * expand_scale(a_scale.to(compute), a.shape, 1, 128)
-    b_NK = b.to(compute) * expand_scale(b_scale.to(compute), b.shape, b_rows, 128)
+    a_MK = dequantize_ref(a, a_scale, 1, 128, compute)
+    b_NK = dequantize_ref(b, b_scale, b_rows, 128, compute)
     y_MN = torch.mm(a_MK, b_NK.t())
     if bias is not None:
         y_MN = y_MN + bias.to(compute)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from deepfuse.ir.private import expression_of, number_of
+from deepfuse.ir.private import collectives, expression_of, number_of
 
-ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
+ALL_TO_ALL = collectives.all_to_all_single.default
 
 
 class BalancedSizes:

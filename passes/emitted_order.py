@@ -11,9 +11,10 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from deepfuse.ir.private import COLLECTIVES
 from deepfuse.passes.kernel_calls import KernelCall, kernel_calls
 
-_CALL = re.compile(r"(\w+) = torch\.ops\._c10d_functional\.\w+\.default\((\w+)")
+_CALL = re.compile(rf"(\w+) = torch\.ops\.{COLLECTIVES}\.\w+\.default\((\w+)")
 _TAKEN = re.compile(r"= (?:reinterpret_tensor\()?(\w+)\b.*# reuse")
 
 

@@ -15,13 +15,13 @@ from deepfuse.ir.cost import Cost
 from deepfuse.ir.device import Device
 from deepfuse.ir.link import Link, all_to_all_seconds
 from deepfuse.ir.op import NAMESPACE, OPS, Op
-from deepfuse.ir.private import COLLECTIVES, storage_id
+from deepfuse.ir.private import COLLECTIVES, collectives, storage_id
 from deepfuse.passes.balanced_sizes import ALL_TO_ALL, BalancedSizes
 from deepfuse.passes.match import VIEWS
 from deepfuse.passes.mutation import is_mutation, mutation_arguments
 from deepfuse.passes.overlap_schedule import Task
 
-WAIT = torch.ops._c10d_functional.wait_tensor.default
+WAIT = collectives.wait_tensor.default
 _LOOPS = {"aten", "prims", "inductor"}
 """Namespaces of what Inductor makes loops of; but for products, and what it has no loops for."""
 MATMULS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)

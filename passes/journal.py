@@ -36,6 +36,8 @@ class GraphEntry:
     """``before:PASS`` and ``after:PASS`` -> the graph as runnable Python."""
     sites: list[Site] = field(default_factory=list)
     """Where the nodes of the lowered graph come from, by the numbers in its code."""
+    collectives: list[tuple[str, str, str]] = field(default_factory=list)
+    """Op, process group, module and dtype of each, in the order in which they are issued."""
 
 
 @dataclass(slots=True)
@@ -100,7 +102,11 @@ class Journal:
         return cls(
             [
                 GraphEntry(
-                    g["name"], [PassEntry(**p) for p in g["passes"]], g["snapshots"], [Site(**s) for s in g["sites"]]
+                    g["name"],
+                    [PassEntry(**p) for p in g["passes"]],
+                    g["snapshots"],
+                    [Site(**s) for s in g["sites"]],
+                    [(op, group, of) for op, group, of in g["collectives"]],
                 )
                 for g in data["graphs"]
             ]

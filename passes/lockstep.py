@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from deepfuse.ir.op import NAMESPACE
 from deepfuse.ir.private import storage_id
+from deepfuse.passes.collective_call import WAIT, is_collective
 
 _leaves = torch.utils._pytree.tree_leaves
 Compare = Callable[[Tensor, Tensor, int], str | None]
@@ -71,6 +72,8 @@ class Lockstep(fx.Interpreter):
         if not touched:
             return super().run_node(n) if had is None else had
         value = super().run_node(n)
+        if is_collective(n) and n.target._opname != WAIT:  # type: ignore[union-attr]
+            return value  # still on its way
         if had is None:
             self.distance[n] = max(rewritten, 1)
             return value

@@ -1,5 +1,6 @@
 """Run a pipeline over a graph: order, timing, clean-up, checks and the journal. Passes do none of this themselves."""
 
+import functools
 import os
 import time
 import traceback
@@ -14,9 +15,10 @@ import torch
 from torch import fx
 
 from deepfuse.ir.printer import graph_text
-from deepfuse.ir.private import inductor_options, on_code, uncompiled_backend
+from deepfuse.ir.private import compile_inner, inductor_options, on_code, uncompiled_backend
 from deepfuse.ir.verify import Known, verify, verify_types
 from deepfuse.passes.check_values import Rewritten, copied
+from deepfuse.passes.collective_order import Call, issued, issued_in
 from deepfuse.passes.emitted_order import Flight, undone
 from deepfuse.passes.journal import GraphEntry, Journal, PassEntry, graph_name, noting
 from deepfuse.passes.overlap_all_to_all import overlap_all_to_all
@@ -42,10 +44,6 @@ CHECKED_CALLS = 3
 """Of each graph, where values are verified: an engine tries a graph out when it is made, with nothing in it."""
 
 
-def _as_is(fn: Callable[..., Any]) -> Callable[..., Any]:
-    return fn
-
-
 def strict_by_default() -> bool:
     """Whether a failing pass stops the compilation where the caller does not say: as ``DEEPFUSE_STRICT`` has it."""
     return os.environ.get("DEEPFUSE_STRICT", "0") not in ("", "0")
@@ -66,6 +64,8 @@ class Runner:
     """Folder for the graphs that passes failed on."""
     verify: bool = False
     """Whether types are checked after every pass, and values in the first calls of :meth:`backend`'s graphs."""
+    meet: Callable[[str, list[Call]], None] | None = None
+    """Called with a graph's name and collectives when it is compiled, before its first run: where others have the same."""
     _rewritten: list[Rewritten] = field(default_factory=list)
 
     def key(self) -> str:
@@ -79,7 +79,21 @@ class Runner:
 
     def backend(self) -> Callable[..., Any]:
         """For ``torch.compile(backend=...)``: the same rewrites, run without Inductor."""
-        return uncompiled_backend(lambda hook, gm: self.run(gm.graph, hook), self._checked if self.verify else _as_is)
+        return uncompiled_backend(lambda hook, gm: self.run(gm.graph, hook), self._finished)
+
+    def inductor(self) -> Callable[..., Any]:
+        """For ``torch.compile(backend=...)``: Inductor, with the rewrites in it."""
+        heard = None if self.meet is None else lambda source: self._met(issued_in(source))
+        return functools.partial(compile_inner, options=self.options(), heard=heard)
+
+    def _met(self, calls: list[Call]) -> None:
+        assert self.meet is not None
+        self.meet(graph_name(), calls)
+
+    def _finished(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        if self.meet is not None:
+            self._met(self.journal.graphs[-1].collectives)
+        return self._checked(fn) if self.verify else fn
 
     def _checked(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """A graph whose first calls compare the values before and after each of its passes."""
@@ -112,7 +126,7 @@ class Runner:
         # wrapped calls are no ops of any dialect: nothing of ours may come after it
         flights = pin_order(graph)
         entry = self.journal.graphs[-1]
-        if flights:
+        if entry.collectives:
             on_code(graph, lambda source: _note_order(entry, source, flights))
 
     def run(self, graph: fx.Graph, hook: str) -> None:
@@ -125,6 +139,7 @@ class Runner:
             entry.passes.append(passed)
         if hook == "last":
             entry.sites = number_sites(graph)
+            entry.collectives = issued(entry.sites)
 
     def _entry(self, hook: str) -> GraphEntry:
         # a training step has a joint graph, then a forward and a backward one; the first hook opens the entry
@@ -185,7 +200,10 @@ class Runner:
 
 
 def _note_order(entry: GraphEntry, source: str, flights: list[Flight]) -> None:
-    """Say in the report whether Inductor has kept the order."""
+    """Say in the report what order Inductor has made, and whether it is the one that was asked for."""
+    entry.collectives = issued_in(source)
+    if not flights:
+        return
     of_pass = next((p for p in reversed(entry.passes) if p.name == overlap_all_to_all.name), None)
     assert of_pass is not None
     problems = undone(source, flights)

@@ -1,21 +1,23 @@
 """What every process must have alike, compared before the first collective; and errors that all of them raise alike."""
 
-import builtins
 import contextlib
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from deepfuse.blocks.config import Config
+from deepfuse.ir.private import backends_error
 from deepfuse.passes.pipeline import Pipeline
-from deepfuse.runtime.blame import ranks
-from deepfuse.runtime.heartbeat import alone
-from deepfuse.runtime.told_once import told_once
-from deepfuse.runtime.verdict import verdict
+from deepfuse.runtime.blame import RankError, ranks
+from deepfuse.runtime.heartbeat import alone, watched
+from deepfuse.runtime.told_once import everywhere, told_once
+from deepfuse.runtime.verdict import failing, verdict
 
 MOST = 8
 """Differences that an error tells of."""
@@ -23,50 +25,71 @@ ORDER = "order of passes"
 """Told where the passes are the same."""
 
 
-def agree(facts: Mapping[str, str], timeout_s: float) -> None:
+def agree(facts: Mapping[str, str], timeout_s: float, *, what: str = "build: want the same setup") -> None:
     """Compare what the processes have; all of them come here at once.
 
     Args:
         facts: what must be alike, by name; :func:`setup` has those of a build.
+        what: is wanted, for the error.
         timeout_s: seconds to wait for the others; that one has died is known sooner.
 
     Raises:
         ValueError: the same in every process: what differs, with the values and the ranks that have them.
-        RuntimeError: the others did not come.
+        RankError: one did not come, or has died.
     """
     if alone():
         return
     text = verdict("setup", json.dumps(dict(facts)), _differences, timeout_s)
     if text:
-        raise told_once(ValueError(text))
+        raise told_once(ValueError(f"{what} in every process, got{text}"))
 
 
 @contextlib.contextmanager
-def raised_by_every_rank(timeout_s: float) -> Iterator[None]:
+def raised_by_every_rank(timeout_s: float, phase: str = "") -> Iterator[None]:
     """A block whose error, in whichever process, is raised by all of them and printed once a machine.
 
+    They need not come to its end: those that meet inside are told there.
+
+    Args:
+        timeout_s: seconds to wait for the others.
+        phase: what the block is, where it may last longer.
+
     Raises:
-        Exception: of the type that the first process to fail had, where Python has it, else RuntimeError.
-        RuntimeError: the others did not come to the end of the block.
+        Exception: of the type that the first process to fail had, or the nearest that Python has.
+        RankError: one did not come to the end of the block, or has died.
     """
-    mine: Exception | None = None
     try:
-        yield
-    except Exception as error:  # noqa: BLE001 - whatever it is, all raise it
-        mine = error
-    if alone():
-        if mine is not None:
-            raise mine
-        return
-    told = None if mine is None else [type(mine).__name__, str(mine)]
-    failure = json.loads(verdict("outcome", json.dumps(told), _first_failure, timeout_s))
-    if failure is None:
-        return
-    kind, text = failure
-    if mine is not None and told == failure:
-        raise told_once(mine)
-    known = getattr(builtins, kind, RuntimeError)
-    raise told_once((known if issubclass(known, Exception) else RuntimeError)(text)) from mine
+        with watched(phase, long=True) if phase else contextlib.nullcontext():
+            yield
+    except Exception as error:
+        if alone():
+            raise
+        inner = backends_error(error)
+        if everywhere(inner) or isinstance(inner, RankError):
+            if inner is error:
+                raise
+            raise inner from error
+        told = failing(error, timeout_s)
+        if told is error:
+            raise
+        raise told from error
+    if not alone():
+        verdict("outcome", "", lambda said: "", timeout_s)
+
+
+def raised_together(build: Callable[..., Any]) -> Callable[..., Any]:
+    """``build``, given a mesh: whatever it refuses, in whichever process, all of them refuse."""
+
+    @functools.wraps(build)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("mesh") is None and kwargs.get("parallel") is None:
+            return build(*args, **kwargs)
+        timeout_s = kwargs.get("timeout_s", 60.0)
+        number = isinstance(timeout_s, int | float) and 0 < timeout_s < float("inf")
+        with raised_by_every_rank(timeout_s if number else 60.0):
+            return build(*args, **kwargs)
+
+    return call
 
 
 def setup(config: Config, folder: Path | None, pipeline: Pipeline, **settings: object) -> dict[str, str]:
@@ -119,18 +142,4 @@ def _differences(said: list[str]) -> str:
     if not found:
         return ""
     more = [f"and {len(found) - MOST} more"] if len(found) > MOST else []
-    return "\n  ".join(["build: want the same setup in every process, got", *found[:MOST], *more])
-
-
-def _first_failure(said: list[str]) -> str:
-    """``null``, or type and text of the error to raise: that of all where it is the same, else with the ranks."""
-    told = {rank: tuple(json.loads(text)) for rank, text in enumerate(said) if text != "null"}
-    if not told:
-        return "null"
-    kind, text = next(iter(told.values()))
-    if len(told) == len(said) and len(set(told.values())) == 1:
-        return json.dumps([kind, text])
-    by_text: dict[str, list[int]] = {}
-    for rank, (_, each) in told.items():
-        by_text.setdefault(each, []).append(rank)
-    return json.dumps([kind, "; ".join(f"{ranks(having)}: {each}" for each, having in by_text.items())])
+    return "\n  ".join(["", *found[:MOST], *more])

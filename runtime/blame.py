@@ -29,6 +29,7 @@ class Beat:
         step: the main thread is in, or was in last.
         phase: the main thread is in; ``""`` outside of any.
         seconds: since that phase began.
+        long: whether it may take as long as it takes.
         place: line of code that the main thread is at, as far as it is not torch's.
         end: why it goes no further: ``lost`` others in a collective, ``failed`` by itself, ``left`` as programs end.
         reason: the error's text.
@@ -39,6 +40,7 @@ class Beat:
     step: int | None = None
     phase: str = ""
     seconds: float = 0.0
+    long: bool = False
     place: str = ""
     end: Literal["", "lost", "failed", "left"] = ""
     reason: str = ""
@@ -97,12 +99,14 @@ def blame(
         return tuple(own), "; ".join(told)
     late = {r: beat for r, beat in alive.items() if not beat.end}
     if late:
-        told = (
-            f"rank {r} lives, but has been in {b.where} for {b.seconds:.1f} s, at {b.place}" for r, b in late.items()
-        )
-        return tuple(late), "; ".join(told)
+        return tuple(late), "; ".join(f"rank {r} {lives(b)}" for r, b in late.items())
     told = (f"rank {r}: {b.reason}" for r, b in alive.items())
     return (), f"all processes live: a connection between them is torn; {'; '.join(told)}"
+
+
+def lives(beat: Beat) -> str:
+    """What can be said of a process that beats, and does not come."""
+    return f"lives, but has been in {beat.where} for {beat.seconds:.1f} s, at {beat.place}"
 
 
 def ranks(some: Collection[int]) -> str:

@@ -17,12 +17,11 @@ from deepfuse.blocks.parallel import Parallel
 from deepfuse.blocks.parameters import count_parameters
 from deepfuse.ir.device import device_row
 from deepfuse.ir.op import OPS
-from deepfuse.passes.collective_order import collective_orders
 from deepfuse.passes.merge_shared_expert import merge_shared_expert
 from deepfuse.passes.pipeline import Pipeline, pipeline_of
 from deepfuse.passes.record import Pass
 from deepfuse.passes.runner import Runner, strict_by_default
-from deepfuse.runtime.agreement import agree, setup
+from deepfuse.runtime.agreement import agree, raised_together, setup
 from deepfuse.runtime.build_key import graph_key, module_key
 from deepfuse.runtime.checkpoint import weights_bytes
 from deepfuse.runtime.compile_cache import BuildFolder, cache_root, inductor_cache
@@ -56,6 +55,7 @@ MAX_SEQ_LEN = 4096
 """Length the cache is made for where the caller names none and the model allows it."""
 
 
+@raised_together
 @torch.inference_mode(False)  # what is made in it can be used in no other mode
 def build(
     source: str | Path | Config | nn.Module,
@@ -73,7 +73,7 @@ def build(
     verify: bool = False,
     strict: bool | None = None,
     seed: int = 0,
-    mesh: DeviceMesh | None = None,
+    mesh: DeviceMesh | Mapping[str, int] | None = None,
     parallel: Parallel | None = None,
     timeout_s: float = 60.0,
 ) -> Any:
@@ -106,7 +106,8 @@ def build(
         seed: of random weights.
         mesh: processes that build it together, each with its part of the weights: axes ``data`` (each its own prompts, or
             part of a training batch), ``tensor`` (parts of each matrix, the same prompts) and ``expert`` (parts of the
-            experts, its own prompts), any of them. Every process calls ``build``, and then the model, at the same time.
+            experts, its own prompts), any of them; or the axes' sizes, as ``{"tensor": 2, "expert": 4}``. Every process
+            calls ``build``, and then the model, at the same time.
         parallel: how tokens reach the experts of other processes, with a ``mesh``.
         timeout_s: seconds that a process waits for the others, with a ``mesh``, before it says which is missing.
 
@@ -117,6 +118,12 @@ def build(
         ValueError, TypeError, FileNotFoundError, MemoryError: what was wanted, what came, and what to do.
     """
     began = time.perf_counter()
+    # first: they tell one another what each refuses
+    processes, wanted = Processes.of(mesh, parallel, device, timeout_s)
+    if mesh is not None and isinstance(source, nn.Module):
+        raise ValueError(
+            "build: want a checkpoint, a preset or a Config over a mesh, of which each process makes its part, got a module"
+        )
     if not isinstance(training, Training | None):
         raise TypeError(f"build: want training as a Training, got {training!r:.80}")
     for name, switch in (("compile", compile), ("verify", verify), ("strict", strict)):
@@ -128,12 +135,11 @@ def build(
         "dumps": cache_root() / "failures",
         "verify": verify,
     }
-    processes, wanted = _joined(source, mesh, parallel, device, timeout_s)
     problem = missing_for_compilation() if compile else None
     notes = [] if problem is None else [f"runs uncompiled: {problem}"]
     if notes:
         compile = False
-        warnings.warn(f"build: {notes[0]}", stacklevel=3)  # beyond the decorator
+        warnings.warn(f"build: {notes[0]}", stacklevel=4)  # beyond the decorators
     if quantize not in QUANTIZE:
         raise ValueError(f"build: want quantize out of {', '.join(map(repr, QUANTIZE))}, got {quantize!r}")
     if isinstance(source, nn.Module) and not isinstance(source, CausalLM):
@@ -197,7 +203,7 @@ def build(
     cut = processes.cut
     # only where the pass reads them so: what is not loaded into place is copied, a layer's experts at a time
     with_experts = row.kind == "cuda" and merge_shared_expert.name in pipeline.names and processes.axes.expert is None
-    with processes.raising_together():
+    with processes.raising_together("load"):
         # random weights are drawn before they are quantized
         weight_bytes = weights_bytes(cfg, dtype, in_fp8=[] if folder is None else in_fp8, cut=cut)
         check_memory(wanted, 0 if built else weight_bytes, cache_bytes(cfg, cached, **room))
@@ -210,18 +216,19 @@ def build(
                 cfg, folder, wanted, dtype, seed, in_fp8=in_fp8, activations=activations, with_experts=laid, cut=cut
             )
     if training is not None:
-        trainer = Trainer(
-            causal_lm,
-            training,
-            compile=compile,
-            pipeline=pipeline,
-            how=how,
-            fp8=online,
-            providers=forced,
-            processes=processes,
-        )
-        if mesh is not None:
-            agree({"overlap": repr(trainer.runner.settings["decided"])}, processes.patience_s)
+        with processes.raising_together("compile"):
+            trainer = Trainer(
+                causal_lm,
+                training,
+                compile=compile,
+                pipeline=pipeline,
+                how=how,
+                fp8=online,
+                providers=forced,
+                processes=processes,
+            )
+            if mesh is not None:
+                agree({"overlap": repr(trainer.runner.settings["decided"])}, timeout_s)
         return trainer
 
     # before a minute of compiling: these files may be damaged as well
@@ -229,18 +236,17 @@ def build(
     tokenizer = None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder)
     settings = {"providers": forced, "device": row, "max_seq_len": length, "layout": layout_key(causal_lm)}
     settings["link"] = link
+    how["meet"] = None if compile else processes.compare
     runner = Runner(pipeline, settings, **{**how, "verify": False})
     kept_apart = {**settings, "strict": runner.strict, "parallel": processes.parallel}
     key = f"{graph_key(pipeline, kept_apart, cfg, dtype, wanted, {**room, 'cache': cached})}-{module_key(causal_lm)}"
     cache = LatentCache(cfg, dtype=cached, device=wanted, **room)
-    with inductor_cache() if compile else contextlib.nullcontext():
+    with processes.raising_together("compile"), inductor_cache() if compile else contextlib.nullcontext():
         if verify:
-            lockstep = processes.lockstep(wanted)
-            _verify(causal_lm.eval(), cache, Runner(pipeline, settings, **how), max_batch_size, length, lockstep)
+            trial = Runner(pipeline, settings, **{**how, "meet": processes.compare})
+            _verify(causal_lm.eval(), cache, trial, max_batch_size, length, processes.lockstep(wanted))
         kept = BuildFolder(key) if compile else None
         made = kept_engine(causal_lm.eval(), cache, runner, max_batch_size, kept, processes)
-    if mesh is not None:
-        agree(collective_orders(runner.journal, processes.axes.groups), timeout_s)
     report = Report(
         model=str(source) if isinstance(source, str | Path) else type(source).__name__,
         device=row.name if wanted.type == "cuda" else str(wanted),
@@ -274,22 +280,6 @@ def build(
     )
 
 
-def _joined(
-    source: str | Path | Config | nn.Module,
-    mesh: DeviceMesh | None,
-    parallel: Parallel | None,
-    device: str | torch.device,
-    timeout_s: float,
-) -> tuple[Processes, torch.device]:
-    if parallel is not None and mesh is None:
-        raise ValueError("build: want a mesh of several processes with parallel, got none; pass mesh=DeviceMesh")
-    if mesh is not None and isinstance(source, nn.Module):
-        raise ValueError(
-            "build: want a checkpoint, a preset or a Config over a mesh, of which each process makes its part, got a module"
-        )
-    return Processes.of(mesh, parallel, device, timeout_s)
-
-
 def _verify(
     causal_lm: CausalLM,
     cache: LatentCache,
@@ -308,6 +298,7 @@ def _verify(
         )
         for _ in generate_tokens(trial, prompts.tolist(), sampling, Speed()):
             pass
+        trial.finish()
 
 
 def _checked_providers(providers: Mapping[str, str]) -> dict[str, str]:

@@ -29,10 +29,13 @@ from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.passes.journal import naming
 from deepfuse.passes.runner import Runner
 from deepfuse.runtime.axes import Axes
+from deepfuse.runtime.blame import RankError
 from deepfuse.runtime.compile_cache import BuildFolder
 from deepfuse.runtime.heartbeat import watched
 from deepfuse.runtime.latent_cache import LatentCache, Sequence
 from deepfuse.runtime.lockstep import Lockstep
+from deepfuse.runtime.told_once import everywhere
+from deepfuse.runtime.uninterrupted import uninterrupted
 
 Graph = Callable[..., Tensor]
 
@@ -60,6 +63,11 @@ def decode(model: CausalLM, caches: list[Tensor], step: Tensor, block_table: Ten
     )
 
 
+ROWS = 16
+"""Of a CPU's tile in bfloat16. oneDNN writes code for each number of rows that it multiplies: 15 ms for a prompt of a new
+length, where the shipped model's prefill of 512 tokens takes 19 ms. There are few lengths in whole tiles, which cost the same."""
+
+
 class Engine:
     """A model, its cache and its graphs."""
 
@@ -72,17 +80,17 @@ class Engine:
         max_batch_size: int,
         folder: BuildFolder | None,
         lockstep: Lockstep | None = None,
-        meet: Callable[[], object] | None = None,
+        together: bool = False,
     ):
-        """Capture all graphs.
+        """Capture all graphs, and try each out.
 
         Args:
             folder: where compiled graphs are kept; ``None`` runs the graphs as the passes leave them, uncompiled.
             lockstep: with the processes that each call is made with; ``None`` where this is the only one.
-            meet: waits for these processes; called when all graphs are made and before any of them runs.
+            together: whether compiled graphs are not tried out yet, but by :meth:`try_out`, when others have theirs.
         """
         self.model, self.cache, self.runner, self.folder = model, cache, runner, folder
-        self._meet = meet
+        self._together = together
         self.max_batch_size = max_batch_size
         self.device = cache.layers[0].device
         self.lockstep = lockstep or Lockstep(Axes(), self.device)
@@ -90,23 +98,29 @@ class Engine:
         self.static = all(isinstance(exchange, Local | Capacity) for exchange in exchanges)
         """Whether no exchange waits to learn how much comes; then CUDA can record a step."""
         self.buckets = tuple(buckets(max_batch_size))
+        by_onednn = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+        self.multiple = ROWS if by_onednn and self.device.type == "cpu" else 1
+        """Of tokens, to which a prefill is padded."""
         self.graphs_from_cache = 0
+        self._within = False
         self.calls = 0
         """Of the model, since it was built; those made for other processes, too."""
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad(), sizes_from_data():
-            examples: dict[str, tuple[Graph, tuple[Tensor, ...]]] = {"prefill": (prefill, self._example_prefill())}
-            examples |= {f"decode_{b}": (decode, self._example_decode(b)) for b in self.buckets}
-            made = {name: self._graph(name, fn, *inputs) for name, (fn, inputs) in examples.items()}
-            if meet is not None:
-                meet()
-                for name, (fn, inputs) in examples.items():
-                    args = (model, cache.layers, *inputs)
-                    made[name](*args)
-                    made[name] = self._recorded(made[name], fn, args)
-            self._prefill = made["prefill"]
-            self._decode = {b: made[f"decode_{b}"] for b in self.buckets}
+            self._prefill = self._graph("prefill", prefill, *self._example_prefill())
+            self._decode = {b: self._graph(f"decode_{b}", decode, *self._example_decode(b)) for b in self.buckets}
         self.compile_seconds = time.perf_counter() - began
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def try_out(self) -> None:
+        """Run each compiled graph once, and have CUDA record what it can; all processes come here at once."""
+        args: tuple[Any, ...] = (self.model, self.cache.layers, *self._example_prefill())
+        self._prefill(*args)
+        for bucket, graph in self._decode.items():
+            args = (self.model, self.cache.layers, *self._example_decode(bucket))
+            graph(*args)
+            self._decode[bucket] = self._recorded(graph, decode, args)
 
     def _graph(self, name: str, fn: Graph, *example: Tensor) -> Graph:
         args = (self.model, self.cache.layers, *example)
@@ -124,9 +138,9 @@ class Engine:
             with naming(name), Console(stderr=True).status(text):
                 graph, data = capture(fn, args, self.runner.options())
             self.folder.write(f"{name}.graph", data)
-            if self._meet is None:
+            if not self._together:
                 graph(*args)
-        return graph if self._meet is not None else self._recorded(graph, fn, args)
+        return graph if self._together else self._recorded(graph, fn, args)
 
     def _recorded(self, graph: Graph, fn: Graph, args: tuple[Any, ...]) -> Graph:
         return CudaGraph(graph, args) if self.device.type == "cuda" and fn is not prefill and self.static else graph
@@ -136,7 +150,7 @@ class Engine:
         assert self.folder is not None
         try:
             graph = load_captured(self.folder.graph_path(name).read_bytes())
-            if self._meet is None:  # else it runs with others, and only when all have theirs
+            if not self._together:  # else it runs with others, and only when all have theirs
                 graph(*args)
         except Exception:  # noqa: BLE001 - unpickling damaged bytes may raise anything, as may the code that they hold
             return None
@@ -174,8 +188,9 @@ class Engine:
             ends.append(len(ids))
         # of no sequence, a row all the same
         rows = ([end - 1 for end in ends[1:]] if last_only else list(range(len(ids)))) or [0]
-        # sequences of one token that nobody asked about
-        ends += range(len(ids) + 1, len(ids) + padding + 1)
+        # sequences that nobody asked about, short ones
+        ends += range(len(ids) + ROWS, len(ids) + padding, ROWS)
+        ends += [len(ids) + padding] if padding else []
         nothing = [0] * padding
         # a compiled graph checks no dtype, and an empty list would be float32
         tokens = torch.tensor(
@@ -226,7 +241,7 @@ class Engine:
             prompts: token ids of fresh sequences, none empty.
             places: their places in the cache; ``None`` keeps nothing.
         """
-        with watched("prefill", self.calls):
+        with self._call("prefill"):
             return self._prefill_step(prompts, places, last_only=last_only)
 
     def _prefill_step(self, prompts: Many[Many[int]], places: Many[Sequence | None], *, last_only: bool) -> Tensor:
@@ -234,6 +249,7 @@ class Engine:
         most_tokens, _ = self.lockstep.agree(tokens, 0)
         # where what comes is not measured, all processes send as much
         padding = most_tokens - tokens if self.lockstep.equal else 0
+        padding += -(tokens + padding) % self.multiple
         inputs = self._prefill_inputs(prompts, places, last_only=last_only, padding=padding)
         logits = self._prefill(self.model, self.cache.layers, *inputs)
         self.calls += 1
@@ -247,7 +263,7 @@ class Engine:
     def decode(self, ids: Many[int], places: Many[Sequence]) -> Tensor:
         """Logits ``[B, vocab]`` float32 after one more token of each sequence."""
         own = next(b for b in self.buckets if b >= len(ids))
-        with watched("decode", self.calls):
+        with self._call("decode"):
             while True:
                 tokens, bucket = self.lockstep.agree(0, own)
                 if not tokens:
@@ -263,7 +279,7 @@ class Engine:
     def finish(self) -> None:
         """Take part in what other processes still have to do, until none has anything; every process must come here."""
         while True:
-            with watched("padding", self.calls):
+            with self._call("padding"):
                 tokens, bucket = self.lockstep.agree(0, 0)
                 if tokens:
                     self._pad_prefill(tokens)
@@ -271,6 +287,42 @@ class Engine:
                     self._decode_step([], [], bucket)
                 else:
                     return
+
+    @contextlib.contextmanager
+    def _call(self, phase: str) -> Iterator[None]:
+        """A call of all processes, which ends before a Ctrl-C does anything."""
+        with contextlib.nullcontext() if self.lockstep.alone else uninterrupted(), watched(phase, self.calls):
+            self._within = True
+            try:
+                yield
+                self._within = False
+            except Exception as error:
+                self._within = not everywhere(error)
+                raise
+
+    def check_same(self, what: str, value: object) -> None:
+        """:meth:`Lockstep.check_same`, which a call of all processes begins with."""
+        with self._call("checking"):
+            self.lockstep.check_same(what, value)
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """A call of all processes, of which each hears what another one's error is."""
+        try:
+            yield
+        except BaseException as error:
+            self.tell(error)
+            raise
+
+    def tell(self, error: BaseException) -> None:
+        """Have the others end what they do with this process, for its error: at once, where it is between two calls.
+
+        In the middle of one, they are in a collective, and learn of it when this process ends.
+        """
+        lost = isinstance(error, RankError) or everywhere(error)
+        if not (self.lockstep.alone or self._within or lost):
+            with watched("telling", self.calls):
+                self.lockstep.tell(error)
 
     def _pad_prefill(self, tokens: int) -> None:
         padding = tokens if self.lockstep.equal else 1

@@ -82,7 +82,6 @@ def generate_tokens(
 ) -> Iterator[tuple[Request, int]]:
     """Yield each token as it is chosen, stop tokens included; set ``request.finish`` to end a request early."""
     assert sampling.max_new_tokens is not None
-    engine.lockstep.check_same("generate", (prompts, sampling))
     waiting = [Request(i, list(p)) for i, p in enumerate(prompts)]
     running: list[Request] = []
     try:
@@ -108,15 +107,11 @@ def generate_tokens(
             speed.decode_tokens += len(running)
             yield from _accept(running, chosen, sampling)
             running = _retire(engine, running)
-    except (GeneratorExit, KeyboardInterrupt):
-        engine.finish()  # the others are not done
-        raise
     finally:
         # a consumer that stops early, or an interrupt, must not keep pages
         for request in running:
             if request.place is not None:
                 engine.cache.release(request.place)
-    engine.finish()
 
 
 def _admit(engine: Engine, waiting: list[Request], running: list[Request], max_new_tokens: int) -> list[Request]:

@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from deepfuse.ir.private import default_store
 from deepfuse.runtime.blame import Beat, RankError, blame, ranks, where
+from deepfuse.runtime.told_once import everywhere
 
 BAD = ("lost", "failed")
 """Last words after which the others' collectives with a process fail."""
@@ -36,10 +37,10 @@ BAD = ("lost", "failed")
 class Doing:
     """What a thread is at: phase ``""`` is outside of any."""
 
-    __slots__ = ("began", "phase", "step", "thread")
+    __slots__ = ("began", "long", "phase", "step", "thread")
 
-    def __init__(self, phase: str, step: int | None):
-        self.phase, self.step = phase, step
+    def __init__(self, phase: str, step: int | None, long: bool = False):
+        self.phase, self.step, self.long = phase, step, long
         self.began, self.thread = time.monotonic(), threading.get_ident()
 
 
@@ -96,8 +97,8 @@ class Heartbeat:
                 f"{ranks(missing)}"
             ) from error
 
-    def watched(self, phase: str, step: int | None = None) -> "Watched":
-        return Watched(self, phase, step)
+    def watched(self, phase: str, step: int | None = None, *, long: bool = False) -> "Watched":
+        return Watched(self, phase, step, long)
 
     def _own(self, end: Mapping[str, Any]) -> Beat:
         doing = self._doing
@@ -107,6 +108,7 @@ class Heartbeat:
             step=doing.step,
             phase=doing.phase,
             seconds=time.monotonic() - doing.began,
+            long=doing.long,
             place=place(doing.thread),
             **end,
         )
@@ -266,9 +268,9 @@ class Watched:
 
     __slots__ = ("before", "heartbeat", "now")
 
-    def __init__(self, heartbeat: Heartbeat, phase: str, step: int | None):
+    def __init__(self, heartbeat: Heartbeat, phase: str, step: int | None, long: bool):
         self.heartbeat, self.before = heartbeat, heartbeat._doing
-        self.now = Doing(phase, self.before.step if step is None else step)
+        self.now = Doing(phase, self.before.step if step is None else step, long or self.before.long)
 
     def __enter__(self) -> None:
         self.heartbeat._doing, self.heartbeat._end = self.now, {}
@@ -277,11 +279,13 @@ class Watched:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is None or isinstance(error, RankError):
+            if error is None or isinstance(error, RankError) or everywhere(error):
                 return
             if of_a_collective(error):
                 raise self.heartbeat.lost(error, self.now) from error
-            self.heartbeat.failed(error, by_itself=isinstance(error, Exception))
+            by_itself = isinstance(error, Exception)
+            if not (self.now.long and by_itself):  # told at a meeting
+                self.heartbeat.failed(error, by_itself=by_itself)
         finally:
             self.before.step = self.now.step
             self.heartbeat._doing = self.before
@@ -328,21 +332,28 @@ def fault() -> bool:
     return _running is not None and _running.fault()
 
 
+def last_of(rank: int) -> Beat | None:
+    """The last beat of another process, where its beats are looked at: once a phase lasts."""
+    heard = None if _running is None else _running._heard.get(rank)
+    return None if heard is None else heard[0]
+
+
 def _stop() -> None:
     if _running is not None:
         _running.stop()
 
 
-def watched(phase: str, step: int | None = None) -> contextlib.AbstractContextManager[None]:
+def watched(phase: str, step: int | None = None, *, long: bool = False) -> contextlib.AbstractContextManager[None]:
     """Inside, an error of a collective becomes a :class:`RankError` that names the rank to blame, and the step.
 
     Args:
         phase: of the step: ``dispatch``, ``backward``, ...
         step: number of it; that of the ``watched`` around this one where ``None``.
+        long: whether others wait for it as long as it takes, and are told of its errors at a meeting (:mod:`.verdict`).
 
     Without a heartbeat of several processes (:func:`start`) it does nothing.
     """
-    return _unwatched if _running is None else _running.watched(phase, step)
+    return _unwatched if _running is None else _running.watched(phase, step, long=long)
 
 
 def of_a_collective(error: BaseException) -> bool:

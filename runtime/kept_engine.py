@@ -1,7 +1,6 @@
 """An engine whose graphs and report are kept together: where one is missing or damaged, both are made again."""
 
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 from deepfuse.blocks.model import CausalLM
@@ -23,32 +22,33 @@ def kept_engine(
 ) -> Engine:
     """The engine of a model, its graphs read from ``folder`` where they are there whole, else made and written there.
 
-    Of several processes all read theirs, or all make them.
+    Of several processes all read theirs, or all make them; none of these runs before their collectives were compared.
     """
     graphs = 1 + len(list(buckets(max_batch_size)))
     kept = None if folder is None else kept_journal(folder.read_report(), graphs)
-    meet: Callable[[], object] | None = None
+    several = processes.axes.size > 1
     if folder is not None and processes.any_of(kept is None):
         kept = None
         folder.discard()
-    if folder is not None and processes.axes.size > 1:
-        meet = processes.any_of
-    options: dict[str, Any] = {"max_batch_size": max_batch_size, "folder": folder, "meet": meet}
-    options["lockstep"] = processes.lockstep(cache.layers[0].device)
+    options: dict[str, Any] = {"max_batch_size": max_batch_size, "folder": folder}
+    options |= {"lockstep": processes.lockstep(cache.layers[0].device), "together": folder is not None and several}
     made = Engine(causal_lm, cache, runner, **options)
     if folder is None:
         return made
     if not processes.any_of(not made.from_cache or kept is None):
         assert kept is not None
         runner.journal.graphs[:] = kept.graphs
-        return made
-    if processes.any_of(len(runner.journal.graphs) < graphs):
-        # Inductor had a graph that we had lost: its passes did not run, so that the report would have a gap
-        folder.discard()
-        runner.journal.graphs.clear()
-        runner.salt = uuid.uuid4().hex
-        made = Engine(causal_lm, cache, runner, **options)
-    folder.write_report(runner.journal.to_json())
+    else:
+        if processes.any_of(len(runner.journal.graphs) < graphs):
+            # Inductor had a graph that we had lost: its passes did not run, so that the report would have a gap
+            folder.discard()
+            runner.journal.graphs.clear()
+            runner.salt = uuid.uuid4().hex
+            made = Engine(causal_lm, cache, runner, **options)
+        folder.write_report(runner.journal.to_json())
+    if several:
+        processes.compare_kept(runner.journal)
+        made.try_out()
     return made
 
 
@@ -56,6 +56,6 @@ def kept_journal(report: Any, graphs: int) -> Journal | None:
     """The kept report of so many graphs; ``None`` where it is damaged."""
     try:
         journal = Journal.from_json(report)
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None
     return journal if len(journal.graphs) == graphs else None

@@ -3,8 +3,10 @@
 Dims: B sequences, T tokens a sequence (padded), V vocabulary.
 """
 
+import contextlib
 import operator
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +65,10 @@ class Model:
             ValueError: a sequence is empty or longer than ``max_seq_len``, an id is out of range, or padding stands
                 between tokens.
         """
+        with self.engine.telling():
+            return self._logits(input_ids, attention_mask, last_only)
+
+    def _logits(self, input_ids: Tensor, attention_mask: Tensor | None, last_only: bool) -> Tensor:
         if input_ids.ndim != 2 or input_ids.is_floating_point():
             raise ValueError(f"model: want input_ids [B, T] of integers, got {list(input_ids.shape)} {input_ids.dtype}")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -82,7 +88,7 @@ class Model:
 
     def _batched(self, prompts: list[list[int]], last_only: bool) -> Tensor:
         size = self.engine.max_batch_size
-        self.engine.lockstep.check_same("model", prompts)
+        self.engine.check_same("model", (prompts, last_only))
         parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
         logits = [self.engine.prefill(part, [None] * len(part), last_only=last_only) for part in parts]
         self._finish()
@@ -102,17 +108,18 @@ class Model:
             TypeError: ``texts`` is one text instead of a list of them.
             ValueError: a text is empty, has an id out of range, or is longer than ``max_seq_len``.
         """
-        if _is_one(texts):
-            raise TypeError("score: want a list of texts, got a single one")
-        prompts = self._checked([self._ids(t) for t in texts])
-        self.engine.lockstep.check_same("score", prompts)
-        scores = []
-        for prompt in prompts:
-            logits = self.engine.prefill([prompt], [None], last_only=False)[:-1]
-            following = torch.tensor(prompt[1:], device=logits.device)
-            scores.append(logits.log_softmax(-1).gather(-1, following[:, None])[:, 0])
-        self._finish()
-        return scores
+        with self.engine.telling():
+            if _is_one(texts):
+                raise TypeError("score: want a list of texts, got a single one")
+            prompts = self._checked([self._ids(t) for t in texts])
+            self.engine.check_same("score", prompts)
+            scores = []
+            for prompt in prompts:
+                logits = self.engine.prefill([prompt], [None], last_only=False)[:-1]
+                following = torch.tensor(prompt[1:], device=logits.device)
+                scores.append(logits.log_softmax(-1).gather(-1, following[:, None])[:, 0])
+            self._finish()
+            return scores
 
     def generate(
         self,
@@ -141,24 +148,26 @@ class Model:
 
         Returns:
             What follows each prompt: strings for strings, lists of ids for ids, in the prompts' order; for a single
-            prompt that is no list, a single one. An interrupt (Ctrl-C) returns what there is.
+            prompt that is no list, a single one. An interrupt (Ctrl-C) returns what there is; over axes ``tensor`` and
+            ``expert`` it is raised, and the other processes raise an error.
 
         Raises:
             ValueError: a prompt is empty, has an id out of range, or does not fit ``max_seq_len`` with its continuation.
         """
-        single = _is_one(prompts)
-        listed: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
-        sampling, stops = (
-            self._sampling(max_new_tokens, temperature, top_k, top_p, seed, stop_token_ids),
-            _strings(stop),
-        )
-        ids = self._checked([self._ids(p) for p in listed])
-        as_text = [isinstance(p, str) for p in listed]
-        if any(as_text) and not all(as_text):
-            raise TypeError("generate: want prompts all strings or all token ids, got both")
-        if stops and not all(as_text):
-            raise ValueError("generate: want string prompts with stop strings, got token ids; use stop_token_ids")
-        return self._run(ids, sampling, stops, text=all(as_text), single=single, stream=stream)
+        with self.engine.telling():
+            single = _is_one(prompts)
+            listed: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
+            sampling, stops = (
+                self._sampling(max_new_tokens, temperature, top_k, top_p, seed, stop_token_ids),
+                _strings(stop),
+            )
+            ids = self._checked([self._ids(p) for p in listed])
+            as_text = [isinstance(p, str) for p in listed]
+            if any(as_text) and not all(as_text):
+                raise TypeError("generate: want prompts all strings or all token ids, got both")
+            if stops and not all(as_text):
+                raise ValueError("generate: want string prompts with stop strings, got token ids; use stop_token_ids")
+            return self._run(ids, sampling, stops, text=all(as_text), single=single, stream=stream)
 
     def _run(
         self,
@@ -172,7 +181,7 @@ class Model:
     ) -> Any:
         pieces = self._pieces(prompts, self._fitting(prompts, sampling), stop, text=text)
         if stream:
-            return (piece for _, piece in pieces) if len(prompts) == 1 else pieces
+            return _of_one(pieces) if len(prompts) == 1 else pieces
         results = self._collect(pieces, len(prompts), text=text)
         return results[0] if single else results
 
@@ -194,21 +203,26 @@ class Model:
             )
         return sampling
 
-    def _collect(self, pieces: Iterator[tuple[int, Any]], count: int, *, text: bool) -> list[Any]:
+    def _collect(self, pieces: Generator[tuple[int, Any], None, None], count: int, *, text: bool) -> list[Any]:
         collected: list[list[Any]] = [[] for _ in range(count)]
         try:
             for index, piece in pieces:
                 collected[index].append(piece)
-        except KeyboardInterrupt:
-            pass  # what was generated so far is the answer
+        except KeyboardInterrupt as error:
+            if not self.engine.lockstep.alone:
+                pieces.throw(error)  # it may have come here, and not there
+                raise
+            # what was generated so far is the answer
         return ["".join(parts) for parts in collected] if text else collected
 
     def _pieces(
         self, prompts: list[list[int]], sampling: Sampling, stop: tuple[str, ...], *, text: bool
-    ) -> Iterator[tuple[int, Any]]:
+    ) -> Generator[tuple[int, Any], None, None]:
         speed = Speed()
-        streams = [TextStream(self._tokenizer(), stop) for _ in prompts] if text else []
+        streams: list[TextStream] = []
         try:
+            streams += [TextStream(self._tokenizer(), stop) for _ in prompts] if text else []
+            self.engine.check_same("generate", (prompts, sampling, stop))
             for request, token in generate_tokens(self.engine, prompts, sampling, speed):
                 if not text:
                     if request.finish != "stop":
@@ -217,11 +231,18 @@ class Model:
                 piece = self._text_piece(streams[request.index], request, token)
                 if piece:
                     yield request.index, piece
-        except KeyboardInterrupt:
-            # what might have become a stop string was generated as well
-            for index, stream in enumerate(streams):
-                if rest := stream.finish():
-                    yield index, rest
+            self.engine.finish()
+        except GeneratorExit:
+            if not sys.is_finalizing():
+                self.engine.finish()  # the others are not done
+            raise
+        except BaseException as error:
+            self.engine.tell(error)
+            if isinstance(error, KeyboardInterrupt):
+                # what might have become a stop string was generated as well
+                for index, stream in enumerate(streams):
+                    if rest := stream.finish():
+                        yield index, rest
             raise
         finally:
             self.report.prefill_tokens_per_second = speed.prefill_tokens / max(speed.prefill_seconds, 1e-9)
@@ -244,10 +265,11 @@ class Model:
         Raises:
             ValueError: the model has no chat template.
         """
-        tokenizer = self._tokenizer()
-        ids = self._checked([tokenizer.encode(tokenizer.chat(messages), add_bos=False)])
-        stream, stop = options.pop("stream", False), _strings(options.pop("stop", ()))
-        return self._run(ids, self._sampling(**options), stop, text=True, single=True, stream=stream)
+        with self.engine.telling():
+            tokenizer = self._tokenizer()
+            ids = self._checked([tokenizer.encode(tokenizer.chat(messages), add_bos=False)])
+            stream, stop = options.pop("stream", False), _strings(options.pop("stop", ()))
+            return self._run(ids, self._sampling(**options), stop, text=True, single=True, stream=stream)
 
     def save(self, path: str | Path) -> None:
         """Write a Hugging Face checkpoint directory, which transformers and :func:`build` load.
@@ -325,6 +347,13 @@ def _is_one(prompts: Prompt | Many[Prompt]) -> bool:
         return isinstance(prompts, str)
     # a number, of Python, of an array or of a tensor
     return isinstance(prompts[0], int | float) or getattr(prompts[0], "ndim", None) == 0
+
+
+def _of_one(pieces: Generator[tuple[int, Any], None, None]) -> Iterator[Any]:
+    # closed with it, and not when it is forgotten, where errors go nowhere
+    with contextlib.closing(pieces):
+        for _, piece in pieces:
+            yield piece
 
 
 def _strings(stop: str | Many[str]) -> tuple[str, ...]:

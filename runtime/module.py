@@ -1,6 +1,5 @@
 """Any module, compiled with the passes: a single block, or somebody else's model."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from deepfuse.ir.device import device_row
-from deepfuse.ir.private import compile_inner, with_own_code
+from deepfuse.ir.private import with_own_code
 from deepfuse.passes.journal import Journal
 from deepfuse.passes.pipeline import Pipeline
 from deepfuse.passes.runner import Runner
@@ -41,9 +40,8 @@ class CompiledModule(nn.Module):
         settings = {"providers": dict(providers), "device": device_row(device), "max_seq_len": 4096}
         self.runner = Runner(pipeline, settings, **how)
         self.compiled, self.device = compile, device
-        inductor = functools.partial(compile_inner, options=self.runner.options())
         self._caching: Callable[[], AbstractContextManager[None]] = inductor_cache if compile else nullcontext
-        backend = inductor if compile else self.runner.backend()
+        backend = self.runner.inductor() if compile else self.runner.backend()
         self._compiled = torch.compile(with_own_code(_call), fullgraph=True, backend=backend)
         self._around: Callable[[Callable[[], Any]], Any] = lambda call: call()
         self._trial: Any = None

@@ -4,8 +4,10 @@ A collective may wait for a part of ``timeout_s``; in what is left, processes fi
 (``runtime/heartbeat.py``).
 """
 
+import math
 import os
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from deepfuse.blocks.axis import AXES
 from deepfuse.ir.private import set_group_timeout
-from deepfuse.runtime.told_once import told_once
+from deepfuse.runtime.agreement import raised_by_every_rank
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GLOO_WAITS, NCCL_WAITS = 0.5, 1.0
@@ -39,8 +41,15 @@ def started(
             ``device`` and backend do not go together.
         RuntimeError: the others did not come.
     """
-    if backend is not None:
-        _check_backend(backend if ":" in backend else f"{device.type}:{backend}", device)
+    refused = None
+    try:
+        if backend is not None:
+            _check_backend(backend if ":" in backend else f"{device.type}:{backend}", device)
+    except ValueError as error:
+        if not dist.is_initialized() and _missing_variables():
+            raise
+        # one process tells it for all, which must have met for that
+        refused, backend = error, None
     if not dist.is_initialized():
         _check_variables(processes)
         if device.type == "cuda":
@@ -57,27 +66,30 @@ def started(
                 f"process group: want {os.environ['WORLD_SIZE']} processes at {where} within {timeout_s:g} s, "
                 f"got, in rank {os.environ['RANK']}: {str(error).partition(chr(10))[0]}"
             ) from error
-    _check_backend(dist.get_backend_config(), device)
-    if processes is not None and processes != dist.get_world_size():
-        raise told_once(_wrong_number(processes, dist.get_world_size()))
+    with raised_by_every_rank(timeout_s):
+        if refused is not None:
+            raise refused
+        _check_backend(dist.get_backend_config(), device)
+        if processes is not None and processes != dist.get_world_size():
+            raise _wrong_number(processes, dist.get_world_size())
 
 
-def device_mesh(device: torch.device, timeout_s: float, *, backend: str | None = None, **sizes: int) -> DeviceMesh:
-    """A mesh with the axes and sizes given, e.g. ``data=2, expert=4``; starts torch.distributed where nobody has.
+def device_mesh(
+    sizes: Mapping[str, int], device: torch.device, timeout_s: float, *, backend: str | None = None
+) -> DeviceMesh:
+    """A mesh with the axes and sizes given, e.g. ``{"data": 2, "expert": 4}``; starts torch.distributed where nobody has.
 
     Raises:
         ValueError, RuntimeError: as :func:`started` and :func:`check_mesh`.
     """
-    _check_axes(tuple(sizes))
-    wrong = {name: size for name, size in sizes.items() if not isinstance(size, int) or size < 1}
-    if wrong or not sizes:
-        raise ValueError(f"mesh: want at least one axis, and sizes >= 1, got {wrong or 'no axis'}")
-    processes = 1
-    for size in sizes.values():
-        processes *= size
-    started(device, timeout_s, processes=processes, backend=backend)
-    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    check_mesh(mesh, device, timeout_s)
+    wrong = {name: size for name, size in sizes.items() if type(size) is not int or size < 1}
+    started(device, timeout_s, processes=None if wrong or not sizes else math.prod(sizes.values()), backend=backend)
+    with raised_by_every_rank(timeout_s):
+        _check_axes(tuple(sizes))
+        if wrong or not sizes:
+            raise ValueError(f"mesh: want at least one axis, and sizes >= 1, got {wrong or 'no axis'}")
+        mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        check_mesh(mesh, device, timeout_s)
     return mesh
 
 
@@ -91,8 +103,7 @@ def check_mesh(mesh: DeviceMesh, device: torch.device, timeout_s: float) -> None
     """
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"build: want mesh as a DeviceMesh, got {mesh!r:.80}")
-    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
-        raise ValueError(f"build: want timeout_s as a number of seconds > 0, got {timeout_s!r}")
+    check_timeout(timeout_s)
     if not mesh.mesh_dim_names:
         raise ValueError(
             f"mesh: want axes with names out of {', '.join(AXES)}, got {mesh.ndim} without; "
@@ -104,10 +115,20 @@ def check_mesh(mesh: DeviceMesh, device: torch.device, timeout_s: float) -> None
             f"mesh: want one of device {device.type}, which the model is on, got one of {mesh.device_type}"
         )
     if mesh.size() != dist.get_world_size():
-        raise told_once(_wrong_number(mesh.size(), dist.get_world_size()))
+        raise _wrong_number(mesh.size(), dist.get_world_size())
     for group in (dist.group.WORLD, *mesh.get_all_groups()):
         _check_backend(dist.get_backend_config(group), device)
         limit_waits(group, timeout_s)
+
+
+def check_timeout(timeout_s: float) -> None:
+    """Whether it is one.
+
+    Raises:
+        ValueError: it is no positive number.
+    """
+    if type(timeout_s) is bool or not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
+        raise ValueError(f"build: want timeout_s as a number of seconds > 0, got {timeout_s!r}")
 
 
 def limit_waits(group: Any, timeout_s: float) -> None:
@@ -143,8 +164,12 @@ def _check_axes(names: tuple[str, ...]) -> None:
         raise ValueError(f"mesh: want each axis once, got {', '.join(map(repr, twice))} more than once in {names}")
 
 
+def _missing_variables() -> list[str]:
+    return [name for name in VARIABLES if not os.environ.get(name)]
+
+
 def _check_variables(processes: int | None) -> None:
-    missing = [name for name in VARIABLES if not os.environ.get(name)]
+    missing = _missing_variables()
     if missing:
         raise ValueError(
             f"process group: want the variables {', '.join(VARIABLES)}, which torchrun sets, got no "
@@ -156,8 +181,6 @@ def _check_variables(processes: int | None) -> None:
             f"process group: want 0 <= RANK < WORLD_SIZE and MASTER_PORT as integers, got RANK={rank!r}, "
             f"WORLD_SIZE={world_size!r}, MASTER_PORT={port!r}; start it with: {command(processes or 2)}"
         )
-    if processes is not None and int(world_size) != processes:
-        raise told_once(_wrong_number(processes, int(world_size)))
 
 
 def _check_backend(backends: str, device: torch.device) -> None:

@@ -1,27 +1,25 @@
 """The processes that build a model together, as each of them sees it."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.parallel import Parallel, to_parallel
 from deepfuse.ir.private import process_group
-from deepfuse.runtime.agreement import raised_by_every_rank
+from deepfuse.passes.collective_order import Call, collective_orders, order_of
+from deepfuse.passes.journal import Journal
+from deepfuse.runtime.agreement import agree, raised_by_every_rank
 from deepfuse.runtime.axes import Axes, axes_of, tokens_axis
 from deepfuse.runtime.heartbeat import start
 from deepfuse.runtime.lockstep import Lockstep
 from deepfuse.runtime.meeting import any_of
-from deepfuse.runtime.process_group import check_mesh, limit_waits
+from deepfuse.runtime.process_group import check_mesh, check_timeout, device_mesh, limit_waits
 from deepfuse.runtime.requirements import check_device
-
-PATIENCE_S = 3600.0
-"""Seconds for what takes longer on one process than on another: compiling, and files. One that dies is found sooner."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +30,14 @@ class Processes:
     axes: Axes = field(default_factory=Axes)
     parallel: Parallel = field(default_factory=Parallel)
     timeout_s: float = 60.0
-    patience_s: float = PATIENCE_S
 
     @classmethod
     def of(
-        cls, mesh: DeviceMesh | None, parallel: Parallel | None, device: str | torch.device, timeout_s: float
+        cls,
+        mesh: DeviceMesh | Mapping[str, int] | None,
+        parallel: Parallel | None,
+        device: str | torch.device,
+        timeout_s: float,
     ) -> tuple["Processes", torch.device]:
         """From what ``build`` is given, and the device, which is the mesh's where the caller does not say. They beat from now on.
 
@@ -45,14 +46,27 @@ class Processes:
             RuntimeError: others did not come.
         """
         if mesh is None:
+            if parallel is not None:
+                raise ValueError(
+                    "build: want a mesh of several processes with parallel, got none; pass mesh={'expert': 2} or a DeviceMesh"
+                )
             return cls(), check_device(device)
-        if device == "auto" and isinstance(mesh, DeviceMesh):
-            kind = mesh.device_type
-            device = f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind
-        wanted = check_device(device)
-        check_mesh(mesh, wanted, timeout_s)
+        check_timeout(timeout_s)
+        if isinstance(mesh, Mapping):
+            mesh = device_mesh(mesh, check_device(device), timeout_s)
+        # all or none begin to beat
+        with raised_by_every_rank(timeout_s):
+            if not isinstance(parallel, Parallel | None):
+                raise TypeError(f"build: want parallel as a Parallel, got {parallel!r:.80}")
+            parallel = parallel or Parallel()
+            parallel.check()
+            if device == "auto" and isinstance(mesh, DeviceMesh):
+                kind = mesh.device_type
+                device = f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind
+            wanted = check_device(device)
+            check_mesh(mesh, wanted, timeout_s)
         start(timeout_s)
-        return cls(mesh=mesh, axes=axes_of(mesh), parallel=parallel or Parallel(), timeout_s=timeout_s), wanted
+        return cls(mesh=mesh, axes=axes_of(mesh), parallel=parallel, timeout_s=timeout_s), wanted
 
     @property
     def cut(self) -> Callable[[CausalLM], None] | None:
@@ -66,7 +80,21 @@ class Processes:
 
     def any_of(self, said: bool = False) -> bool:
         """Wait for the others, however long they compile; whether one of them said so."""
-        return any_of(said, self.axes, self.patience_s)
+        return any_of(said, self.axes, self.timeout_s)
+
+    @property
+    def compare(self) -> Callable[[str, list[Call]], None] | None:
+        """Compares a graph's collectives with those of the others, before any runs it; ``None`` without others."""
+        if self.axes.size == 1:
+            return None
+        return lambda name, calls: self._compare({f"collectives of {name}": order_of(calls, self.axes.groups)})
+
+    def compare_kept(self, journal: Journal) -> None:
+        """The same, for all graphs of a journal."""
+        self._compare(collective_orders(journal, self.axes.groups))
+
+    def _compare(self, orders: dict[str, str]) -> None:
+        agree(orders, self.timeout_s, what="graphs: want collectives in the same order")
 
     def tokens_axis(self) -> Axis | None:
         """The processes that have tokens of their own; all must ask at the same time."""
@@ -77,26 +105,10 @@ class Processes:
             limit_waits(process_group(axis.group), self.timeout_s)
         return axis
 
-    def raising_together(self) -> contextlib.AbstractContextManager[None]:
-        """A block whose error, in whichever process, all of them raise at its end."""
-        return contextlib.nullcontext() if self.mesh is None else raised_by_every_rank(self.patience_s)
-
-    @contextlib.contextmanager
-    def patient(self, *others: Axis | None) -> Iterator[None]:
-        """Inside, collectives wait as long as compiling may take: where graphs are made when they are first called.
+    def raising_together(self, phase: str) -> contextlib.AbstractContextManager[None]:
+        """A block that may last, and whose error, in whichever process, all of them raise.
 
         Args:
-            others: axes beside those of the mesh.
+            phase: what it is.
         """
-        if self.mesh is None:
-            yield
-            return
-        groups = [dist.group.WORLD, *self.mesh.get_all_groups()]
-        groups += [process_group(axis.group) for axis in others if axis is not None]
-        for group in groups:
-            limit_waits(group, self.patience_s)
-        try:
-            yield
-        finally:
-            for group in groups:
-                limit_waits(group, self.timeout_s)
+        return contextlib.nullcontext() if self.mesh is None else raised_by_every_rank(self.timeout_s, phase)

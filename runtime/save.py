@@ -65,7 +65,7 @@ def save_checkpoint(
     if processes is not None and processes.mesh is not None:
         weights = CollectedWeights(model, processes)
         options: dict[str, Any] = {"source": source, "files": files, "max_shard_bytes": max_shard_bytes}
-        with processes.raising_together():
+        with processes.raising_together("save"):
             tensors = iter(weights)
             try:
                 if weights.writer:

@@ -35,7 +35,7 @@ from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import Router
 from deepfuse.blocks.two_batch import joined, parts_of, split, weights_once
 from deepfuse.ir.device import device_row
-from deepfuse.ir.private import compile_inner, sizes_from_data, with_own_code
+from deepfuse.ir.private import sizes_from_data, with_own_code
 from deepfuse.passes.journal import naming
 from deepfuse.passes.pipeline import Pipeline, default
 from deepfuse.passes.runner import Runner
@@ -182,14 +182,13 @@ class Trainer:
             "max_seq_len": training.seq_len,
             "link": expert_link(self.processes, device_row(self.device)),
         }
-        self.runner = Runner(pipeline or default(), settings, **(how or {}))
+        self.runner = Runner(pipeline or default(), settings, meet=self.processes.compare, **(how or {}))
         self.forms = self._forms()
         named = {f"{phase}train": choice.decided for phase, choice in self.forms.items() if choice.why}
         self.runner.settings = {**settings, "decided": named}
         self.in_form = {phase: in_form(self.compute, choice.form) for phase, choice in self.forms.items()}
         self.compiled = compile
-        inductor = functools.partial(compile_inner, options=self.runner.options())
-        options: dict[str, Any] = {"backend": inductor if compile else self.runner.backend()}
+        options: dict[str, Any] = {"backend": self.runner.inductor() if compile else self.runner.backend()}
         options |= {"fullgraph": True, "dynamic": False}
         self.next_token_loss = torch.compile(with_own_code(next_token_loss), **options)
         self.mtp_loss = torch.compile(with_own_code(mtp_loss), **options)
@@ -271,9 +270,9 @@ class Trainer:
         batch = self.batch(tokens, self.step)
         new = loss_fn not in self._called  # whose graphs are made in this step, on one process sooner than on another
         self._called += [loss_fn] if new else []
-        patient = self.processes.patient(self.tokens) if new else contextlib.nullcontext()
+        compiling = self.processes.raising_together("compile") if new else contextlib.nullcontext()
         model, halves = self.in_form[phase], self.forms[phase].form.halves
-        with naming(f"{phase}train"), sizes_from_data(), patient:
+        with naming(f"{phase}train"), sizes_from_data(), compiling:
             with watched(f"{phase}forward", self.step):
                 loss = self._around(f"{phase}forward", lambda: loss_fn(model, batch, *places, halves))
             with watched(f"{phase}backward", self.step):

@@ -44,19 +44,19 @@ def write_state(
         _write(folder / SINGLE, state(), facts)
         return
     unfinished = folder / f".step-{step}.tmp"
-    with processes.raising_together():
+    with processes.raising_together("save"):
         if axes.rank == 0:
             for left in folder.glob(".step-*.tmp"):  # by a kill
                 shutil.rmtree(left)
             unfinished.mkdir(parents=True)
-    with processes.raising_together():
+    with processes.raising_together("save"):
         if not unfinished.is_dir():
             raise FileNotFoundError(
                 f"trainer: want one file system for all processes, got {unfinished}, which rank 0 has made, not seen by "
                 f"rank {axes.rank}; train in a folder that all of them share"
             )
         _write(unfinished / _part(axes.rank), state(), facts)
-    with processes.raising_together():
+    with processes.raising_together("save"):
         if axes.rank == 0:
             before = _index(folder)
             named = next(n for n in _names(step) if not (folder / n).exists())
@@ -73,9 +73,9 @@ def read_state(folder: Path, processes: Processes) -> tuple[int, dict[str, Tenso
         ValueError: it was saved over other processes, or they see different ones.
         SafetensorError: from all of them, where a part is damaged.
     """
-    with processes.raising_together():
+    with processes.raising_together("load"):
         found = _read(folder, processes.axes)
-    agree({"step of the checkpoint": "none" if found is None else str(found[0])}, processes.patience_s)
+    agree({"step of the checkpoint": "none" if found is None else str(found[0])}, processes.timeout_s)
     return found
 
 

@@ -132,10 +132,12 @@ def test_any_graph_runs_once_in_a_valid_order_with_its_collectives_in_theirs(tas
     place = {number: i for i, number in enumerate(order)}
     assert all(place[a] < place[n] for n, task in enumerate(tasks) for a in task.after)
     assert [n for n in order if n in starts] == starts
-    # what is lazy stands before who reads it, and what lies between is lazy as well
-    readers = {a for task in tasks for a in task.after}
-    for number in (n for n, task in enumerate(tasks) if task.lazy and n in readers):
-        behind = next(n for n in order[place[number] + 1 :] if not tasks[n].lazy or n not in readers)
-        assert any(number in tasks[n].after for n in (behind, *order[place[number] + 1 : place[behind]]))
+    # what is lazy stands right before the first that reads it, through others that are lazy perhaps
+    needs: list[set[int]] = []
+    for task in tasks:
+        needs.append({n for a in task.after if tasks[a].lazy for n in (a, *needs[a])})
+    read = {lazy for task, needed in zip(tasks, needs, strict=True) if not task.lazy for lazy in needed}
+    for number in read:
+        assert number in needs[next(n for n in order[place[number] :] if not tasks[n].lazy)]
     played = play(tasks, order)
     assert played.seconds == pytest.approx(sum(t.seconds for t in tasks) + sum(played.exposed.values()))

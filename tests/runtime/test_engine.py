@@ -97,6 +97,20 @@ def test_prefill_of_every_length(engine, length):
     torch.testing.assert_close(engine.prefill([prompt], [None], last_only=True), expected[-1:], **CLOSE)
 
 
+@pytest.mark.parametrize(("dtype", "multiple"), [(torch.float32, 1), (torch.bfloat16, 16)], ids=str)
+def test_prefills_in_bfloat16_are_padded_to_whole_tiles(dtype, multiple, monkeypatch):
+    engine = build(random_weights(ONE_LAYER).to(dtype)).engine
+    lengths, made = [], engine._prefill
+    monkeypatch.setattr(engine, "_prefill", lambda *args: lengths.append(args[2].shape[1]) or made(*args))
+    for prompts in (tokens(1, 1), tokens(1, 16), [*tokens(1, 17), *tokens(1, 3)]):
+        each = [engine.prefill([p], [None], last_only=False) for p in prompts]
+        together = engine.prefill(prompts, [None] * len(prompts), last_only=False)
+        # the norm of what eight bits of a product's factors come to, in one layer
+        assert (together - torch.cat(each)).norm() <= 2**-7 * together.norm()
+        total = sum(map(len, prompts))
+        assert together.shape[0] == total and lengths[-1] == -(-total // multiple) * multiple
+
+
 @pytest.mark.parametrize("batch", range(1, MAX_BATCH_SIZE + 1))
 def test_steps_of_every_batch_size_with_unequal_lengths(engine, steps, batch):
     # one begins with one token, one ends a page while it decodes

@@ -25,6 +25,6 @@ def test_the_link_is_the_named_one_or_the_usual():
 
 def test_settings_that_cannot_be():
     with pytest.raises(ValueError, match=r"want overlap out of \['auto', 'none', 'shared', 'halves'\], got 'all'"):
-        Parallel(overlap="all")
+        Parallel(overlap="all").check()
     with pytest.raises(ValueError, match="want overlap 'auto' with chunks = 2, got 'halves'"):
-        Parallel(chunks=2, overlap="halves")
+        Parallel(chunks=2, overlap="halves").check()

@@ -33,7 +33,7 @@ def test_missing_variables_come_with_the_command_that_sets_them(monkeypatch):
         match="want the variables RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, which torchrun sets, got no RANK, WORLD_SIZE, "
         "MASTER_ADDR, MASTER_PORT; start it with: torchrun --standalone --nproc-per-node=6 train.py --steps 10$",
     ):
-        device_mesh(CPU, 5, data=2, expert=3)
+        device_mesh({"data": 2, "expert": 3}, CPU, 5)
 
 
 def test_the_command_of_a_module(monkeypatch):
@@ -73,7 +73,7 @@ def test_a_group_without_the_device_is_refused(world, monkeypatch):
 )
 def test_sizes_that_are_refused(world, sizes, words):
     with pytest.raises(ValueError, match=words):
-        device_mesh(CPU, 5, **sizes)
+        device_mesh(sizes, CPU, 5)
 
 
 def test_meshes_that_are_refused(world):
@@ -89,7 +89,7 @@ def test_meshes_that_are_refused(world):
     ):
         with pytest.raises(ValueError, match=words):
             check_mesh(mesh, CPU, 5)
-    mesh = device_mesh(CPU, 5, data=2, expert=4)
+    mesh = device_mesh({"data": 2, "expert": 4}, CPU, 5)
     with pytest.raises(ValueError, match="want one of device cuda, which the model is on, got one of cpu"):
         check_mesh(mesh, torch.device("cuda"), 5)
     for timeout_s in (0, -1.0, float("inf"), "60"):

@@ -5,18 +5,19 @@ Every process computes what one process would, without a word to others, and com
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+import tiny_checkpoint
 from deepfuse.blocks import message
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.capacity import Capacity
 from deepfuse.blocks.chunked import Chunked
 from deepfuse.blocks.collectives import all_to_all
-from deepfuse.blocks.config import Config
 from deepfuse.blocks.dropless import Dropless
 from deepfuse.blocks.exchange import Local
 from deepfuse.blocks.expert_parallel import to_expert_parallel
@@ -27,25 +28,8 @@ from deepfuse.blocks.moe import Experts
 from deepfuse.blocks.node_limited import NodeLimited
 from deepfuse.ops.dequantize import straight_through
 
-D, I = 32, 24
-TINY = Config(
-    vocab_size=64,
-    hidden_size=D,
-    intermediate_size=40,
-    moe_intermediate_size=I,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    n_group=4,
-    topk_group=2,
-    first_k_dense_replace=1,
-    q_lora_rank=20,
-    kv_lora_rank=24,
-    qk_nope_head_dim=12,
-    qk_rope_head_dim=8,
-    v_head_dim=10,
-)
+TINY = replace(tiny_checkpoint.TINY, num_hidden_layers=2, num_nextn_predict_layers=0)
+D, I = TINY.hidden_size, TINY.moe_intermediate_size
 
 
 class Worker:

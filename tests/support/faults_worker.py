@@ -158,7 +158,7 @@ def run_case(case, folder):
 
 
 def begun():
-    mesh = device_mesh(torch.device("cpu"), TIMEOUT_S, expert=int(os.environ["WORLD_SIZE"]))
+    mesh = device_mesh({"expert": int(os.environ["WORLD_SIZE"])}, torch.device("cpu"), TIMEOUT_S)
     return Processes.of(mesh, None, "cpu", TIMEOUT_S)[0]
 
 
@@ -172,11 +172,11 @@ def compare_setups(case, folder):
 def be_refused(case):
     cpu = torch.device("cpu")
     if case == "world size":
-        device_mesh(cpu, TIMEOUT_S, data=2, expert=2)
+        device_mesh({"data": 2, "expert": 2}, cpu, TIMEOUT_S)
     begun()
     with raised_by_every_rank(TIMEOUT_S):
         if case == "axis":
-            device_mesh(cpu, TIMEOUT_S, pipeline=WORLD)
+            device_mesh({"pipeline": WORLD}, cpu, TIMEOUT_S)
         if case == "all fail" or dist.get_rank() == 1:
             raise MemoryError("want 3 GiB, got 2")
 
