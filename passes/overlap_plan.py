@@ -94,6 +94,14 @@ def plan(graph: fx.Graph, device: Device, link: Link, tokens: int) -> Plan | Non
     return Plan(work, order, before, after)
 
 
+def seconds_at(graph: fx.Graph, planned: Plan, device: Device, link: Link, tokens: int) -> float | None:
+    """What a graph comes to in the order of a plan with another number of tokens; ``None`` where it is latency-bound."""
+    work = graph_tasks(graph, BalancedSizes(graph, tokens), device, link)
+    played = play(work.tasks, planned.order, work.given)
+    travels = sum(work.tasks[start].link_seconds or 0.0 for start in played.exposed)
+    return None if len(played.exposed) * link.latency > LATENCY * travels else played.seconds
+
+
 def _best(work: GraphTasks, before: Played) -> tuple[Sequence[int], Played]:
     best: tuple[Sequence[int], Played] = (range(len(work.tasks)), before)
     for starts in dict.fromkeys((tuple(starts_of(work.tasks)), tuple(by_depth(work.tasks)))):

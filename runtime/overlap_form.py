@@ -30,6 +30,14 @@ class Form:
         return "two-batch" if self.halves else f"chunked x{self.chunks}" if self.chunks > 1 else "shared expert"
 
 
+@dataclass(frozen=True, slots=True)
+class LargePrefill:
+    """A prefill graph of its own for many tokens: its form, and from how many tokens on it is taken."""
+
+    form: Form
+    tokens: int
+
+
 def in_form(model: CausalLM, form: Form) -> CausalLM:
     """The model itself, or one whose exchanges are in chunks."""
     if form.chunks == 1:

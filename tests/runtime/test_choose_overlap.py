@@ -21,21 +21,11 @@ from deepfuse.runtime.axes import Axes
 from deepfuse.runtime.overlap_form import Form, in_form, of_layers
 from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.trainer import Trainer, Training
+from mesh_worker import SLOW, WIDE
 from tiny_checkpoint import TINY, model_of
 
 # torch 2.11: Dynamo
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-WIDE = replace(
-    TINY,
-    hidden_size=256,
-    moe_intermediate_size=512,
-    num_experts_per_tok=2,
-    num_hidden_layers=1,
-    first_k_dense_replace=0,
-    num_nextn_predict_layers=0,
-)
-"""A layer whose experts take as long as the way to them at 1e8 bytes a second, on the row of a CPU."""
-SLOW = Link(name="slow", bandwidth=1e8, latency=1e-5)
 FAST = Link(name="fast", bandwidth=1e13, latency=0.0)
 
 

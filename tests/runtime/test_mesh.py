@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import deepfuse as df
 import mesh_worker
-from mesh_worker import CORPUS, TRAINED, TRAINING, prompts_of, texts_of, train
+from mesh_worker import CORPUS, LONG, TRAINED, TRAINING, WIDE, prompts_of, texts_of, train
 from ranks import run_ranks
 from tiny_checkpoint import assert_same_state, load
 from tiny_model import checkpoint, tiny_model
@@ -22,7 +22,9 @@ OF_TWO = [
     "tensor=2 model trainer",
     "expert=2 model batches trainer",
     "expert=2 model capacity",
+    "expert=2 trainer halves",
     "data=2 trainer graphs",
+    "expert=2 large",
 ]
 OF_FOUR = ["tensor=2,expert=2 model trainer", "data=2,expert=2 trainer"]
 CASES = [(2, case) for case in OF_TWO] + [(4, case) for case in OF_FOUR]
@@ -86,6 +88,22 @@ def test_the_report_says_which_part_of_the_model_a_process_has(said, size, case)
         assert (words["drops"][1] > 100) == ("capacity" in case)
 
 
+def test_prefills_of_many_tokens_have_a_graph_in_chunks_on_every_process(said):
+    words = [process["expert=2 large"] for process in said[2]]
+    assert words[0]["large"] == words[1]["large"] and words[0]["explained"] == words[1]["explained"]
+    (chunks, least), graphs = words[0]["large"], ["prefill", "prefill_large", "decode_1"]
+    assert chunks > 1 and 40 < least <= 150 and words[0]["graphs"] == graphs
+    # 150 tokens of one process, beside 5 of the other; 40 and 30
+    assert [w["called"] for w in words] == [["prefill_large", "prefill"]] * 2
+    assert f"chunked x{chunks} from {least} tokens on; fewer as the model is" in words[0]["explained"]
+    assert f"layers.0: chunked x{chunks}, under " in words[0]["explained"]
+    alone = df.build(WIDE, device="cpu", compile=False, max_batch_size=1, max_seq_len=1024)
+    for rank, process in enumerate(words):
+        for i, got in enumerate(process["scores"]):
+            want = alone.score([LONG[2 * i + rank]])[0]
+            torch.testing.assert_close(torch.tensor(got), want, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def test_the_report_counts_the_collectives_of_a_call(said):
     # attention and feed-forward of two layers, and the embedding; the head's logits
     per_call = {"all_reduce": 5, "all_gather_into_tensor": 1}
@@ -130,6 +148,7 @@ def test_a_saved_model_is_the_one_that_was_loaded(said, folders, size, case):
 
 @pytest.mark.parametrize(("size", "case"), TRAINERS)
 def test_a_trained_model_is_saved_as_a_checkpoint(said, reference, folders, size, case):
-    model = load(folders[size] / f"trained {case.partition(' ')[0]}")
+    folder = folders[size] / ("halves" if "halves" in case else "")
+    model = load(folder / f"trained {case.partition(' ')[0]}")
     loss = df.Trainer(model, TRAINING, compile=False).evaluate(CORPUS[:50])
     assert loss == pytest.approx(reference[1], abs=TOLERANCE)

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import deepfuse as df
 from deepfuse.blocks.cut import taken
+from deepfuse.ir.link import Link
 from deepfuse.runtime.axes import axes_of
 from deepfuse.runtime.save import save_checkpoint
 from deepfuse.runtime.trainer import Trainer, mtp_loss, next_token_loss
@@ -25,6 +26,22 @@ TRAINING = df.Training(
     steps=2, batch_size=4, seq_len=8, lr=1e-3, warmup_steps=1, dtype=torch.float32, mtp_steps=1, clip_norm=0.05
 )
 """Which clips the gradients of each step."""
+
+WIDE = replace(
+    TINY,
+    hidden_size=256,
+    moe_intermediate_size=512,
+    num_experts_per_tok=2,
+    num_hidden_layers=1,
+    first_k_dense_replace=0,
+    num_nextn_predict_layers=0,
+    max_position_embeddings=1024,
+    initializer_range=0.1,
+)
+"""A layer whose experts take as long, on the row of a CPU, as the way to them over :data:`SLOW`."""
+SLOW = Link(name="slow", bandwidth=1e8, latency=1e-5)
+LONG = [[(7 * i + 3) % 60 for i in range(n)] for n in (150, 5, 40, 30)]
+"""Prompts of many tokens and of few: two calls of two processes each."""
 
 
 def prompts_of(rank: int) -> list[list[int]]:
@@ -61,8 +78,13 @@ def main(folder: Path, checkpoint: str, reference: str, *meshes: str) -> None:
         if "model" in what:
             parallel = df.Parallel(mode="capacity", capacity_factor=8) if "capacity" in what else None
             words |= _built(mesh, checkpoint, folder, parallel, max_batch_size=2 if "batches" in what else 1)
+        if "large" in what:
+            words |= _large(mesh)
         if "trainer" in what:
-            words |= _trained(mesh, torch.load(reference), folder, graphs="graphs" in what)
+            parallel = df.Parallel(overlap="halves") if "halves" in what else None
+            into = folder / "halves" if parallel else folder
+            into.mkdir(exist_ok=True)
+            words |= _trained(mesh, torch.load(reference), into, parallel, graphs="graphs" in what)
     (folder / f"said{torch.distributed.get_rank()}.json").write_text(json.dumps(said))
     torch.distributed.destroy_process_group()
 
@@ -89,6 +111,27 @@ def _built(
     }
 
 
+def _large(mesh: DeviceMesh) -> dict[str, Any]:
+    """A model with a prefill graph of its own for many tokens: its scores, and the graphs that were called for them."""
+    room = {"max_batch_size": 1, "max_seq_len": 1024}
+    model = df.build(WIDE, device="cpu", compile=False, mesh=mesh, parallel=df.Parallel(link=SLOW), **room)
+    called: list[str] = []
+
+    def noted(name: str, graph: Any) -> Any:
+        return lambda *args: (called.append(name), graph(*args))[1]
+
+    rank = axes_of(mesh).token_rank
+    with model.engine.wrapped(noted):
+        scores = [model.score([LONG[2 * i + rank]])[0].tolist() for i in range(2)]
+    return {
+        "scores": scores,
+        "called": called,
+        "large": [model.engine.large.form.chunks, model.engine.large.tokens],
+        "graphs": [g.name for g in model.report.journal.graphs],
+        "explained": model.explain("overlap_all_to_all"),
+    }
+
+
 def _cut_short(model: Any, own: list[list[int]]) -> Any:
     """One process stops reading early; the others must not wait for it."""
     pieces = model.generate(own, max_new_tokens=6, temperature=0.0, stop_token_ids=[], stream=True)
@@ -96,9 +139,12 @@ def _cut_short(model: Any, own: list[list[int]]) -> Any:
     pieces.close() if hasattr(pieces, "close") else None
 
 
-def _trained(mesh: DeviceMesh, reference: list[dict[str, Any]], folder: Path, *, graphs: bool) -> dict[str, Any]:
+def _trained(
+    mesh: DeviceMesh, reference: list[dict[str, Any]], folder: Path, parallel: df.Parallel | None, *, graphs: bool
+) -> dict[str, Any]:
     def trainer() -> Trainer:
-        return df.build(TRAINED, device="cpu", compile=False, training=TRAINING, mesh=mesh, seed=1)
+        how = {"device": "cpu", "compile": False, "seed": 1}
+        return df.build(TRAINED, training=TRAINING, mesh=mesh, parallel=parallel, **how)
 
     first = trainer()
     steps = train(first, graphs=graphs)
