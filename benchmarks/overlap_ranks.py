@@ -30,8 +30,7 @@ from deepfuse.blocks.presets import PRESETS
 from deepfuse.ir.device import CPU, Device
 from deepfuse.ir.link import Link
 from deepfuse.ir.private import compile_inner, pin, with_own_code
-from deepfuse.passes.graph_tasks import start_of
-from deepfuse.passes.pin_order import is_kernel
+from deepfuse.passes.graph_tasks import is_kernel, start_of
 from deepfuse.passes.pipeline import default
 from deepfuse.passes.runner import Runner
 

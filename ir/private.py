@@ -224,6 +224,44 @@ def _graphs_at_once() -> Iterator[None]:
         yield
 
 
+class _Traced(Exception):
+    """The graphs are known: nothing is to run."""
+
+
+def traced(fn: Callable[..., Any], args: tuple[Any, ...]) -> list[fx.GraphModule]:
+    """The graphs that a call of ``fn`` would have: forward, and backward where it has gradients. Nothing runs.
+
+    In the dialect that the hooks of :func:`inductor_options` see, which have not been called.
+    """
+    from functorch.compile import min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    found: list[fx.GraphModule] = []
+
+    def inference(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        found.append(gm)
+        raise _Traced
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **settings: Any) -> Any:
+        found.extend(min_cut_rematerialization_partition(joint, joint_inputs, **settings))
+        raise _Traced
+
+    backend = aot_autograd(
+        fw_compiler=inference,
+        inference_compiler=inference,
+        partition_fn=partition,
+        decompositions=dict(inductor_decompositions()),
+        keep_inference_input_mutations=True,
+    )
+    try:
+        torch.compile(with_own_code(fn), fullgraph=True, dynamic=False, backend=backend)(*args)
+    except Exception:
+        # Dynamo wraps it, in one way or another
+        if not found:
+            raise
+    return found
+
+
 def compile_inner(
     gm: fx.GraphModule,
     example_inputs: list[Any],

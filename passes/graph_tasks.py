@@ -24,6 +24,8 @@ from deepfuse.passes.mutation import is_mutation, mutation_arguments
 from deepfuse.passes.overlap_schedule import Task
 
 WAIT = collectives.wait_tensor.default
+_LOOPS = {"aten", "prims", "inductor"}
+"""Namespaces of what Inductor makes loops of; but for products, and what it has no loops for."""
 MATMULS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
 
@@ -54,9 +56,12 @@ def graph_tasks(graph: fx.Graph, sizes: BalancedSizes, device: Device, link: Lin
     made = set(given)
     kept = {storage for node in (*stay, *graph.output_node().all_input_nodes) for storage in _storages(node)}
     written = _writes(nodes)
-    tasks = []
+    tasks: list[Task] = []
+    lazy: set[fx.Node] = set(inputs)
     for node in nodes:
         storages = _storages(node)
+        if _is_loop(node) and node not in written and lazy.issuperset(node.all_input_nodes):
+            lazy.add(node)
         makes = {storage: sizes.bytes(value) for storage, value in storages.items() if storage not in made}
         made |= makes.keys()
         reads = {storage for n in node.all_input_nodes for storage in _storages(n)} | makes.keys()
@@ -74,9 +79,23 @@ def graph_tasks(graph: fx.Graph, sizes: BalancedSizes, device: Device, link: Lin
                 start=None if start is None else number[start],
                 makes=makes,
                 reads=frozenset(reads - kept),
+                # Inductor computes it in the loops that read it
+                lazy=node in lazy,
             )
         )
     return GraphTasks(nodes, tasks, given)
+
+
+def is_kernel(node: fx.Node) -> bool:
+    """Whether Inductor calls it, a product or an op without loops, and fuses it into nothing."""
+    namespace = getattr(node.target, "namespace", "")
+    return getattr(node.target, "overloadpacket", None) in MATMULS or namespace not in (*_LOOPS, COLLECTIVES, "")
+
+
+def _is_loop(node: fx.Node) -> bool:
+    """Whether Inductor computes it where it is read, or it is no work at all."""
+    collective = getattr(node.target, "namespace", "") == COLLECTIVES
+    return node.op == "call_function" and not (is_kernel(node) or collective or node.is_impure())
 
 
 def _storages(node: fx.Node) -> dict[int, Tensor]:
@@ -102,7 +121,8 @@ def _writes(nodes: list[fx.Node]) -> Mapping[fx.Node, list[fx.Node]]:
                 before.setdefault(node, []).append(writer[storage])
         for storage in changed:
             before.setdefault(node, []).extend(touched.get(storage, []))
-        if node.is_impure() and not changed:
+        # torch keeps waits from being left out by calling them impure; their data alone order them
+        if node.is_impure() and not changed and getattr(node.target, "namespace", "") != COLLECTIVES:
             before.setdefault(node, []).extend(checks[-1:])
             checks.append(node)
         for storage in storages:

@@ -12,7 +12,7 @@ import torch
 from deepfuse.ir.private import dynamo_counters
 from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.runtime import engine as engine_module
-from deepfuse.runtime.engine import buckets
+from deepfuse.runtime.engine import buckets, prefill_inputs
 from tiny_model import MAX_BATCH_SIZE, MAX_SEQ_LEN, ONE_LAYER, build, eager_logits, random_weights, tiny_model
 
 LENGTHS = (1, 2, 3, 5, 17, 31, 63, 64, 65, 100, 128)
@@ -174,7 +174,7 @@ def test_a_graph_made_later_is_counted():
     """The count that other tests want to be 0 is one that moves."""
     model = build(random_weights(ONE_LAYER))
     assert model.report.recompiles == 0
-    tokens_3T, q_start, rows = model.engine._prefill_inputs([[1, 2]], [None], last_only=True)
+    tokens_3T, q_start, rows = prefill_inputs([[1, 2]], [None], model.engine.device, last_only=True)
     with torch.no_grad():
         model.engine._prefill(model.engine.model, model.engine.cache.layers, tokens_3T, q_start, rows.int())
     assert model.report.recompiles == 1
