@@ -37,20 +37,24 @@ class SequenceBalance(nn.Module):
 
     seen: Tensor
 
-    def __init__(self, alpha: float, seq_len: int):
-        """Tokens are whole sequences of ``seq_len``, one after the other; ``alpha`` is 1e-4 for DeepSeek-V3."""
+    def __init__(self, alpha: float, seq_len: int, sequences: int | None = None):
+        """Tokens are whole sequences of ``seq_len``, one after the other; ``alpha`` is 1e-4 for DeepSeek-V3.
+
+        ``sequences``: of a step, over which the mean is, where a router gets these in halves; ``None``: those of each call.
+        """
         super().__init__()
         if not 0 <= alpha < math.inf or seq_len < 1:
             raise ValueError(f"balance loss: want a finite alpha >= 0 and seq_len >= 1, got {alpha} and {seq_len}")
-        self.alpha, self.seq_len = alpha, seq_len
+        self.alpha, self.seq_len, self.sequences = alpha, seq_len, sequences
         # losses without alpha, and how many, since somebody last looked
         self.register_buffer("seen", torch.zeros(2, dtype=torch.float32), persistent=False)
 
     def joined(self, logits: Tensor, num_experts_per_tok: int, scoring_func: str) -> Tensor:
         """``logits [T, E]`` as they are, whose gradient will have the loss's added."""
         loss = sequence_balance_loss(logits, self.seq_len, num_experts_per_tok, scoring_func)
-        self.seen.add_(torch.stack((loss.detach(), torch.ones_like(loss))))
-        return _Joined.apply(logits, self.alpha * loss)  # type: ignore[no-untyped-call, no-any-return]
+        share = 1.0 if self.sequences is None else logits.shape[0] / (self.seq_len * self.sequences)
+        self.seen.add_(torch.stack((loss.detach(), torch.ones_like(loss))) * share)
+        return _Joined.apply(logits, self.alpha * share * loss)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def sequence_balance_loss(logits: Tensor, seq_len: int, num_experts_per_tok: int, scoring_func: str) -> Tensor:

@@ -11,6 +11,7 @@ Source: pipelined experts, Tutel (arXiv:2206.03382), section 3.3.
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 class Chunked(nn.Module):
@@ -31,5 +32,7 @@ class Chunked(nn.Module):
         sizes = [each] * (self.chunks - 1)
         sizes.append(T - sum(sizes))
         parts = zip(x.split(sizes), weights.split(sizes), experts.split(sizes), strict=True)
-        done = [self.exchange(*part, ffn) for part in parts]
+        # weights that are gathered over processes, once for all chunks
+        with parametrize.cached():
+            done = [self.exchange(*part, ffn) for part in parts]
         return torch.cat([out for out, _ in done]), torch.stack([load for _, load in done]).sum(0)

@@ -1,6 +1,7 @@
 """The causal language model. Dims: T tokens, D model width, R rows asked for, L layers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from deepfuse.blocks.linear import Linear
 from deepfuse.blocks.mtp import MTP
 from deepfuse.blocks.norm import RMSNorm
 from deepfuse.blocks.rotary import Rotary
+from deepfuse.blocks.two_batch import joined, parts_of, split, weights_once
 from deepfuse.ops.linear import linear
 
 
@@ -59,6 +61,7 @@ class CausalLM(nn.Module):
         seqlens: Tensor | None = None,
         caches: Sequence[Tensor] = (),
         rows: Tensor | None = None,
+        first_half: int | None = None,
     ) -> Tensor:
         """Logits of the next token.
 
@@ -67,12 +70,20 @@ class CausalLM(nn.Module):
             positions, q_start, slots, block_table, seqlens: see :class:`~deepfuse.blocks.batch.Batch`.
             caches: one latent cache a layer, written in place; none to keep nothing.
             rows: ``[R]`` int64, the tokens whose logits are wanted; ``None`` for all.
+            first_half: see :meth:`stream`.
 
         Returns:
             ``[R, vocab_size]`` float32.
         """
         h, delta, _ = self.stream(
-            input_ids, positions, q_start, slots=slots, block_table=block_table, seqlens=seqlens, caches=caches
+            input_ids,
+            positions,
+            q_start,
+            slots=slots,
+            block_table=block_table,
+            seqlens=seqlens,
+            caches=caches,
+            first_half=first_half,
         )
         if rows is not None:
             h, delta = h[rows], delta[rows]
@@ -88,16 +99,23 @@ class CausalLM(nn.Module):
         block_table: Tensor | None = None,
         seqlens: Tensor | None = None,
         caches: Sequence[Tensor] = (),
+        first_half: int | None = None,
     ) -> tuple[Tensor, Tensor, Batch]:
-        """The residual stream before the final norm as a pair to be added, ``[T, D]`` each, and the batch."""
+        """The residual stream before the final norm as a pair to be added, ``[T, D]`` each, and the batch.
+
+        ``first_half``: tokens of the first ``(B + 1) // 2`` sequences, where these go through the layers by turns with the
+        others (``two_batch.py``); ``None``: all together.
+        """
         cos, sin = self.model.rotary_emb(positions)
         batch = Batch(positions, q_start, cos, sin, slots, block_table, seqlens)
         h = self.model.embed_tokens(input_ids)
-        delta: Tensor | None = None
-        for i in range(self.config.num_hidden_layers):
-            delta, h = self.model.layers[i](delta, h, batch, caches[i] if caches else None)
-        assert delta is not None
-        return h, delta, batch
+        parts = parts_of(batch, first_half)
+        streams: list[tuple[Any, Tensor]] = [(None, part) for part in split(h, parts)]
+        with weights_once(parts):
+            for i in range(self.config.num_hidden_layers):
+                layer, cache = self.model.layers[i], caches[i] if caches else None
+                streams = [layer(*stream, part, cache) for stream, part in zip(streams, parts, strict=True)]
+        return joined([h for _, h in streams]), joined([delta for delta, _ in streams]), batch
 
     def logits(self, x: Tensor) -> Tensor:
         """``[R, D]``, normed -> ``[R, vocab_size]`` float32."""

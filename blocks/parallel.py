@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.capacity import Drop
@@ -11,6 +11,8 @@ from deepfuse.blocks.message import Dispatch
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.tensor_parallel import to_tensor_parallel
 from deepfuse.ir.link import Link
+
+Overlap = Literal["auto", "none", "shared", "halves"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +30,11 @@ class Parallel:
     """What goes beyond it: the choices of the lowest weight, or by ``position`` those of the last tokens."""
     dispatch: Dispatch = "auto"
     """``fp8``: rows travel to experts as FP8; ``auto``: where the experts would quantize them anyway."""
+    overlap: Overlap = "auto"
+    """What hides the way of tokens: ``shared``, the shared expert; ``halves`` of the batch in training, one under the other;
+    ``auto``: whichever is predicted to be fastest, chunks among them; ``none``."""
     chunks: int = 1
-    """Of a layer's tokens: 2 to 4, so that one travels while experts compute another; for many tokens (prefill, training)."""
+    """Of a layer's tokens: 2 to 4, so that one travels while experts compute another, however many tokens there are."""
     max_ctas: int | None = 20
     """On CUDA, multiprocessors that a transfer of tokens may take from what runs beside it (NCCL's name); ``None``: NCCL's
     choice. 20 of an H800's 132 are DeepSeek-V3's (arXiv:2412.19437, section 3.2.2)."""
@@ -42,9 +47,9 @@ class Parallel:
         Raises:
             ValueError: a setting is out of its range.
         """
-        for name, kinds in (("mode", get_args(Mode)), ("drop", get_args(Drop)), ("dispatch", get_args(Dispatch))):
-            if getattr(self, name) not in kinds:
-                raise ValueError(f"parallel: want {name} out of {list(kinds)}, got {getattr(self, name)!r}")
+        for name, of in (("mode", Mode), ("drop", Drop), ("dispatch", Dispatch), ("overlap", Overlap)):
+            if getattr(self, name) not in get_args(of):
+                raise ValueError(f"parallel: want {name} out of {list(get_args(of))}, got {getattr(self, name)!r}")
         if not 1 <= self.chunks <= 4:
             raise ValueError(f"parallel: want chunks from 1 to 4, got {self.chunks}; 1 leaves the tokens together")
         of_node = self.ranks_per_node
@@ -59,6 +64,8 @@ class Parallel:
             )
         if self.max_ctas is not None and (type(self.max_ctas) is not int or self.max_ctas < 1):
             raise ValueError(f"parallel: want max_ctas as an integer >= 1, or None, got {self.max_ctas!r}")
+        if self.chunks > 1 and self.overlap != "auto":
+            raise ValueError(f"parallel: want overlap 'auto' with chunks = {self.chunks}, got {self.overlap!r}")
         if not 0 < self.capacity_factor < math.inf:
             raise ValueError(f"parallel: want a finite capacity_factor > 0, got {self.capacity_factor}")
 

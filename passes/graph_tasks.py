@@ -1,7 +1,7 @@
 """A graph's nodes as tasks of a schedule: what each costs, what must come before it, and the memory it makes and reads.
 
-An op of ours costs what it says (``Op.cost``), a product of ATen's its FLOPs and bytes, other calls the bytes they read and
-write, views nothing. Inductor computes chains of elementwise calls in one kernel: of these the bytes are an upper bound.
+An op of ours costs what it says (``Op.cost``), what torch knows the FLOPs of these and its bytes, other calls the bytes they
+read and write, views nothing; collectives hold the link (:mod:`deepfuse.passes.collective_seconds`). Inductor computes chains of elementwise calls in one kernel: of these the bytes are an upper bound.
 """
 
 from collections.abc import Mapping
@@ -10,18 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils.flop_counter import flop_registry
 
 from deepfuse.ir.cost import Cost
 from deepfuse.ir.device import Device
-from deepfuse.ir.link import Link, all_to_all_seconds
+from deepfuse.ir.link import Link
 from deepfuse.ir.op import NAMESPACE, OPS, Op
 from deepfuse.ir.private import COLLECTIVES, collectives, storage_id
 from deepfuse.passes.balanced_sizes import ALL_TO_ALL, BalancedSizes
+from deepfuse.passes.collective_seconds import collective_of, collective_seconds
 from deepfuse.passes.match import VIEWS
 from deepfuse.passes.mutation import is_mutation, mutation_arguments
 from deepfuse.passes.overlap_schedule import Task
 
 WAIT = collectives.wait_tensor.default
+_LOOPS = {"aten", "prims", "inductor"}
+"""Namespaces of what Inductor makes loops of; but for products, and what it has no loops for."""
 MATMULS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
 
@@ -39,7 +43,8 @@ def graph_tasks(graph: fx.Graph, sizes: BalancedSizes, device: Device, link: Lin
 
     Args:
         sizes: numbers for the graph's sizes.
-        device, link: what computes, and what carries the messages of all-to-alls; other collectives cost nothing.
+        device, link: what computes, and what carries the messages. All-to-alls are to be moved; other collectives hold the
+            link where they stand.
     """
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     number = {node: i for i, node in enumerate(nodes)}
@@ -51,27 +56,46 @@ def graph_tasks(graph: fx.Graph, sizes: BalancedSizes, device: Device, link: Lin
     made = set(given)
     kept = {storage for node in (*stay, *graph.output_node().all_input_nodes) for storage in _storages(node)}
     written = _writes(nodes)
-    tasks = []
+    tasks: list[Task] = []
+    lazy: set[fx.Node] = set(inputs)
     for node in nodes:
         storages = _storages(node)
+        if _is_loop(node) and node not in written and lazy.issuperset(node.all_input_nodes):
+            lazy.add(node)
         makes = {storage: sizes.bytes(value) for storage, value in storages.items() if storage not in made}
         made |= makes.keys()
         reads = {storage for n in node.all_input_nodes for storage in _storages(n)} | makes.keys()
-        start = start_of(node)
+        start = collective_of(node)
         if start is not None:  # until then the message is read
             reads |= {storage for n in start.all_input_nodes for storage in _storages(n)}
         after = {number[n] for n in (*node.all_input_nodes, *written.get(node, ())) if n in number}
+        held, moves = collective_seconds(node, sizes, link), node.target is ALL_TO_ALL
         tasks.append(
             Task(
                 seconds=_seconds(node, sizes, device),
                 after=tuple(sorted(after)),
-                link_seconds=_link_seconds(node, sizes, link),
+                link_seconds=held if moves else None,
+                held=None if moves else held,
                 start=None if start is None else number[start],
                 makes=makes,
                 reads=frozenset(reads - kept),
+                # Inductor computes it in the loops that read it
+                lazy=node in lazy,
             )
         )
     return GraphTasks(nodes, tasks, given)
+
+
+def is_kernel(node: fx.Node) -> bool:
+    """Whether Inductor calls it, a product or an op without loops, and fuses it into nothing."""
+    namespace = getattr(node.target, "namespace", "")
+    return getattr(node.target, "overloadpacket", None) in MATMULS or namespace not in (*_LOOPS, COLLECTIVES, "")
+
+
+def _is_loop(node: fx.Node) -> bool:
+    """Whether Inductor computes it where it is read, or it is no work at all."""
+    collective = getattr(node.target, "namespace", "") == COLLECTIVES
+    return node.op == "call_function" and not (is_kernel(node) or collective or node.is_impure())
 
 
 def _storages(node: fx.Node) -> dict[int, Tensor]:
@@ -97,7 +121,8 @@ def _writes(nodes: list[fx.Node]) -> Mapping[fx.Node, list[fx.Node]]:
                 before.setdefault(node, []).append(writer[storage])
         for storage in changed:
             before.setdefault(node, []).extend(touched.get(storage, []))
-        if node.is_impure() and not changed:
+        # torch keeps waits from being left out by calling them impure; their data alone order them
+        if node.is_impure() and not changed and getattr(node.target, "namespace", "") != COLLECTIVES:
             before.setdefault(node, []).extend(checks[-1:])
             checks.append(node)
         for storage in storages:
@@ -120,17 +145,8 @@ def _changed(node: fx.Node) -> set[int]:
 
 def start_of(node: fx.Node) -> fx.Node | None:
     """What starts the all-to-all that a node waits for."""
-    if node.target is not WAIT:
-        return None
-    start: Any = node.args[0]
-    return start if start.target is ALL_TO_ALL else None
-
-
-def _link_seconds(node: fx.Node, sizes: BalancedSizes, link: Link) -> float | None:
-    if node.target is not ALL_TO_ALL:
-        return None
-    sent: Any = node.args[0]
-    return all_to_all_seconds(link, sizes.bytes(sent.meta["val"]), len(node.args[1]))  # type: ignore[arg-type]
+    start = collective_of(node)
+    return start if start is not None and start.target is ALL_TO_ALL else None
 
 
 def _seconds(node: fx.Node, sizes: BalancedSizes, device: Device) -> float:
@@ -160,9 +176,9 @@ def _op_of(target: Any) -> Op | None:
 
 
 def _flops(node: fx.Node, sizes: BalancedSizes) -> int:
-    """Of a product, a multiply-add as two; of others none, which memory bounds."""
-    if getattr(node.target, "overloadpacket", None) not in MATMULS:
+    """Of products, convolutions and attention of ATen's, by torch's own formulas; of others none, which memory bounds."""
+    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if formula is None:
         return 0
-    left: Any = node.args[-2]
-    out = sizes.tensor(node.meta["val"])
-    return 2 * out.numel() * sizes.size(left.meta["val"].shape[-1])
+    args, kwargs, out = (sizes.arguments(node, part) for part in (list(node.args), dict(node.kwargs), node))
+    return int(formula(*args, **kwargs, out_val=out))

@@ -29,18 +29,23 @@ class Task:
     Attributes:
         seconds: of compute.
         after: numbers of the tasks that come before it.
-        link_seconds: of what starts a collective: how long its message is on the link; ``None`` of others.
+        link_seconds: of what starts a collective that is scheduled: how long its message is on the link; ``None`` of others.
+        held: likewise, of a collective that is not: it comes when it may, and holds the link.
         start: of a wait: the task that started what it waits for.
         makes: storage -> bytes that it allocates.
         reads: storages that it reads; until their last reader they live.
+        lazy: whether it reads inputs alone, and is done when it is read: at any time, so that it is nothing to fill a gap
+            with. All that comes before it is lazy.
     """
 
     seconds: float = 0.0
     after: tuple[int, ...] = ()
     link_seconds: float | None = None
+    held: float | None = None
     start: int | None = None
     makes: Mapping[int, int] = field(default_factory=dict)
     reads: frozenset[int] = frozenset()
+    lazy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,7 @@ class Played:
 
     Attributes:
         seconds: of the step.
-        exposed: start -> seconds that its waits stand still.
+        exposed: start of a scheduled collective -> seconds that its waits stand still.
         peak: bytes that live at once.
     """
 
@@ -79,8 +84,11 @@ def play(tasks: Sequence[Task], order: Sequence[int], given: Mapping[int, int] |
         if task.link_seconds is not None:
             free = ends[number] = max(clock, free) + task.link_seconds
             exposed[number] = 0.0
+        if task.held is not None:
+            free = ends[number] = max(clock, free) + task.held
         if task.start is not None:
-            exposed[task.start] += max(ends[task.start] - clock, 0.0)
+            if task.start in exposed:
+                exposed[task.start] += max(ends[task.start] - clock, 0.0)
             clock = max(clock, ends[task.start])
         for storage, made in task.makes.items():
             size[storage] = made
@@ -146,11 +154,11 @@ class _Scheduler:
         self.ready: dict[int, list[int]] = {}
         self.waits: dict[int, list[int]] = {}
         self.order: list[int] = []
+        self.placed: set[int] = set()
         self.clock = self.free = 0.0
         self.ends: dict[int, float] = {}
-        for number in in_order(tasks):
-            if not self.missing[number]:
-                self._becomes_ready(number)
+        for number in [n for n in in_order(tasks) if not self.missing[n]]:
+            self._becomes_ready(number)
 
     def run(self) -> list[int]:
         for k, start in enumerate(self.starts):
@@ -162,15 +170,36 @@ class _Scheduler:
         return self.order
 
     def _becomes_ready(self, number: int) -> None:
+        if self.tasks[number].lazy:  # it holds nobody up
+            self._release(number)
+            return
         waits = self.tasks[number].start is not None
         heapq.heappush((self.waits if waits else self.ready).setdefault(self.need[number], []), number)
 
     def _do(self, number: int) -> None:
+        self._done(number)
         task = self.tasks[number]
-        self.order.append(number)
-        self.clock += task.seconds
         if task.start is not None:
             self.clock = max(self.clock, self.ends[task.start])
+        if task.held is not None:
+            self.free = self.ends[number] = max(self.clock, self.free) + task.held
+        self._release(number)
+
+    def _done(self, number: int) -> None:
+        """It is its turn, and that of what is lazy before it."""
+        pending = [number]
+        while pending:
+            lazy = [a for a in self.tasks[pending[-1]].after if self.tasks[a].lazy and a not in self.placed]
+            if lazy:
+                pending += lazy
+                continue
+            last = pending.pop()
+            if last not in self.placed:
+                self.placed.add(last)
+                self.order.append(last)
+                self.clock += self.tasks[last].seconds
+
+    def _release(self, number: int) -> None:
         for user in self.users[number]:
             self.missing[user] -= 1
             if not self.missing[user]:
@@ -196,7 +225,7 @@ class _Scheduler:
         """Wait for what comes first, and do something else until then."""
         number = min(waits, key=lambda w: (self.ends[self._start(w)], w))
         start = self._start(number)
-        covered = self.ends[start] + (SLACK - 1) * (self.tasks[start].link_seconds or 0.0)
+        covered = self.ends[start] + (SLACK - 1) * (self.tasks[start].link_seconds or self.tasks[start].held or 0.0)
         while self.clock < covered:
             filler = self._filler(k, covered - self.clock)
             if filler is None:
@@ -236,3 +265,6 @@ class _Scheduler:
                 self._do(heapq.heappop(self.ready[NEVER]))
             else:
                 self._wait(self.waits[NEVER], NEVER)
+        for number in in_order(self.tasks):
+            if number not in self.placed:  # lazy, and a result
+                self._done(number)

@@ -12,13 +12,10 @@ Source: torch/_inductor/fx_passes/control_dependencies.py.
 
 from torch import fx
 
-from deepfuse.ir.private import COLLECTIVES, SITE, pin
+from deepfuse.ir.private import SITE, pin
 from deepfuse.passes.emitted_order import Flight
-from deepfuse.passes.graph_tasks import MATMULS, start_of
+from deepfuse.passes.graph_tasks import is_kernel, start_of
 from deepfuse.passes.overlap_all_to_all import PINNED
-
-_LOOPS = {"aten", "prims", "inductor"}
-"""Namespaces of what Inductor makes loops of; but for products, and what it has no loops for."""
 
 
 def pin_order(graph: fx.Graph) -> list[Flight]:
@@ -46,9 +43,3 @@ def pin_order(graph: fx.Graph) -> list[Flight]:
                 kernels.append(node.meta[SITE])
     pin(graph, after)
     return flights
-
-
-def is_kernel(node: fx.Node) -> bool:
-    """Whether Inductor calls it, a product or an op without loops, and fuses it into nothing."""
-    namespace = getattr(node.target, "namespace", "")
-    return getattr(node.target, "overloadpacket", None) in MATMULS or namespace not in (*_LOOPS, COLLECTIVES, "")

@@ -133,11 +133,18 @@ class _Recorder(TorchDispatchMode):
         return self.sizes[expression]
 
     def _dimension(self, expression: Any) -> fx.Node | None:
-        """A dimension of a given tensor, or a dimension divided by the number that it is a multiple by."""
+        """A dimension of a given tensor, or a dimension divided by the number that it is a multiple by; or, of a sum, a
+        multiple of one: what is left behind a split has a size like T - T // 2, of which 2 T - 2 (T // 2) is twice as much."""
         for tensor, dim, size in self._dimensions():
-            if (times := size / expression).is_Integer:
+            times = (size / expression).cancel() if expression.is_Add else size / expression
+            multiple = expression.is_Add and (1 / times).is_Integer
+            if times.is_Integer or multiple:
                 node = self.graph.call_function(aten.sym_size.int, (self.nodes[id(tensor)], dim))
-                return node if times == 1 else self.graph.call_function(operator.floordiv, (node, int(times)))
+                if times == 1:
+                    return node
+                if multiple:
+                    return self.graph.call_function(operator.mul, (node, int(1 / times)))
+                return self.graph.call_function(operator.floordiv, (node, int(times)))
         return None
 
     def _dimensions(self) -> Iterator[tuple[Tensor, int, Any]]:

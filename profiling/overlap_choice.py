@@ -15,7 +15,7 @@ of them, and each message has its latency.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from deepfuse.passes.overlap_all_to_all import REACHES
+from deepfuse.passes.overlap_plan import REACHES
 from deepfuse.passes.overlap_schedule import Task, by_depth, play, schedule, starts_of
 
 CHUNKS = (2, 4)

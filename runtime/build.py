@@ -30,6 +30,7 @@ from deepfuse.runtime.expert_link import expert_link
 from deepfuse.runtime.generation import Sampling, Speed, generate_tokens
 from deepfuse.runtime.generation_config import GenerationConfig
 from deepfuse.runtime.kept_engine import kept_engine
+from deepfuse.runtime.large_prefill import decided, keep, large_prefill
 from deepfuse.runtime.latent_cache import (
     FP8,
     LatentCache,
@@ -218,16 +219,20 @@ def build(
                 cfg, folder, wanted, dtype, seed, in_fp8=in_fp8, activations=activations, with_experts=laid, cut=cut
             )
     if training is not None:
-        return Trainer(
-            causal_lm,
-            training,
-            compile=compile,
-            pipeline=pipeline,
-            how=how,
-            fp8=online,
-            providers=forced,
-            processes=processes,
-        )
+        with processes.raising_together("compile"):
+            trainer = Trainer(
+                causal_lm,
+                training,
+                compile=compile,
+                pipeline=pipeline,
+                how=how,
+                fp8=online,
+                providers=forced,
+                processes=processes,
+            )
+            if mesh is not None:
+                agree({"overlap": repr(trainer.runner.settings["decided"])}, timeout_s)
+        return trainer
 
     # before a minute of compiling: these files may be damaged as well
     defaults = GenerationConfig() if folder is None else GenerationConfig.from_folder(folder)
@@ -244,7 +249,13 @@ def build(
             trial = Runner(pipeline, settings, **{**how, "meet": processes.compare})
             _verify(causal_lm.eval(), cache, trial, max_batch_size, length, processes.lockstep(wanted))
         kept = BuildFolder(key) if compile else None
-        made = kept_engine(causal_lm.eval(), cache, runner, max_batch_size, kept, processes)
+        large, why = large_prefill(causal_lm.eval(), cache.layers, runner, processes, kept)
+        if processes.axes.expert is not None:
+            agree({"overlap": repr((large, why))}, timeout_s)
+        runner.settings = {**settings, "decided": decided(large, why)}
+        made = kept_engine(causal_lm, cache, runner, max_batch_size, kept, processes, large)
+        if kept is not None and why:
+            keep(kept, large, why)
     report = Report(
         model=str(source) if isinstance(source, str | Path) else type(source).__name__,
         device=row.name if wanted.type == "cuda" else str(wanted),

@@ -14,7 +14,7 @@ from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.model import CausalLM
 from deepfuse.passes.pipeline import Pipeline
-from deepfuse.runtime import engine
+from deepfuse.runtime import choose_overlap, engine, large_prefill, overlap_form
 
 
 def graph_key(
@@ -34,7 +34,8 @@ def graph_key(
         pipeline.key(sorted(settings.items())),
         repr(cfg),
         f"{dtype} {device} {sorted(room.items())}",
-        inspect.getsource(engine),
+        # which graphs there are, and what they are of
+        *(inspect.getsource(m) for m in (engine, choose_overlap, large_prefill, overlap_form)),
         # a graph goes through modules and functions of any of them
         *(path.read_text() for path in sorted(Path(deepfuse.blocks.__path__[0]).glob("*.py"))),
     ]

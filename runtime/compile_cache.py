@@ -108,15 +108,23 @@ class BuildFolder:
             except OSError:
                 os.unlink(temporary)
 
-    def read_report(self) -> dict[str, Any] | None:
-        """The report of the build that filled the folder; ``None`` if there is none that can be read."""
+    def read_json(self, name: str) -> Any:
+        """What was written under a name; ``None`` if there is nothing that can be read."""
         try:
-            return json.loads((self.path / "report.json").read_text())
+            return json.loads((self.path / f"{name}.json").read_text())
         except (OSError, ValueError):
             return None
 
+    def write_json(self, name: str, data: Any) -> None:
+        self.write(f"{name}.json", json.dumps(data).encode())
+
+    def read_report(self) -> dict[str, Any] | None:
+        """The report of the build that filled the folder; ``None`` if there is none that can be read."""
+        found: dict[str, Any] | None = self.read_json("report")
+        return found
+
     def write_report(self, report: dict[str, Any]) -> None:
-        self.write("report.json", json.dumps(report).encode())
+        self.write_json("report", report)
 
     def discard(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

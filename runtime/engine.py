@@ -1,6 +1,7 @@
 """The compiled graphs of a model and their calls: one prefill graph, and one decode graph for each batch bucket.
 
-    prefill   tokens of fresh sequences, one after the other, of any number and length -> logits of chosen rows
+    prefill   tokens of fresh sequences, one after the other, of any number and length -> logits of chosen rows;
+              over processes perhaps a second graph for many tokens, see ``runtime/large_prefill.py``
     decode    one token of each of B sequences, B = 1, 2, 4 .. max_batch_size; a smaller batch is padded into it
 
 Both write the latent cache. All graphs are captured when the engine is made; afterwards a call checks nothing and
@@ -34,6 +35,7 @@ from deepfuse.runtime.compile_cache import BuildFolder
 from deepfuse.runtime.heartbeat import watched
 from deepfuse.runtime.latent_cache import LatentCache, Sequence
 from deepfuse.runtime.lockstep import Lockstep
+from deepfuse.runtime.overlap_form import LargePrefill, in_form
 from deepfuse.runtime.told_once import everywhere
 from deepfuse.runtime.uninterrupted import uninterrupted
 
@@ -44,7 +46,15 @@ def prefill(model: CausalLM, caches: list[Tensor], tokens: Tensor, q_start: Tens
     """``tokens [3, T]``: ids, positions, slots; ``q_start [B + 1]``; ``rows [R]`` -> logits ``[R, vocab]``."""
     # every argument is given: torch 2.11 cannot read back a graph that depends on a default value
     return model(
-        tokens[0], tokens[1], q_start, slots=tokens[2], block_table=None, seqlens=None, caches=caches, rows=rows
+        tokens[0],
+        tokens[1],
+        q_start,
+        slots=tokens[2],
+        block_table=None,
+        seqlens=None,
+        caches=caches,
+        rows=rows,
+        first_half=None,
     )
 
 
@@ -60,6 +70,7 @@ def decode(model: CausalLM, caches: list[Tensor], step: Tensor, block_table: Ten
         seqlens=step[3].to(torch.int32),
         caches=caches,
         rows=None,
+        first_half=None,
     )
 
 
@@ -81,6 +92,7 @@ class Engine:
         folder: BuildFolder | None,
         lockstep: Lockstep | None = None,
         together: bool = False,
+        large: LargePrefill | None = None,
     ):
         """Capture all graphs, and try each out.
 
@@ -88,9 +100,12 @@ class Engine:
             folder: where compiled graphs are kept; ``None`` runs the graphs as the passes leave them, uncompiled.
             lockstep: with the processes that each call is made with; ``None`` where this is the only one.
             together: whether compiled graphs are not tried out yet, but by :meth:`try_out`, when others have theirs.
+            large: the form for many tokens; ``None`` where one graph serves any number.
         """
         self.model, self.cache, self.runner, self.folder = model, cache, runner, folder
         self._together = together
+        self.large = large
+        self._large_model = model if large is None else in_form(model, large.form)
         self.max_batch_size = max_batch_size
         self.device = cache.layers[0].device
         self.lockstep = lockstep or Lockstep(Axes(), self.device)
@@ -108,6 +123,9 @@ class Engine:
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad(), sizes_from_data():
             self._prefill = self._graph("prefill", prefill, *self._example_prefill())
+            self._large = (
+                self._prefill if large is None else self._graph("prefill_large", prefill, *self._example_prefill())
+            )
             self._decode = {b: self._graph(f"decode_{b}", decode, *self._example_decode(b)) for b in self.buckets}
         self._forget_drops()
         self.compile_seconds = time.perf_counter() - began
@@ -118,6 +136,8 @@ class Engine:
         """Run each compiled graph once, and have CUDA record what it can; all processes come here at once."""
         args: tuple[Any, ...] = (self.model, self.cache.layers, *self._example_prefill())
         self._prefill(*args)
+        if self.large is not None:
+            self._large(self._large_model, *args[1:])
         for bucket, graph in self._decode.items():
             args = (self.model, self.cache.layers, *self._example_decode(bucket))
             graph(*args)
@@ -125,7 +145,8 @@ class Engine:
         self._forget_drops()
 
     def _graph(self, name: str, fn: Graph, *example: Tensor) -> Graph:
-        args = (self.model, self.cache.layers, *example)
+        model = self._large_model if name == "prefill_large" else self.model
+        args = (model, self.cache.layers, *example)
         if self.folder is None:
             compiled = torch.compile(with_own_code(fn), fullgraph=True, dynamic=False, backend=self.runner.backend())
             with naming(name):
@@ -161,7 +182,7 @@ class Engine:
     @property
     def from_cache(self) -> bool:
         """Whether nothing was compiled."""
-        return self.graphs_from_cache == 1 + len(self.buckets)
+        return self.graphs_from_cache == graphs_of(self.max_batch_size, self.large)
 
     def _capacities(self) -> list[Capacity]:
         return [m for m in self.model.modules() if isinstance(m, Capacity)]
@@ -178,38 +199,10 @@ class Engine:
         return dropped, choices
 
     def _example_prefill(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._prefill_inputs([[0, 0, 0], [0, 0]], [None, None], last_only=True)
+        return example_prefill(self.device)
 
     def _example_decode(self, bucket: int) -> tuple[Tensor, Tensor]:
         return self._decode_inputs([], [], bucket, pages=2)
-
-    def _prefill_inputs(
-        self, prompts: Many[Many[int]], places: Many[Sequence | None], *, last_only: bool, padding: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        ends = [0]
-        for prompt, place in zip(prompts, places, strict=True):
-            ids += prompt
-            positions += range(len(prompt))
-            # without a place in the cache, latents go to the page that is nobody's
-            slots += [0] * len(prompt) if place is None else [place.slot(i) for i in range(len(prompt))]
-            ends.append(len(ids))
-        # of no sequence, a row all the same
-        rows = ([end - 1 for end in ends[1:]] if last_only else list(range(len(ids)))) or [0]
-        # padding stands behind the last sequence, which is empty where there is none
-        ends += [] if prompts else [0]
-        nothing = [0] * padding
-        # a compiled graph checks no dtype, and an empty list would be float32
-        tokens = torch.tensor(
-            [ids + nothing, positions + nothing, slots + nothing], dtype=torch.int64, device=self.device
-        )
-        q_start = torch.tensor(ends, dtype=torch.int32, device=self.device)
-        rows_R = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        for tensor, dim in ((tokens, 1), (q_start, 0), (rows_R, 0)):
-            mark_unbacked(tensor, dim)
-        return tokens, q_start, rows_R
 
     def _decode_inputs(self, ids: Many[int], places: Many[Sequence], bucket: int, pages: int) -> tuple[Tensor, Tensor]:
         padding = bucket - len(ids)
@@ -232,13 +225,14 @@ class Engine:
     @contextlib.contextmanager
     def wrapped(self, wrap: Callable[[str, Graph], Graph]) -> Iterator[None]:
         """Inside, each graph is what ``wrap`` makes of its name and of itself."""
-        prefill, decode = self._prefill, self._decode
+        prefill, large, decode = self._prefill, self._large, self._decode
         self._prefill = wrap("prefill", prefill)
+        self._large = self._prefill if self.large is None else wrap("prefill_large", large)
         self._decode = {b: wrap(f"decode_{b}", graph) for b, graph in decode.items()}
         try:
             yield
         finally:
-            self._prefill, self._decode = prefill, decode
+            self._prefill, self._large, self._decode = prefill, large, decode
 
     # whatever the caller's mode, as graphs are made for this one
     @torch.inference_mode(False)
@@ -259,9 +253,8 @@ class Engine:
         # where what comes is not measured, all processes send as much
         padding = most_tokens - tokens if self.lockstep.equal else 0
         padding += -(tokens + padding) % self.multiple
-        inputs = self._prefill_inputs(prompts, places, last_only=last_only, padding=padding)
-        logits = self._prefill(self.model, self.cache.layers, *inputs)
-        self.calls += 1
+        inputs = prefill_inputs(prompts, places, self.device, last_only=last_only, padding=padding)
+        logits = self._call_prefill(most_tokens, inputs)
         for prompt, place in zip(prompts, places, strict=True):
             if place is not None:
                 place.length = len(prompt)
@@ -335,8 +328,14 @@ class Engine:
 
     def _pad_prefill(self, tokens: int) -> None:
         padding = tokens if self.lockstep.equal else 1
-        self._prefill(self.model, self.cache.layers, *self._prefill_inputs([], [], last_only=True, padding=padding))
+        self._call_prefill(tokens, prefill_inputs([], [], self.device, last_only=True, padding=padding))
+
+    def _call_prefill(self, most_tokens: int, inputs: tuple[Tensor, ...]) -> Tensor:
+        """``most_tokens``: of any process, so that all take the same graph."""
         self.calls += 1
+        if self.large is not None and most_tokens >= self.large.tokens:
+            return self._large(self._large_model, self.cache.layers, *inputs)
+        return self._prefill(self.model, self.cache.layers, *inputs)
 
     def _decode_step(self, ids: Many[int], places: Many[Sequence], bucket: int) -> Tensor:
         # CUDA graphs want one shape; elsewhere only the pages in use are read
@@ -346,6 +345,44 @@ class Engine:
         inputs = self._decode_inputs(ids, places, bucket, pages)
         self.calls += 1
         return self._decode[bucket](self.model, self.cache.layers, *inputs)
+
+
+def prefill_inputs(
+    prompts: Many[Many[int]],
+    places: Many[Sequence | None],
+    device: torch.device,
+    *,
+    last_only: bool,
+    padding: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, starts and rows for :func:`prefill`; ``padding``: tokens behind the prompts that nobody asked about."""
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    ends = [0]
+    for prompt, place in zip(prompts, places, strict=True):
+        ids += prompt
+        positions += range(len(prompt))
+        # without a place in the cache, latents go to the page that is nobody's
+        slots += [0] * len(prompt) if place is None else [place.slot(i) for i in range(len(prompt))]
+        ends.append(len(ids))
+    # of no sequence, a row all the same
+    rows = ([end - 1 for end in ends[1:]] if last_only else list(range(len(ids)))) or [0]
+    # padding stands behind the last sequence, which is empty where there is none
+    ends += [] if prompts else [0]
+    nothing = [0] * padding
+    # a compiled graph checks no dtype, and an empty list would be float32
+    tokens = torch.tensor([ids + nothing, positions + nothing, slots + nothing], dtype=torch.int64, device=device)
+    q_start = torch.tensor(ends, dtype=torch.int32, device=device)
+    rows_R = torch.tensor(rows, dtype=torch.int64, device=device)
+    for tensor, dim in ((tokens, 1), (q_start, 0), (rows_R, 0)):
+        mark_unbacked(tensor, dim)
+    return tokens, q_start, rows_R
+
+
+def example_prefill(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What a prefill graph is captured with."""
+    return prefill_inputs([[0, 0, 0], [0, 0]], [None, None], device, last_only=True)
 
 
 class CudaGraph:
@@ -380,3 +417,8 @@ def buckets(max_batch_size: int) -> Iterator[int]:
         yield size
         size *= 2
     yield max_batch_size
+
+
+def graphs_of(max_batch_size: int, large: LargePrefill | None) -> int:
+    """How many an engine has."""
+    return 1 + (large is not None) + len(list(buckets(max_batch_size)))

@@ -8,16 +8,18 @@ from deepfuse.runtime.processes import Processes
 
 
 def expert_link(processes: Processes, device: Device) -> Link | None:
-    """The link that ``Parallel(link=...)`` names, else the usual one; ``None`` where all experts are here.
+    """The link that ``Parallel(link=...)`` names, else the usual one; ``None`` where nothing travels, or is to be hidden.
 
     Processes of one machine are taken to have NVLink, others InfiniBand at 400 Gbit/s; CPUs, the loopback.
 
     Args:
         device: the row of what computes.
     """
-    axis = processes.axes.expert
-    if axis is None or processes.parallel.link is not None:
-        return processes.parallel.link if axis is not None else None
+    axis, parallel = processes.axes.expert, processes.parallel
+    if axis is None or parallel.overlap == "none":
+        return None
+    if parallel.link is not None:
+        return parallel.link
     if device.kind == "cpu":
         return LOOPBACK
     if axis.size > torch.cuda.device_count():

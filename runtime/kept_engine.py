@@ -7,8 +7,9 @@ from deepfuse.blocks.model import CausalLM
 from deepfuse.passes.journal import Journal
 from deepfuse.passes.runner import Runner
 from deepfuse.runtime.compile_cache import BuildFolder
-from deepfuse.runtime.engine import Engine, buckets
+from deepfuse.runtime.engine import Engine, graphs_of
 from deepfuse.runtime.latent_cache import LatentCache
+from deepfuse.runtime.overlap_form import LargePrefill
 from deepfuse.runtime.processes import Processes
 
 
@@ -19,18 +20,19 @@ def kept_engine(
     max_batch_size: int,
     folder: BuildFolder | None,
     processes: Processes,
+    large: LargePrefill | None = None,
 ) -> Engine:
     """The engine of a model, its graphs read from ``folder`` where they are there whole, else made and written there.
 
     Of several processes all read theirs, or all make them; none of these runs before their collectives were compared.
     """
-    graphs = 1 + len(list(buckets(max_batch_size)))
+    graphs = graphs_of(max_batch_size, large)
     kept = None if folder is None else kept_journal(folder.read_report(), graphs)
     several = processes.axes.size > 1
     if folder is not None and processes.any_of(kept is None):
         kept = None
         folder.discard()
-    options: dict[str, Any] = {"max_batch_size": max_batch_size, "folder": folder}
+    options: dict[str, Any] = {"max_batch_size": max_batch_size, "folder": folder, "large": large}
     options |= {"lockstep": processes.lockstep(cache.layers[0].device), "together": folder is not None and several}
     made = Engine(causal_lm, cache, runner, **options)
     if folder is None:

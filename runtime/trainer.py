@@ -18,7 +18,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -35,14 +35,17 @@ from deepfuse.blocks.data_parallel import to_data_parallel
 from deepfuse.blocks.fp8_training import Saved, train_in_fp8
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import Router
+from deepfuse.blocks.two_batch import joined, parts_of, split, weights_once
 from deepfuse.ir.device import device_row
 from deepfuse.ir.private import sizes_from_data, with_own_code
 from deepfuse.passes.journal import naming
 from deepfuse.passes.pipeline import Pipeline, default
 from deepfuse.passes.runner import Runner
+from deepfuse.runtime.choose_overlap import Choice, choose
 from deepfuse.runtime.expert_link import expert_link
 from deepfuse.runtime.gradient_norm import clip_gradients
 from deepfuse.runtime.heartbeat import watched
+from deepfuse.runtime.overlap_form import Form, in_form
 from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.trainer_checkpoint import read_state, write_state
 
@@ -95,22 +98,36 @@ class Training:
         )
 
 
-def next_token_loss(model: CausalLM, tokens: Tensor, positions: Tensor, q_start: Tensor) -> Tensor:
-    """``tokens [B, L + 2]``: cross-entropy in nats of each token after the first ``L``."""
+def next_token_loss(
+    model: CausalLM, tokens: Tensor, positions: Tensor, q_start: Tensor, in_halves: bool = False
+) -> Tensor:
+    """``tokens [B, L + 2]``: cross-entropy in nats of each token after the first ``L``.
+
+    ``in_halves``: whether the sequences go through the layers in two halves, where there are two (``blocks/two_batch.py``).
+    """
     L = tokens.shape[1] - 2
-    logits = model(tokens[:, :L].flatten(), positions, q_start)
+    logits = model(tokens[:, :L].flatten(), positions, q_start, first_half=_first_half(tokens, in_halves))
     return nn.functional.cross_entropy(logits, tokens[:, 1 : L + 1].flatten())
 
 
-def mtp_loss(model: CausalLM, tokens: Tensor, positions: Tensor, q_start: Tensor) -> Tensor:
+def mtp_loss(model: CausalLM, tokens: Tensor, positions: Tensor, q_start: Tensor, in_halves: bool = False) -> Tensor:
     """Cross-entropy of the token after the next, from the state and the next token (eq. 21-24, depth 1)."""
-    L = tokens.shape[1] - 2
+    L, first_half = tokens.shape[1] - 2, _first_half(tokens, in_halves)
     with torch.no_grad():
-        h, delta, batch = model.stream(tokens[:, :L].flatten(), positions, q_start)
+        h, delta, batch = model.stream(tokens[:, :L].flatten(), positions, q_start, first_half=first_half)
         embedding = model.model.embed_tokens(tokens[:, 1 : L + 1].flatten())
     mtp: Any = model.model.layers[model.config.num_hidden_layers]
-    h = mtp.predict(h + delta, embedding, batch)
+    parts = parts_of(batch, first_half)
+    streams = zip(split(h + delta, parts), split(embedding, parts), parts, strict=True)
+    with weights_once(parts):
+        h = joined([mtp.predict(*stream) for stream in streams])
     return nn.functional.cross_entropy(model.logits(mtp.shared_head.norm(h)), tokens[:, 2:].flatten())
+
+
+def _first_half(tokens: Tensor, in_halves: bool) -> int | None:
+    """Tokens of the first half of the sequences, of which each has all but two of its row."""
+    B, L = tokens.shape[0], tokens.shape[1] - 2
+    return (B + 1) // 2 * L if in_halves and B > 1 else None
 
 
 class Trainer:
@@ -158,9 +175,10 @@ class Trainer:
                 raise ValueError(
                     f"trainer: want a model with routed experts for aux_loss_alpha = {training.aux_loss_alpha}, got none"
                 )
+            alpha, own = training.aux_loss_alpha / self.token_processes, training.batch_size // self.token_processes
             for router in self.routers:
                 # the mean over all sequences is that of the processes' means
-                router.balance = SequenceBalance(training.aux_loss_alpha / self.token_processes, training.seq_len)
+                router.balance = SequenceBalance(alpha, training.seq_len, own)
         in_fp8 = set(map(id, train_in_fp8(self.compute, saved=training.fp8_saved))) if fp8 else set()
         quantized = {name for name, parameter in self.compute.named_parameters() if id(parameter) in in_fp8}
         matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
@@ -180,6 +198,10 @@ class Trainer:
             "link": expert_link(self.processes, device_row(self.device)),
         }
         self.runner = Runner(pipeline or default(), settings, meet=self.processes.compare, **(how or {}))
+        self.forms = self._forms()
+        named = {f"{phase}train": choice.decided for phase, choice in self.forms.items() if choice.why}
+        self.runner.settings = {**settings, "decided": named}
+        self.in_form = {phase: in_form(self.compute, choice.form) for phase, choice in self.forms.items()}
         self.compiled = compile
         options: dict[str, Any] = {"backend": self.runner.inductor() if compile else self.runner.backend()}
         options |= {"fullgraph": True, "dynamic": False}
@@ -187,6 +209,31 @@ class Trainer:
         self.mtp_loss = torch.compile(with_own_code(mtp_loss), **options)
         self._called: list[Any] = []
         self._around: Callable[[str, Callable[[], Any]], Any] = lambda name, part: part()
+
+    def _forms(self) -> dict[str, Choice]:
+        """Of the steps that train the model, and of those that train the multi-token-prediction module alone."""
+        expert, parallel = self.processes.axes.expert, self.processes.parallel
+        if parallel.overlap == "halves":
+            asked = Choice(Form(halves=expert is not None))
+            return {"": asked, "mtp_": asked}
+        if expert is None or parallel.overlap != "auto" or parallel.chunks > 1:
+            return {"": Choice(Form()), "mtp_": Choice(Form())}
+        B, L = self.training.batch_size // self.token_processes, self.training.seq_len
+        ids = torch.zeros(B, L + 2, dtype=torch.int64, device=self.device)
+
+        def step(model: CausalLM, layers: Sequence[int], form: Form) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+            return next_token_loss, (model, ids, *self._places(B), form.halves)
+
+        forms = [Form(chunks=2), Form(chunks=4), *([Form(halves=True)] if B > 1 else [])]
+        with sizes_from_data():
+            choice = choose(self.compute, step, forms, self.runner, tokens=B * L, ranks=expert.size)
+        return {"": choice, "mtp_": Choice(Form())}
+
+    def _places(self, sequences: int) -> tuple[Tensor, Tensor]:
+        """Positions of the tokens of so many sequences, and where each begins."""
+        L = self.training.seq_len
+        starts = torch.arange(0, (sequences + 1) * L, L, dtype=torch.int32, device=self.device)
+        return torch.arange(L, device=self.device).repeat(sequences), starts
 
     @torch.no_grad()
     def _copy_buffers(self) -> None:
@@ -230,10 +277,7 @@ class Trainer:
     def train_step(self, tokens: np.ndarray) -> float:
         """One step on windows of ``tokens [N]``; returns the loss in nats a token."""
         t = self.training
-        L = t.seq_len
-        B = t.batch_size // self.token_processes
-        positions = torch.arange(L, device=self.device).repeat(B)
-        q_start = torch.arange(0, (B + 1) * L, L, dtype=torch.int32, device=self.device)
+        places = self._places(t.batch_size // self.token_processes)
         if self.step == t.steps:
             self._fix_all_but_mtp()
         self._around("copy_weights", self._copy_weights)
@@ -243,9 +287,10 @@ class Trainer:
         new = loss_fn not in self._called  # whose graphs are made in this step, on one process sooner than on another
         self._called += [loss_fn] if new else []
         compiling = self.processes.raising_together("compile") if new else contextlib.nullcontext()
-        with naming("train"), sizes_from_data(), compiling:
+        model, halves = self.in_form[phase], self.forms[phase].form.halves
+        with naming(f"{phase}train"), sizes_from_data(), compiling:
             with watched(f"{phase}forward", self.step):
-                loss = self._around(f"{phase}forward", lambda: loss_fn(self.compute, batch, positions, q_start))
+                loss = self._around(f"{phase}forward", lambda: loss_fn(model, batch, *places, halves))
             with watched(f"{phase}backward", self.step):
                 # of the mean over all processes' tokens, as many on each
                 share = None if self.tokens is None else torch.full_like(loss, 1 / self.token_processes)

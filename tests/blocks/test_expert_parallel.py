@@ -23,8 +23,9 @@ DROPPING += ["padding by affinity", "padding by position", "padding alone", "cap
 NODES = ["nodes of one", "one node", "two nodes", "nodes and a process without tokens", "nodes in fp8"]
 NODES += ["nodes compiled by aot_eager"]
 CHUNKS = ["chunks", "chunks and a process without tokens", "chunks compiled by aot_eager"]
+HALVES = ["halves", "halves with a capacity", "halves compiled by aot_eager"]
 CLOSE = ["model", "model compiled by aot_eager", "compiled by inductor", "dispatch in fp8 with a capacity"]
-CLOSE += [*CHUNKS, *DROPPING, *NODES]
+CLOSE += [*CHUNKS, *HALVES, *DROPPING, *NODES]
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size} processes")

@@ -15,7 +15,8 @@ from deepfuse.ir.private import compile_inner
 from deepfuse.ops.linear import linear
 from deepfuse.passes.balanced_sizes import BalancedSizes
 from deepfuse.passes.emitted_order import undone
-from deepfuse.passes.overlap_all_to_all import overlap_all_to_all
+from deepfuse.passes.journal import noting
+from deepfuse.passes.overlap_all_to_all import Decided, overlap_all_to_all
 from deepfuse.passes.pipeline import default
 from deepfuse.passes.runner import Runner
 from graphs import assert_same_graph, rewritten, trace
@@ -146,6 +147,39 @@ def test_nothing_is_moved_across_a_write_of_what_it_reads():
     assert overlap(gm.graph) > 0
     order = starts_and_waits(gm)
     assert order.index("copy_") > max(i for i, name in enumerate(order) if name == "linear")
+
+
+def test_a_weight_that_is_gathered_holds_the_shared_expert_up_no_longer_than_its_gather():
+    def fn(x, w, up, down, part):
+        back = c10d.wait_tensor(there(linear(c10d.wait_tensor(there(x)), w, None)))
+        gathered = c10d.wait_tensor(c10d.all_gather_into_tensor(part, 2, "0"))
+        return back + linear(linear(x, gathered, None), down, None)
+
+    _, count, (line,) = rewritten(overlap, fn, *ARGS, ARGS[2][: WIDE // 2])
+    assert count == 2 and "-> 0 ms of" in line
+
+
+def test_each_layer_is_told_with_its_own_compute_and_the_form_that_was_decided():
+    def fn(x, w, up, down, wider, back):
+        return plain(plain(x, w, up, down), w, wider, back)
+
+    gm = trace(fn, *ARGS, torch.zeros(2 * WIDE, D), torch.zeros(D, 2 * WIDE))
+    nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
+    half = next(i for i, n in enumerate(nodes) if "add" in n.name) + 1
+    for i, node in enumerate(nodes):
+        node.meta["nn_module_stack"] = {"": (f"L['model'].model.layers.{int(i >= half)}.mlp", object)}
+    notes = []
+    decided = {"graph": Decided("chunked x2", ("chunked x2, since",))}
+    with noting(notes):
+        assert overlap(gm.graph, decided=decided) == 4
+    assert notes[0] == "chunked x2, since"
+    found = [
+        re.match(r"layers\.(\d): chunked x2, under .*: predicted ([\d.]+) ms -> ([\d.]+) ms", n) for n in notes[1:]
+    ]
+    assert [f[1] for f in found] == ["0", "1"]
+    # 67 MFLOP more at 100 GFLOP/s
+    for place in (2, 3):
+        assert float(found[1][place]) - float(found[0][place]) == pytest.approx(0.67, abs=0.02)
 
 
 @pytest.fixture

@@ -86,6 +86,14 @@ def test_gradients_of_weights_wait_for_a_gap_but_not_for_long():
     assert play(chain, order).seconds == 4 * 2 + 1
 
 
+def test_what_reads_inputs_alone_fills_no_gap_and_lives_from_its_reader_on():
+    # a loop over inputs that the product behind the message reads, and a product that waits for nothing
+    tasks = [start((), 4.0), wait(0), Task(seconds=1.0, lazy=True), Task(seconds=1.0, after=(1, 2)), Task(seconds=3.0)]
+    assert schedule(tasks, [0], reach=4) == [0, 4, 1, 2, 3]
+    # one that nobody reads is a result
+    assert schedule([*tasks, Task(seconds=1.0, lazy=True)], [0], reach=4) == [0, 4, 1, 2, 3, 5]
+
+
 def test_memory_lives_from_who_makes_it_to_its_last_reader():
     tasks = [
         Task(makes={1: 10}, reads=frozenset({1, 9})),
@@ -111,7 +119,8 @@ def graphs(draw):
             of = started.pop(draw(st.integers(0, len(started) - 1)))
             tasks.append(Task(after=tuple(after | {of}), start=of))
         else:
-            tasks.append(Task(seconds=float(seconds), after=tuple(after)))
+            lazy = draw(st.booleans()) and all(tasks[a].lazy for a in after)
+            tasks.append(Task(seconds=float(seconds), after=tuple(after), lazy=lazy))
     return tasks
 
 
@@ -123,5 +132,12 @@ def test_any_graph_runs_once_in_a_valid_order_with_its_collectives_in_theirs(tas
     place = {number: i for i, number in enumerate(order)}
     assert all(place[a] < place[n] for n, task in enumerate(tasks) for a in task.after)
     assert [n for n in order if n in starts] == starts
+    # what is lazy stands right before the first that reads it, through others that are lazy perhaps
+    needs: list[set[int]] = []
+    for task in tasks:
+        needs.append({n for a in task.after if tasks[a].lazy for n in (a, *needs[a])})
+    read = {lazy for task, needed in zip(tasks, needs, strict=True) if not task.lazy for lazy in needed}
+    for number in read:
+        assert number in needs[next(n for n in order[place[number] :] if not tasks[n].lazy)]
     played = play(tasks, order)
     assert played.seconds == pytest.approx(sum(t.seconds for t in tasks) + sum(played.exposed.values()))

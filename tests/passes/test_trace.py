@@ -80,6 +80,17 @@ def test_a_factor_of_a_size_is_found_by_division():
     assert fx.GraphModule({}, graph)(torch.ones(27, 2)).shape == (9,)
 
 
+def test_a_multiple_of_what_is_left_behind_a_split_is_found():
+    mode, (x,) = free_sizes(7)
+    with mode:
+        left = x.new_empty(x.shape[0] - x.shape[0] // 2)
+        rows = x.new_empty(3 * left.shape[0])
+    graph = trace(lambda left: left.new_zeros(3 * left.shape[0]), [left], mode)
+    assert fx.GraphModule({}, graph)(torch.ones(5)).shape == (15,)
+    graph = trace(lambda rows: rows.new_zeros(rows.shape[0] // 3), [rows], mode)
+    assert fx.GraphModule({}, graph)(torch.ones(15)).shape == (5,)
+
+
 def test_a_product_of_sizes_is_as_good_as_a_size():
     mode, (x, y) = free_sizes(6, 7)
     with mode:

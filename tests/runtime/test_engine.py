@@ -3,12 +3,16 @@
 What they compute is compared with the modules run eagerly; the modules with transformers in tests/blocks.
 """
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from deepfuse.ir.private import dynamo_counters
 from deepfuse.ops.append_latent import PAGE_SIZE
-from deepfuse.runtime.engine import buckets
+from deepfuse.runtime import engine as engine_module
+from deepfuse.runtime.engine import buckets, prefill_inputs
 from tiny_model import MAX_BATCH_SIZE, MAX_SEQ_LEN, ONE_LAYER, build, eager_logits, random_weights, tiny_model
 
 LENGTHS = (1, 2, 3, 5, 17, 31, 63, 64, 65, 100, 128)
@@ -170,7 +174,7 @@ def test_a_graph_made_later_is_counted():
     """The count that other tests want to be 0 is one that moves."""
     model = build(random_weights(ONE_LAYER))
     assert model.report.recompiles == 0
-    tokens_3T, q_start, rows = model.engine._prefill_inputs([[1, 2]], [None], last_only=True)
+    tokens_3T, q_start, rows = prefill_inputs([[1, 2]], [None], model.engine.device, last_only=True)
     with torch.no_grad():
         model.engine._prefill(model.engine.model, model.engine.cache.layers, tokens_3T, q_start, rows.int())
     assert model.report.recompiles == 1
@@ -196,3 +200,24 @@ def test_nothing_is_compiled_after_a_compiled_build(tmp_path, monkeypatch):
         chosen = logits.gather(-1, torch.tensor(generated)[:, None])[:, 0]
         # each is the likeliest, or as likely as that within rounding
         assert ((logits.amax(-1) - chosen) <= CLOSE["atol"]).all()
+
+
+def test_all_that_a_process_waits_for_in_a_call_is_watched(monkeypatch):
+    """So that an error of a collective names who is to blame; also of those that compare prompts."""
+    model, phases = tiny_model(), []
+
+    @contextlib.contextmanager
+    def watched(phase, step):
+        phases.append(phase)
+        yield
+        phases.append("")
+
+    def within(*args):
+        assert phases[-1] != ""
+        return args if len(args) == 2 and isinstance(args[0], int) else None
+
+    monkeypatch.setattr(engine_module, "watched", watched)
+    lockstep = SimpleNamespace(alone=True, equal=False, agree=within, check_same=within)
+    monkeypatch.setattr(model.engine, "lockstep", lockstep)
+    model.generate([[5, 9]], max_new_tokens=2, stop_token_ids=())
+    assert [phase for phase in phases if phase] == ["checking", "prefill", "decode", "padding"]

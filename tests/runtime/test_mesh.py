@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import deepfuse as df
 import mesh_worker
-from mesh_worker import CORPUS, TRAINED, TRAINING, in_fp8, prompts_of, texts_of, train
+from mesh_worker import CORPUS, LONG, TRAINED, TRAINING, WIDE, in_fp8, prompts_of, texts_of, train
 from ranks import run_ranks
 from tiny_checkpoint import assert_same_state, load
 from tiny_model import checkpoint, tiny_model
@@ -22,7 +22,9 @@ OF_TWO = [
     "tensor=2 model trainer",
     "expert=2 model batches trainer",
     "expert=2 capacity model trainer",
+    "expert=2 trainer halves",
     "data=2 trainer graphs",
+    "expert=2 large",
     "expert=2 fp8",
     "tensor=2 fp8",
     "expert=2 refused",
@@ -93,6 +95,22 @@ def test_the_report_says_which_part_of_the_model_a_process_has(said, size, case)
         tokens = sum(len(prompt) + 5 for prompt in own)
         assert words["drops"] == [0, 3 * tokens if "capacity" in case else 0]
         assert (words["choices in all"] > 0) == bool("capacity" in case and own)
+
+
+def test_prefills_of_many_tokens_have_a_graph_in_chunks_on_every_process(said):
+    words = [process["expert=2 large"] for process in said[2]]
+    assert words[0]["large"] == words[1]["large"] and words[0]["explained"] == words[1]["explained"]
+    (chunks, least), graphs = words[0]["large"], ["prefill", "prefill_large", "decode_1"]
+    assert chunks > 1 and 40 < least <= 150 and words[0]["graphs"] == graphs
+    # 150 tokens of one process, beside 5 of the other; 40 and 30
+    assert [w["called"] for w in words] == [["prefill_large", "prefill"]] * 2
+    assert f"chunked x{chunks} from {least} tokens on; fewer as the model is" in words[0]["explained"]
+    assert f"layers.0: chunked x{chunks}, under " in words[0]["explained"]
+    alone = df.build(WIDE, device="cpu", compile=False, max_batch_size=1, max_seq_len=1024)
+    for rank, process in enumerate(words):
+        for i, got in enumerate(process["scores"]):
+            want = alone.score([LONG[2 * i + rank]])[0]
+            torch.testing.assert_close(torch.tensor(got), want, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_the_report_counts_the_collectives_of_a_call(said):

@@ -8,13 +8,17 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import deepfuse as df
 from deepfuse.blocks.parallel import Parallel
 from deepfuse.ir.private import process_group
 from deepfuse.runtime import heartbeat, processes
-from deepfuse.runtime.axes import axes_of
+from deepfuse.runtime.axes import Axes, axes_of
+from deepfuse.runtime.checkpoint import CheckpointError
+from deepfuse.runtime.meeting import any_of
 from deepfuse.runtime.process_group import VARIABLES, beside_compute, check_mesh, command, device_mesh, started
 from deepfuse.runtime.processes import Processes
-from deepfuse.runtime.told_once import Unless, told_once
+from deepfuse.runtime.told_once import Unless, kind_of, of_kind, told_once
+from tiny_model import ONE_LAYER
 
 CPU = torch.device("cpu")
 
@@ -149,6 +153,29 @@ def test_without_other_processes_nothing_beats(world):
     assert not heartbeat.running()
     with pytest.raises(RuntimeError, match=r"^gloo/ my own$"), heartbeat.watched("forward", 1):
         raise RuntimeError("gloo/ my own")
+
+
+def test_nobody_is_waited_for_over_a_fake_group(world):
+    assert any_of(True, Axes(size=8), 5)
+    assert not any_of(False, Axes(size=8), 5)
+    model = df.build(ONE_LAYER, mesh={"data": 8}, device="cpu", compile=False, max_batch_size=1, max_seq_len=32)
+    assert len(model.generate([[1, 2]], max_new_tokens=2, stop_token_ids=())[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (CheckpointError("damaged"), ValueError("damaged")),
+        (MemoryError("3 GiB"), MemoryError("3 GiB")),
+        (
+            UnicodeDecodeError("utf-8", b"x", 0, 1, "no"),
+            RuntimeError("'utf-8' codec can't decode byte 0x78 in position 0: no"),
+        ),
+    ],
+)
+def test_others_raise_the_nearest_type_that_python_has(error, told):
+    made = of_kind(kind_of(error), str(error))
+    assert (type(made), str(made)) == (type(told), str(told))
 
 
 @pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])

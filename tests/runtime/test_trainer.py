@@ -80,7 +80,7 @@ def test_a_corpus_is_learned(run: tuple[Trainer, list[dict[str, float]], list[fl
     assert rows[-1]["heldout_loss"] < rows[0]["heldout_loss"] < losses[0]
     assert len((folder / "log.jsonl").read_text().splitlines()) == 3
     assert sorted(p.name for p in folder.iterdir()) == ["log.jsonl", "trainer.safetensors"]
-    assert {g.name for g in trainer.runner.journal.graphs} == {"train"}
+    assert {g.name for g in trainer.runner.journal.graphs} == {"train", "mtp_train"}
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(

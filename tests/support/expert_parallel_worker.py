@@ -160,20 +160,24 @@ class Worker:
         # the first message; in FP8 the gradient goes the same way
         self.said[name + ", rows"] = [rows[:1], [] if backend else [len(others)]]
 
-    def model(self, name, each, backend=None):
-        """A whole model: its loss, its logits, every gradient and the load of every expert."""
+    def model(self, name, each, backend=None, *, halves=False, **settings):
+        """A whole model: its loss, its logits, every gradient and the load of every expert.
+
+        ``halves``: in this process, of its tokens in three sequences.
+        """
         config, T = TINY, sum(each)
         whole = CausalLM(config)
         whole.initialize()
         part = CausalLM(config)
         part.load_state_dict(whole.state_dict())
-        layers = to_expert_parallel(part, self.axis)
+        layers = to_expert_parallel(part, self.axis, **settings)
         assert layers == ["model.layers.1.mlp"], layers
         torch.manual_seed(1)
         ids, targets = torch.randint(config.vocab_size, (2, T))
-        expected = self._step(whole, ids, targets, each)
-        mine = self.tokens(each)
-        actual = self._step(part, ids[mine], targets[mine], [each[self.rank]], backend)
+        lengths = [[1, n // 2, n - 1 - n // 2] if halves else [n] for n in each]
+        expected = self._step(whole, ids, targets, [n for own in lengths for n in own])
+        mine, own = self.tokens(each), lengths[self.rank]
+        actual = self._step(part, ids[mine], targets[mine], own, backend, sum(own[:2]) if halves else None)
         share = self.axis.share(config.n_routed_experts, "experts")
         expected["logits"] = expected["logits"][mine]
         for key, value in list(actual.items()):
@@ -184,12 +188,12 @@ class Worker:
         self.compare(name, actual, expected)
 
     @staticmethod
-    def _step(model, ids, targets, lengths, backend=None):
+    def _step(model, ids, targets, lengths, backend=None, first_half=None):
         ends = torch.tensor([0, *lengths]).cumsum(0)
         positions = torch.cat([torch.arange(n) for n in lengths])
 
         def loss_of(model, ids, targets):
-            logits = model(ids, positions, ends.to(torch.int32))
+            logits = model(ids, positions, ends.to(torch.int32), first_half=first_half)
             return nn.functional.cross_entropy(logits, targets, reduction="sum"), logits
 
         run = torch.compile(loss_of, fullgraph=True, backend=backend) if backend else loss_of
@@ -282,7 +286,10 @@ def main(folder):
     worker.exchange("chunks compiled by aot_eager", Chunked(dropless, 2), of_uneven, uneven, "aot_eager")
 
     worker.model("model", uneven)
+    worker.model("halves", uneven, halves=True)
+    worker.model("halves with a capacity", full, halves=True, mode="capacity", capacity_factor=8)
     if R == 2:
+        worker.model("halves compiled by aot_eager", uneven, "aot_eager", halves=True)
         worker.exchange("compiled by aot_eager", dropless, of_uneven, uneven, "aot_eager")
         worker.capacity("capacity compiled by aot_eager", "affinity", 1.0, full, "aot_eager")
         worker.exchange("dispatch in fp8 compiled by aot_eager", fp8, of_uneven, uneven, "aot_eager", width=200)

@@ -40,8 +40,25 @@ SLOW = Link(name="slow", bandwidth=4e7, latency=1e-9)
 """On which messages of the least of models take about as long as its compute."""
 PARALLEL = {
     "capacity": df.Parallel(mode="capacity", capacity_factor=8),
+    "halves": df.Parallel(overlap="halves"),
     "nodes": df.Parallel(mode="node_limited", ranks_per_node=2, link=SLOW),
 }
+
+WIDE = replace(
+    TINY,
+    hidden_size=256,
+    moe_intermediate_size=512,
+    num_experts_per_tok=2,
+    num_hidden_layers=1,
+    first_k_dense_replace=0,
+    num_nextn_predict_layers=0,
+    max_position_embeddings=1024,
+    initializer_range=0.1,
+)
+"""A layer whose experts take as long, on the row of a CPU, as the way to them over :data:`LINK_OF_WIDE`."""
+LINK_OF_WIDE = Link(name="slow", bandwidth=1e8, latency=1e-5)
+LONG = [[(7 * i + 3) % 60 for i in range(n)] for n in (150, 5, 40, 30)]
+"""Prompts of many tokens and of few: two calls of two processes each."""
 
 
 def prompts_of(rank: int) -> list[list[int]]:
@@ -79,6 +96,8 @@ def main(folder: Path, checkpoint: str, reference: str, *meshes: str) -> None:
         parallel = next((PARALLEL[word] for word in what if word in PARALLEL), None)
         if "model" in what:
             words |= _built(mesh, checkpoint, folder / f"saved {asked}", parallel, 2 if "batches" in what else 1)
+        if "large" in what:
+            words |= _large(mesh)
         if "fp8" in what:
             words |= _in_fp8(mesh, checkpoint)
         if "refused" in what:
@@ -149,6 +168,27 @@ def _refused(mesh: DeviceMesh, checkpoint: str) -> dict[str, str]:
         except ValueError as error:
             told[name] = str(error)
     return told
+
+
+def _large(mesh: DeviceMesh) -> dict[str, Any]:
+    """A model with a prefill graph of its own for many tokens: its scores, and the graphs that were called for them."""
+    room = {"max_batch_size": 1, "max_seq_len": 1024}
+    model = df.build(WIDE, device="cpu", compile=False, mesh=mesh, parallel=df.Parallel(link=LINK_OF_WIDE), **room)
+    called: list[str] = []
+
+    def noted(name: str, graph: Any) -> Any:
+        return lambda *args: (called.append(name), graph(*args))[1]
+
+    rank = axes_of(mesh).token_rank
+    with model.engine.wrapped(noted):
+        scores = [model.score([LONG[2 * i + rank]])[0].tolist() for i in range(2)]
+    return {
+        "scores": scores,
+        "called": called,
+        "large": [model.engine.large.form.chunks, model.engine.large.tokens],
+        "graphs": [g.name for g in model.report.journal.graphs],
+        "explained": model.explain("overlap_all_to_all"),
+    }
 
 
 def _cut_short(model: Any, own: list[list[int]]) -> Any:
