@@ -24,7 +24,8 @@ aten = torch.ops.aten
 def called(graph: fx.Graph) -> list[str]:
     # an alias, or a detached tensor, is the tensor itself
     skip = ("aten.alias.default", "aten.detach.default")
-    names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    # make_fx leaves a write in place where the function has one
+    names = [str(node.target).replace("_.", ".") for node in graph.nodes if node.op == "call_function"]
     return [name for name in names if name not in skip]
 
 

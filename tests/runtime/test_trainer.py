@@ -23,6 +23,8 @@ CORPUS = np.tile(np.arange(7, dtype=np.uint16) * 5, 40)
 TRAINING = Training(
     steps=20, batch_size=4, seq_len=16, lr=1e-2, warmup_steps=3, dtype=torch.float32, mtp_steps=3, checkpoint_every=8
 )
+# torch 2.11's Dynamo
+OF_A_FUNCTION = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 MTP = f"model.layers.{CONFIG.num_hidden_layers}."
 
 
@@ -158,6 +160,7 @@ def test_loads_are_those_of_the_step() -> None:
     assert torch.equal(biases(trainer.model)[0], 0.5 * (mean - loads[0][0]).sign())
 
 
+@OF_A_FUNCTION
 def test_the_balance_loss_is_in_the_gradients_of_a_step() -> None:
     alpha, L = 0.5, TRAINING.seq_len
     trainer = trainer_of(aux_loss_alpha=alpha, clip_norm=1e9)
@@ -188,6 +191,7 @@ def test_the_balance_loss_is_in_the_gradients_of_a_step() -> None:
     assert not torch.allclose(plain.masters[name].grad, trainer.masters[name].grad, rtol=1e-2)
 
 
+@OF_A_FUNCTION
 def test_rows_tell_of_the_balance_loss(tmp_path: Path) -> None:
     trainer = trainer_of(steps=2, mtp_steps=1, checkpoint_every=1, aux_loss_alpha=1e-4)
     rows = list(trainer.run(tmp_path, CORPUS))
