@@ -58,13 +58,13 @@ def suite(bench: Bench) -> None:
         part = "forward and backward" if backward else "forward"
         if bench.wants(part, seconds=240):
             rate = rate or (0.0 if why else _rate())
-            (found,) = _run([{**LAYER, "backward": backward}], rate)
+            (found,) = run_ranks([{**LAYER, "backward": backward}], rate)
             _layer_row(bench, part, found, rate)
     for rate in RATES if not why else (0.0,):
         part = f"sweep, {_words(rate)}"
         if bench.wants(part, seconds=240):
             specs = [{**LAYER, "tokens": tokens, "parts": "", "rounds": rounds} for tokens, rounds in SWEEP.items()]
-            for spec, found in zip(specs, _run(specs, rate), strict=True):
+            for spec, found in zip(specs, run_ranks(specs, rate), strict=True):
                 times = {name: summary(found["times"][name]) for name in (WITHOUT, NAME)}
                 bench.row(f"{spec['tokens']} tokens, {_words(rate)}", times, **_facts(found))
 
@@ -103,15 +103,20 @@ def _words(rate: float) -> str:
 
 def _rate() -> float:
     """Of the link, at which the messages take their share of the time of the shared expert."""
-    (found,) = _run([{**LAYER, "parts": "independent", "rounds": 5}], 1e9)
+    (found,) = run_ranks([{**LAYER, "parts": "independent", "rounds": 5}], 1e9)
     seconds = SHARE * median(found["times"][INDEPENDENT])
     # half of the rows go to the other process, in float32; dispatch and combine, and both ways share the link
     rows = int(LAYER["tokens"]) * int(LAYER["experts_per_token"]) // 2
     return round(rows * int(LAYER["hidden"]) * 4 * 2 * RANKS / seconds, -6)
 
 
-def _run(specs: list[dict[str, Any]], rate: float) -> list[dict[str, Any]]:
-    """What ``overlap_ranks.py`` measures, over a link of this rate; 0: over the loopback.
+def run_ranks(
+    specs: list[dict[str, Any]], rate: float, script: str = "overlap_ranks.py", **more: str
+) -> list[dict[str, Any]]:
+    """What the ranks' script measures, over a link of this rate; 0: over the loopback.
+
+    Args:
+        more: of the ranks' environment.
 
     Raises:
         RuntimeError: a process failed; with the end of what it said.
@@ -123,7 +128,7 @@ def _run(specs: list[dict[str, Any]], rate: float) -> list[dict[str, Any]]:
             port = probe.getsockname()[1]
         processes = []
         for rank in range(RANKS):
-            command = [sys.executable, str(Path(__file__).with_name("overlap_ranks.py")), json.dumps(specs)]
+            command = [sys.executable, str(Path(__file__).with_name(script)), json.dumps(specs)]
             environment = {
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -133,6 +138,7 @@ def _run(specs: list[dict[str, Any]], rate: float) -> list[dict[str, Any]]:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 **(link.environment(rank) if link else {}),
+                **more,
             }
             command = [*(link.command(rank) if link else []), *command]
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -234,16 +234,17 @@ def measure(spec: Mapping[str, Any], axis: Axis, alone: Axis, link: Link) -> dic
                 left_out = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         equal = torch.equal(plain(), ours())  # type: ignore[arg-type]
         times = timed(steps, spec["rounds"])
-    notes = _notes(runner)
-    found: dict[str, Any] = {"times": times, "notes": notes, "equal": equal, "left_out": left_out}
+    said = notes(runner)
+    found: dict[str, Any] = {"times": times, "notes": said, "equal": equal, "left_out": left_out}
     if spec["parts"]:
         weights = sum(p.numel() * p.element_size() for p in moe.parameters())
         found["peak"] = {name: weights + peak_bytes(steps[name]) for name in (SEQUENTIAL, NAME, CHUNKED)}
-        found["chunked"] = _notes(of_chunks)
+        found["chunked"] = notes(of_chunks)
     return found
 
 
-def _notes(runner: Runner) -> list[str]:
+def notes(runner: Runner) -> list[str]:
+    """What the pass says of the graphs that were compiled."""
     return [note for g in runner.journal.graphs for p in g.passes if p.name == NAME for note in p.notes]
 
 

@@ -79,15 +79,21 @@ class SlowLink:
             _run("ip", "-n", own, "addr", "add", f"{back}.1/30", "dev", f"from{rank}")
             _run("ip", "-n", own, "route", "add", "10.78.0.0/24", "via", f"{to}.2", "src", _address(rank))
             _run("ip", "-n", OUT, "route", "add", _address(rank), "via", f"{back}.1")
-        bits = f"{int(8 * self.rate)}bit"
-        _run(
-            *("tc", "-n", IN, "qdisc", "add", "dev", "shared", "root", "tbf"),
-            *("rate", bits, "burst", "128kb", "latency", "400ms"),
-        )
+        _run("tc", "-n", IN, "qdisc", "add", *_bucket(self.rate))
 
     def _remove(self) -> None:
         for namespace in (IN, OUT, *map(_namespace, range(RANKS))):
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
+
+
+def set_rate(rate: float) -> None:
+    """Give the link that is there another rate, in bytes a second; also from within a namespace of a rank."""
+    _run("tc", "-n", IN, "qdisc", "change", *_bucket(rate))
+
+
+def _bucket(rate: float) -> tuple[str, ...]:
+    size = ("rate", f"{int(8 * rate)}bit", "burst", "128kb", "latency", "400ms")
+    return ("dev", "shared", "root", "tbf", *size)
 
 
 def _namespace(rank: int) -> str:

@@ -31,6 +31,7 @@ def texts() -> dict[Path, str]:
     by_text: dict[str, dict[str, str]] = {
         "README.md": {"cpu": readme_cpu(found["cpu"]), "model": readme_model(found["model"], ngram)},
         "docs/fp8.md": {"quality": fp8_quality(found["model"]), "memory": fp8_memory(found["model"])},
+        "docs/parallelism.md": {"predictions": predictions(found["predictions"])},
         "docs/performance.md": {"suites": performance(found)},
     }
     out = {ROOT / "docs" / "figures" / f"{suite}.svg": bar_chart(found[suite]) for suite in FIGURES}
@@ -166,6 +167,21 @@ def fp8_memory(results: Results) -> str:
         [row.facts["kind"], f"{row.facts['weights, MB']:.0f} MB", f"{row.figures['peak'][0]:.0f} MB"] for row in rows
     ]
     return table(["weights", "their size", "peak"], cells)
+
+
+def predictions(results: Results) -> str:
+    """Measured and predicted milliseconds of each form of overlap, side by side."""
+    lines: dict[tuple[str, int], dict[str, str]] = {}
+    for row in results.rows:
+        if "kind" in row.facts:
+            shown = f"{row.figures['measured'][0]:.4g}"
+            if "predicted" in row.figures:
+                shown += f", predicted {row.figures['predicted'][0]:.4g} ({row.facts['difference']})"
+            lines.setdefault((row.part, row.facts["tokens"]), {})[row.facts["kind"]] = shown
+    kinds = list(dict.fromkeys(kind for line in lines.values() for kind in line))
+    cells = [[part, str(tokens), *(line.get(kind, "") for kind in kinds)] for (part, tokens), line in lines.items()]
+    command = "deepfuse bench predictions --json benchmarks/results/predictions.json"
+    return "\n".join([table(["step", "tokens", *kinds], cells), *_shell(command)])
 
 
 def _figure(row: Row, label: str, first: str) -> str:

@@ -13,11 +13,10 @@ Source: DeepSeek-V3 (arXiv:2412.19437), eq. 17-20; how it joins: `AddAuxiliaryLo
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepfuse.ops.route import SCORES
 
@@ -33,29 +32,30 @@ class _Joined(torch.autograd.Function):
         return grads[0], grads[0].new_ones((), dtype=ctx.dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceBalance:
-    """What a router needs to know of the loss."""
+class SequenceBalance(nn.Module):
+    """The loss as a router has it."""
 
-    alpha: float
-    """Weight of the loss; 1e-4 for DeepSeek-V3."""
-    seq_len: int
-    """L; tokens are whole sequences, one after the other."""
-    sequences: int | None = None
-    """Of a step, over which the mean is, where a router gets these in halves; ``None``: those of each call."""
+    seen: Tensor
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha < math.inf or self.seq_len < 1:
-            raise ValueError(
-                f"balance loss: want a finite alpha >= 0 and seq_len >= 1, got {self.alpha} and {self.seq_len}"
-            )
+    def __init__(self, alpha: float, seq_len: int, sequences: int | None = None):
+        """Tokens are whole sequences of ``seq_len``, one after the other; ``alpha`` is 1e-4 for DeepSeek-V3.
+
+        ``sequences``: of a step, over which the mean is, where a router gets these in halves; ``None``: those of each call.
+        """
+        super().__init__()
+        if not 0 <= alpha < math.inf or seq_len < 1:
+            raise ValueError(f"balance loss: want a finite alpha >= 0 and seq_len >= 1, got {alpha} and {seq_len}")
+        self.alpha, self.seq_len, self.sequences = alpha, seq_len, sequences
+        # losses without alpha, and how many, since somebody last looked
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.float32), persistent=False)
 
     def joined(self, logits: Tensor, num_experts_per_tok: int, scoring_func: str) -> Tensor:
         """``logits [T, E]`` as they are, whose gradient will have the loss's added."""
-        loss = self.alpha * sequence_balance_loss(logits, self.seq_len, num_experts_per_tok, scoring_func)
-        if self.sequences is not None:
-            loss = loss * (logits.shape[0] / (self.seq_len * self.sequences))
-        return _Joined.apply(logits, loss)  # type: ignore[no-untyped-call, no-any-return]
+        loss = sequence_balance_loss(logits, self.seq_len, num_experts_per_tok, scoring_func)
+        # where a step's sequences come in halves, each counts as much as it has of them
+        share = 1.0 if self.sequences is None else logits.shape[0] / (self.seq_len * self.sequences)
+        self.seen.add_(torch.stack((share * loss.detach(), torch.full_like(loss, share))))
+        return _Joined.apply(logits, self.alpha * share * loss)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def sequence_balance_loss(logits: Tensor, seq_len: int, num_experts_per_tok: int, scoring_func: str) -> Tensor:

@@ -1,10 +1,12 @@
 """What a forward call is about, besides the tokens: which sequences they belong to and where their cache lies.
 
-Tokens of all sequences stand one after the other, without padding. Dims: T tokens, B sequences, P pages a sequence.
+Tokens of all sequences stand one after the other; what is behind them, or of a sequence without tokens, is padding.
+Dims: T tokens, B sequences, P pages a sequence.
 """
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -14,7 +16,7 @@ class Batch(NamedTuple):
     positions: Tensor
     """``[T]`` int64, place of each token in its sequence."""
     q_start: Tensor
-    """``[B + 1]`` int32, first token of each sequence, and T."""
+    """``[B + 1]`` int32, first token of each sequence, and the end of the last."""
     cos: Tensor
     """``[T, R/2]`` float32, rotary tables of the positions."""
     sin: Tensor
@@ -23,4 +25,10 @@ class Batch(NamedTuple):
     block_table: Tensor | None = None
     """``[B, P]`` int64, pages of each sequence; given in decode, where keys come from the cache."""
     seqlens: Tensor | None = None
-    """``[B]`` int32, tokens of each sequence, the new one included; given in decode."""
+    """``[B]`` int32, tokens of each sequence, the new one included; given in decode, where 0 is padding."""
+
+    def tokens(self) -> Tensor:
+        """``[T]`` bool: what is no padding."""
+        if self.seqlens is not None:
+            return self.seqlens > 0
+        return torch.arange(self.positions.shape[0], device=self.positions.device) < self.q_start[-1]

@@ -6,7 +6,7 @@
 All shapes follow from T, nothing waits for a count: the graph is static, and a CUDA graph may hold it. What is dropped
 are the choices with the lowest routing weight (``drop="affinity"``, of equal ones the later token's), or those of the
 last tokens (``"position"``). A dropped choice adds nothing: with all dropped, a token keeps the residual stream alone.
-All processes must have equally many tokens.
+All processes must have equally many rows of tokens; those that are padding choose E, which is no expert.
 Dims: T tokens, D model width, E experts, K experts per token, M = T * K, R processes, L = E / R experts of a process.
 Source: expert capacity, Lepikhin et al. 2020 (arXiv:2006.16668), section 2.2; dropping by affinity, DeepSeek-V2
 (arXiv:2405.04434), section 2.2.4.
@@ -62,12 +62,17 @@ class Capacity(nn.Module):
         return -(-tokens * choices * self.factor.numerator // (self.num_experts * self.factor.denominator))
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor, ffn: nn.Module) -> tuple[Tensor, Tensor]:
-        """As :class:`~deepfuse.blocks.exchange.Local`'s; the load counts what was chosen, dropped or not."""
+        """As :class:`~deepfuse.blocks.exchange.Local`'s; the load counts what was chosen, dropped or not.
+
+        ``experts [T, K]``: E where there is nothing to send, and nothing is added.
+        """
         E, R = self.num_experts, self.axis.size
         L, C = E // R, self.capacity(*experts.shape)
-        load = count(experts, E)
+        # those that chose nothing are counted behind the experts
+        load = count(experts, E + 1)
         slot = self._slots(weights, experts, load, C)
-        self.dropped.add_(torch.stack(((slot < 0).sum(), load.sum())))
+        load = load[:E]
+        self.dropped.add_(torch.stack((load.sum() - (slot >= 0).sum(), load.sum())))
         source = sources(slot, E * C)
         rows = Message.of(x, self.dispatch, ffn).in_slots(source, slot).sent([L * C] * R, [L * C] * R, self.axis)
         ends = torch.arange(1, L + 1, dtype=torch.int32, device=x.device) * (R * C)
@@ -78,7 +83,7 @@ class Capacity(nn.Module):
         return from_slots(y, source, slot, weights), load
 
     def _slots(self, weights: Tensor, experts: Tensor, load: Tensor, capacity: int) -> Tensor:
-        """``[T, K]``: the slot of each choice among E * C, or -1."""
+        """``[T, K]``: the slot of each choice among E * C, or -1; ``load [E + 1]``."""
         chosen = experts.flatten()
         if self.drop == "affinity":
             first = weights.detach().flatten().argsort(descending=True, stable=True)
@@ -87,7 +92,8 @@ class Capacity(nn.Module):
             order = chosen.argsort(stable=True)
         rank = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
         place = rank - (load.cumsum(0) - load)[chosen]
-        return torch.where(place < capacity, chosen * capacity + place, -1).view_as(experts)
+        fits = (place < capacity) & (chosen < self.num_experts)
+        return torch.where(fits, chosen * capacity + place, -1).view_as(experts)
 
 
 def _swapped(rows: Tensor, outer: int, inner: int) -> Tensor:

@@ -43,4 +43,4 @@ class DecoderLayer(nn.Module):
         """
         x, h = (self.input_layernorm(h), h) if delta is None else self.input_layernorm.add(delta, h)
         x, h = self.post_attention_layernorm.add(self.self_attn(x, batch, cache), h)
-        return self.mlp(x), h
+        return (self.mlp(x, batch) if isinstance(self.mlp, MoE) else self.mlp(x)), h

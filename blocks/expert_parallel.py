@@ -19,7 +19,7 @@ from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import MoE
 from deepfuse.blocks.node_limited import NodeLimited
 
-Mode = Literal["dropless", "capacity"]
+Mode = Literal["dropless", "capacity", "node_limited"]
 
 
 @torch.no_grad()
@@ -39,20 +39,21 @@ def to_expert_parallel(
     Args:
         model: not quantized yet; on any device. On the meta device nothing is copied.
         axis: named ``expert``; process i of R has experts ``i * E / R`` up to ``(i + 1) * E / R``.
-        mode: ``dropless``, or ``capacity``: what experts take is bounded, and the rest dropped (``capacity.py``).
+        mode: ``dropless``; ``capacity``: what experts take is bounded, and the rest dropped (``capacity.py``); or
+            ``node_limited``: a token travels once to each node (``node_limited.py``).
         capacity_factor, drop: in mode ``capacity``, the bound as a multiple of the mean load, and what is dropped:
             choices of the lowest weight (``affinity``), or of the last tokens (``position``).
         dispatch: ``fp8``: rows travel to experts as FP8; ``auto``: where the experts would quantize them anyway.
-        nodes: the processes of this one's place in each node, and those of its node, where a token shall travel once to
-            each node (``node_limited.py``); those of ``axis``, node by node. In mode ``dropless`` only.
+        nodes: in mode ``node_limited``, and only there, the processes of this one's place in each node, and those of its
+            node; together those of ``axis``, node by node.
         chunks: of a layer's tokens, which travel one after the other (``chunked.py``).
 
     Returns:
         The names of the mixtures of experts.
 
     Raises:
-        ValueError: the processes do not divide the experts, the model has none or has FP8 weights, or a setting is none
-            of these.
+        ValueError: the processes do not divide the experts, or nodes not their groups; the model has none or has FP8
+            weights; or a setting is none of these.
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
     if not layers:
@@ -61,8 +62,12 @@ def to_expert_parallel(
         raise ValueError(f"expert parallelism: want mode out of {list(get_args(Mode))}, got {mode!r}")
     if dispatch not in get_args(Dispatch):
         raise ValueError(f"expert parallelism: want dispatch out of {list(get_args(Dispatch))}, got {dispatch!r}")
+    if (nodes is None) != (mode != "node_limited"):
+        raise ValueError(
+            f"expert parallelism: want nodes with mode 'node_limited' and with no other, got {mode!r} with{'out' * (nodes is None)}"
+        )
     if nodes is not None:
-        _check_nodes(axis, *nodes, mode)
+        _check_nodes(axis, *nodes, model.config.n_group)
     if any(isinstance(layer.experts, FP8Experts) for _, layer in layers):
         raise ValueError(
             "expert parallelism: want a model to be cut before its weights are FP8, got one with FP8 weights"
@@ -75,6 +80,7 @@ def to_expert_parallel(
             layer.exchange = Capacity(
                 layer.num_experts, axis, capacity_factor=capacity_factor, drop=drop, dispatch=dispatch
             )
+            layer.sends_padding = False
         else:
             layer.exchange = Dropless(layer.num_experts, axis, dispatch=dispatch)
         if chunks > 1:
@@ -87,12 +93,15 @@ def to_expert_parallel(
     return [name for name, _ in layers]
 
 
-def _check_nodes(axis: Axis, across: Axis, within: Axis, mode: Mode) -> None:
-    if mode != "dropless":
-        raise ValueError(f"expert parallelism: want mode 'dropless' for tokens that travel by node, got {mode!r}")
+def _check_nodes(axis: Axis, across: Axis, within: Axis, n_group: int) -> None:
     size, rank = across.size * within.size, across.rank * within.size + within.rank
     if (size, rank) != (axis.size, axis.rank):
         raise ValueError(
             f"expert parallelism: want the {axis.size} processes of axis {axis.name!r} node by node, got {across.size} "
             f"nodes of {within.size}, where process {axis.rank} is number {rank}"
+        )
+    if n_group % across.size:
+        raise ValueError(
+            f"expert parallelism: want whole groups of experts on each of {across.size} nodes, which bounds how many of them "
+            f"a token visits, got n_group = {n_group}; mode 'dropless' needs no groups"
         )

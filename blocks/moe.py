@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.balance import SequenceBalance
+from deepfuse.blocks.batch import Batch
 from deepfuse.blocks.collectives import same_over, sum_over
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.exchange import Local
@@ -25,8 +26,6 @@ from deepfuse.ops.swiglu import swiglu
 class Router(nn.Module):
     """``[T, D] -> (weights [T, K] float32, experts [T, K])``; runs in float32 whatever the model's dtype."""
 
-    balance: SequenceBalance | None = None
-    """Of a router in training: the sequence-wise balance loss, which then is in its gradients."""
     e_score_correction_bias: Tensor | None
     tokens_per_expert: Tensor
 
@@ -34,6 +33,8 @@ class Router(nn.Module):
         super().__init__()
         assert config.n_routed_experts is not None
         self.config = config
+        self.balance: SequenceBalance | None = None
+        """Of a router in training: the sequence-wise balance loss, which then is in its gradients."""
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.has_router_bias else None
         self.register_buffer("e_score_correction_bias", bias)
@@ -90,6 +91,8 @@ class MoE(nn.Module):
     """Weights that may lie one behind the other, so that a shared expert of an expert's width is expert E."""
     tensor: Axis | None = None
     """Processes that each have some of every expert's inner width, of the shared ones too."""
+    sends_padding = True
+    """Whether padding goes to experts as tokens do; where these take but so many rows, it would take the tokens' room."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -102,9 +105,11 @@ class MoE(nn.Module):
         shared = (config.n_shared_experts or 0) * config.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[T, D] -> [T, D]``."""
+    def forward(self, x: Tensor, batch: Batch | None = None) -> Tensor:
+        """``[T, D] -> [T, D]``; ``batch`` says which of the T are tokens, all of them where ``None``."""
         weights, experts = self.gate(x)
+        if batch is not None and not self.sends_padding:
+            experts = torch.where(batch.tokens()[:, None], experts, self.num_experts)
         x, weights = same_over(x, self.tensor), same_over(weights, self.tensor)
         out, load = self.exchange(x, weights, experts, self.experts)
         if self.training:

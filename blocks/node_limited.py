@@ -49,14 +49,15 @@ class NodeLimited(nn.Module):
             all_to_all(to_slots(of_token, source, slot), sizes.received, sizes.sent, self.across)
             for of_token in (experts, weights)
         )
-        y = self._within(message, weight, chosen - self.across.rank * of_node, of_node, ffn)
+        y = self._within(message, weight, chosen, of_node, ffn)
         y = all_to_all(y, sizes.sent, sizes.received, self.across)
         return from_slots(y, source, slot, goes.to(torch.float32)), load
 
     def _within(self, message: Message, weights: Tensor, chosen: Tensor, of_node: int, ffn: nn.Module) -> Tensor:
-        """``[S, D]``: sums over the experts of this node; ``chosen [S, K]`` counts from its first."""
-        here = (chosen >= 0) & (chosen < of_node)
-        expert = torch.where(here, chosen, of_node).flatten()
+        """``[S, D]``: sums over the experts of this node, ``of_node`` of them, for ``chosen [S, K]`` out of all."""
+        # not less its first: a subtraction of 0 would leave another graph, and other costs, to the first node
+        here = chosen // of_node == self.across.rank
+        expert = torch.where(here, chosen % of_node, of_node).flatten()
         load = count(expert, of_node + 1)[:-1]
         sizes = Sizes(load, self.within)
         # those of other nodes behind all others, and cut off

@@ -20,7 +20,10 @@ class Parallel:
     """How tokens reach the experts of other processes."""
 
     mode: Mode = "dropless"
-    """``dropless``: all of them; ``capacity``: of each process, an expert takes a bounded number, and drops the rest."""
+    """``dropless``: all of them; ``capacity``: of each process, an expert takes a bounded number, and drops the rest;
+    ``node_limited``: all of them, over the network once for each node where a token has experts."""
+    ranks_per_node: int | None = None
+    """In mode ``node_limited``: processes of axis ``expert`` on one node, which follow each other there."""
     capacity_factor: float = 1.25
     """That bound, as a multiple of the mean load of an expert."""
     drop: Drop = "affinity"
@@ -32,6 +35,9 @@ class Parallel:
     ``auto``: whichever is predicted to be fastest, chunks among them; ``none``."""
     chunks: int = 1
     """Of a layer's tokens: 2 to 4, so that one travels while experts compute another, however many tokens there are."""
+    max_ctas: int | None = 20
+    """On CUDA, multiprocessors that a transfer of tokens may take from what runs beside it (NCCL's name); ``None``: NCCL's
+    choice. 20 of an H800's 132 are DeepSeek-V3's (arXiv:2412.19437, section 3.2.2)."""
     link: Link | None = None
     """What carries rows, for the cost model that hides their way under other work; ``None``: the usual for the device."""
 
@@ -48,17 +54,37 @@ class Parallel:
             raise ValueError(f"parallel: want chunks from 1 to 4, got {self.chunks}; 1 leaves the tokens together")
         if self.chunks > 1 and self.overlap != "auto":
             raise ValueError(f"parallel: want overlap 'auto' with chunks = {self.chunks}, got {self.overlap!r}")
+        of_node = self.ranks_per_node
+        if self.mode == "node_limited" and (type(of_node) is not int or of_node < 1):
+            raise ValueError(
+                f"parallel: want ranks_per_node, an integer >= 1, with mode 'node_limited', got {of_node!r}; it is the number "
+                "of processes of axis 'expert' on one machine"
+            )
+        if self.mode != "node_limited" and of_node is not None:
+            raise ValueError(
+                f"parallel: want ranks_per_node with mode 'node_limited' alone, got {of_node!r} with {self.mode!r}"
+            )
+        if self.max_ctas is not None and (type(self.max_ctas) is not int or self.max_ctas < 1):
+            raise ValueError(f"parallel: want max_ctas as an integer >= 1, or None, got {self.max_ctas!r}")
         if not 0 < self.capacity_factor < math.inf:
             raise ValueError(f"parallel: want a finite capacity_factor > 0, got {self.capacity_factor}")
 
 
-def to_parallel(model: CausalLM, parallel: Parallel, *, tensor: Axis | None, expert: Axis | None) -> None:
+def to_parallel(
+    model: CausalLM,
+    parallel: Parallel,
+    *,
+    tensor: Axis | None,
+    expert: Axis | None,
+    nodes: tuple[Axis, Axis] | None = None,
+) -> None:
     """Cut a model down to one process's part, in place; names of parameters stay.
 
     Args:
         model: not quantized yet; on any device. On the meta device nothing is computed.
         parallel: how.
         tensor, expert: the axes that share weights; ``None`` for one that the mesh does not have.
+        nodes: of ``expert`` in mode ``node_limited``: see :func:`~deepfuse.blocks.expert_parallel.to_expert_parallel`.
 
     Raises:
         ValueError: the model cannot be dealt out evenly over them.
@@ -71,6 +97,7 @@ def to_parallel(model: CausalLM, parallel: Parallel, *, tensor: Axis | None, exp
             capacity_factor=parallel.capacity_factor,
             drop=parallel.drop,
             dispatch=parallel.dispatch,
+            nodes=nodes,
             chunks=parallel.chunks,
         )
     if tensor is not None:

@@ -185,12 +185,15 @@ def default_inductor_folder() -> str:
 def uncompiled_backend(
     run: Callable[[str, fx.GraphModule], None],
     finish: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda gm: gm,
+    *,
+    at_once: bool = False,
 ) -> Callable[..., Any]:
     """A ``torch.compile`` backend that rewrites the graph as Inductor's hooks would, and runs it as it is.
 
     Args:
         run: called with ``joint``, ``partitioned`` and ``last`` in turn, on the graph after differentiation.
         finish: makes of the rewritten graph what is called with its inputs.
+        at_once: whether the backward graph is made with the forward one, rather than when it is first called.
     """
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
@@ -201,7 +204,7 @@ def uncompiled_backend(
         gm.recompile()
         return make_boxed_func(finish(gm))
 
-    return aot_autograd(
+    backend: Any = aot_autograd(
         fw_compiler=compile_graph,
         bw_compiler=compile_graph,
         inference_compiler=compile_graph,
@@ -209,6 +212,16 @@ def uncompiled_backend(
         decompositions=dict(inductor_decompositions()),
         keep_inference_input_mutations=True,
     )
+    return _graphs_at_once()(backend) if at_once else backend
+
+
+@contextlib.contextmanager
+def _graphs_at_once() -> Iterator[None]:
+    """Inside, the backward graph is compiled with the forward one, and neither comes out of AOTAutograd's cache, past us."""
+    import torch._functorch.config
+
+    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False):
+        yield
 
 
 class _Traced(Exception):
@@ -258,9 +271,8 @@ def compile_inner(
     """Compile a graph of Dynamo's with Inductor, under these options; its code says its sites, as that of :func:`capture`.
 
     Args:
-        heard: called with the code of each graph before it runs, also where Inductor has kept it.
+        heard: called with the code of each graph before any of them runs, also where Inductor has kept it.
     """
-    import torch._functorch.config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     # around each graph: the backward one is compiled when it is called for the first time
@@ -272,9 +284,7 @@ def compile_inner(
             heard(getattr(compiled, "source_code", ""))
         return compiled
 
-    # what AOTAutograd has kept comes past us
-    past = contextlib.nullcontext() if heard is None else torch._functorch.config.patch(enable_autograd_cache=False)
-    with past:
+    with contextlib.nullcontext() if heard is None else _graphs_at_once():
         compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=dict(options))
     return compiled
 

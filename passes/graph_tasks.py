@@ -1,7 +1,7 @@
 """A graph's nodes as tasks of a schedule: what each costs, what must come before it, and the memory it makes and reads.
 
-An op of ours costs what it says (``Op.cost``), a product of ATen's its FLOPs and bytes, other calls the bytes they read and
-write, views nothing. Inductor computes chains of elementwise calls in one kernel: of these the bytes are an upper bound.
+An op of ours costs what it says (``Op.cost``), what torch knows the FLOPs of these and its bytes, other calls the bytes they
+read and write, views nothing; collectives hold the link (:mod:`deepfuse.passes.collective_seconds`). Inductor computes chains of elementwise calls in one kernel: of these the bytes are an upper bound.
 """
 
 from collections.abc import Mapping
@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils.flop_counter import flop_registry
 
 from deepfuse.ir.cost import Cost
 from deepfuse.ir.device import Device
-from deepfuse.ir.link import Link, all_to_all_seconds
+from deepfuse.ir.link import Link
 from deepfuse.ir.op import NAMESPACE, OPS, Op
 from deepfuse.ir.private import COLLECTIVES, collectives, storage_id
 from deepfuse.passes.balanced_sizes import ALL_TO_ALL, BalancedSizes
+from deepfuse.passes.collective_seconds import collective_of, collective_seconds
 from deepfuse.passes.match import VIEWS
 from deepfuse.passes.mutation import is_mutation, mutation_arguments
 from deepfuse.passes.overlap_schedule import Task
@@ -41,7 +43,8 @@ def graph_tasks(graph: fx.Graph, sizes: BalancedSizes, device: Device, link: Lin
 
     Args:
         sizes: numbers for the graph's sizes.
-        device, link: what computes, and what carries the messages of all-to-alls; other collectives cost nothing.
+        device, link: what computes, and what carries the messages. All-to-alls are to be moved; other collectives hold the
+            link where they stand.
     """
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     number = {node: i for i, node in enumerate(nodes)}
@@ -62,15 +65,17 @@ def graph_tasks(graph: fx.Graph, sizes: BalancedSizes, device: Device, link: Lin
         makes = {storage: sizes.bytes(value) for storage, value in storages.items() if storage not in made}
         made |= makes.keys()
         reads = {storage for n in node.all_input_nodes for storage in _storages(n)} | makes.keys()
-        start = start_of(node)
+        start = collective_of(node)
         if start is not None:  # until then the message is read
             reads |= {storage for n in start.all_input_nodes for storage in _storages(n)}
         after = {number[n] for n in (*node.all_input_nodes, *written.get(node, ())) if n in number}
+        held, moves = collective_seconds(node, sizes, link), node.target is ALL_TO_ALL
         tasks.append(
             Task(
                 seconds=_seconds(node, sizes, device),
                 after=tuple(sorted(after)),
-                link_seconds=_link_seconds(node, sizes, link),
+                link_seconds=held if moves else None,
+                held=None if moves else held,
                 start=None if start is None else number[start],
                 makes=makes,
                 reads=frozenset(reads - kept),
@@ -140,17 +145,8 @@ def _changed(node: fx.Node) -> set[int]:
 
 def start_of(node: fx.Node) -> fx.Node | None:
     """What starts the all-to-all that a node waits for."""
-    if node.target is not WAIT:
-        return None
-    start: Any = node.args[0]
-    return start if start.target is ALL_TO_ALL else None
-
-
-def _link_seconds(node: fx.Node, sizes: BalancedSizes, link: Link) -> float | None:
-    if node.target is not ALL_TO_ALL:
-        return None
-    sent: Any = node.args[0]
-    return all_to_all_seconds(link, sizes.bytes(sent.meta["val"]), len(node.args[1]))  # type: ignore[arg-type]
+    start = collective_of(node)
+    return start if start is not None and start.target is ALL_TO_ALL else None
 
 
 def _seconds(node: fx.Node, sizes: BalancedSizes, device: Device) -> float:
@@ -180,9 +176,9 @@ def _op_of(target: Any) -> Op | None:
 
 
 def _flops(node: fx.Node, sizes: BalancedSizes) -> int:
-    """Of a product, a multiply-add as two; of others none, which memory bounds."""
-    if getattr(node.target, "overloadpacket", None) not in MATMULS:
+    """Of products, convolutions and attention of ATen's, by torch's own formulas; of others none, which memory bounds."""
+    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if formula is None:
         return 0
-    left: Any = node.args[-2]
-    out = sizes.tensor(node.meta["val"])
-    return 2 * out.numel() * sizes.size(left.meta["val"].shape[-1])
+    args, kwargs, out = (sizes.arguments(node, part) for part in (list(node.args), dict(node.kwargs), node))
+    return int(formula(*args, **kwargs, out_val=out))

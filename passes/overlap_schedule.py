@@ -29,7 +29,8 @@ class Task:
     Attributes:
         seconds: of compute.
         after: numbers of the tasks that come before it.
-        link_seconds: of what starts a collective: how long its message is on the link; ``None`` of others.
+        link_seconds: of what starts a collective that is scheduled: how long its message is on the link; ``None`` of others.
+        held: likewise, of a collective that is not: it comes when it may, and holds the link.
         start: of a wait: the task that started what it waits for.
         makes: storage -> bytes that it allocates.
         reads: storages that it reads; until their last reader they live.
@@ -40,6 +41,7 @@ class Task:
     seconds: float = 0.0
     after: tuple[int, ...] = ()
     link_seconds: float | None = None
+    held: float | None = None
     start: int | None = None
     makes: Mapping[int, int] = field(default_factory=dict)
     reads: frozenset[int] = frozenset()
@@ -52,7 +54,7 @@ class Played:
 
     Attributes:
         seconds: of the step.
-        exposed: start -> seconds that its waits stand still.
+        exposed: start of a scheduled collective -> seconds that its waits stand still.
         peak: bytes that live at once.
     """
 
@@ -82,8 +84,11 @@ def play(tasks: Sequence[Task], order: Sequence[int], given: Mapping[int, int] |
         if task.link_seconds is not None:
             free = ends[number] = max(clock, free) + task.link_seconds
             exposed[number] = 0.0
+        if task.held is not None:
+            free = ends[number] = max(clock, free) + task.held
         if task.start is not None:
-            exposed[task.start] += max(ends[task.start] - clock, 0.0)
+            if task.start in exposed:
+                exposed[task.start] += max(ends[task.start] - clock, 0.0)
             clock = max(clock, ends[task.start])
         for storage, made in task.makes.items():
             size[storage] = made
@@ -176,6 +181,8 @@ class _Scheduler:
         task = self.tasks[number]
         if task.start is not None:
             self.clock = max(self.clock, self.ends[task.start])
+        if task.held is not None:
+            self.free = self.ends[number] = max(self.clock, self.free) + task.held
         self._release(number)
 
     def _done(self, number: int) -> None:
@@ -218,7 +225,7 @@ class _Scheduler:
         """Wait for what comes first, and do something else until then."""
         number = min(waits, key=lambda w: (self.ends[self._start(w)], w))
         start = self._start(number)
-        covered = self.ends[start] + (SLACK - 1) * (self.tasks[start].link_seconds or 0.0)
+        covered = self.ends[start] + (SLACK - 1) * (self.tasks[start].link_seconds or self.tasks[start].held or 0.0)
         while self.clock < covered:
             filler = self._filler(k, covered - self.clock)
             if filler is None:

@@ -65,7 +65,7 @@ class Runner:
     verify: bool = False
     """Whether types are checked after every pass, and values in the first calls of :meth:`backend`'s graphs."""
     meet: Callable[[str, list[Call]], None] | None = None
-    """Called with a graph's name and collectives when it is compiled, before its first run: where others have the same."""
+    """Called with a graph's name and collectives when it is compiled, before any of them runs: where others have the same."""
     _rewritten: list[Rewritten] = field(default_factory=list)
 
     def key(self) -> str:
@@ -79,7 +79,8 @@ class Runner:
 
     def backend(self) -> Callable[..., Any]:
         """For ``torch.compile(backend=...)``: the same rewrites, run without Inductor."""
-        return uncompiled_backend(lambda hook, gm: self.run(gm.graph, hook), self._finished)
+        together = self.meet is not None
+        return uncompiled_backend(lambda hook, gm: self.run(gm.graph, hook), self._finished, at_once=together)
 
     def inductor(self) -> Callable[..., Any]:
         """For ``torch.compile(backend=...)``: Inductor, with the rewrites in it."""

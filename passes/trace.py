@@ -159,8 +159,24 @@ class _Recorder(TorchDispatchMode):
         known: dict[Any, fx.Proxy] = {}
         for _, _, size in self._dimensions():
             # rows are often a product, of which no factor is a size of any tensor
-            if not size.is_Symbol and expression.has(size):
+            if not size.is_Symbol:
                 symbol = named_size(f"size_{len(known)}")
-                expression, known[symbol] = expression.subs(size, symbol), fx.Proxy(self._size(size))
+                found = _in_terms_of(symbol, size, expression)
+                if found is not None:
+                    expression, known[symbol] = found, fx.Proxy(self._size(size))
         known |= {symbol: fx.Proxy(self._size(symbol)) for symbol in expression.free_symbols - known.keys()}
         return value_of_expression(expression, known).node
+
+
+def _in_terms_of(symbol: Any, size: Any, expression: Any) -> Any:
+    """``expression`` with ``symbol`` for ``size``, where that stands in it as it is or multiplied out; else ``None``."""
+    if expression.has(size):
+        return expression.subs(size, symbol)
+    for term in size.args if size.is_Add else ():
+        # 24 * a + 24 * b, of a size a + b: with a = size - b nothing is left of either
+        rest = size - term
+        if term.is_Symbol and not rest.has(term):
+            found = expression.subs(term, symbol - rest).expand()
+            if found.has(symbol) and not found.free_symbols & size.free_symbols:
+                return found
+    return None

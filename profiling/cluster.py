@@ -1,16 +1,16 @@
 """A cluster as rows of numbers, and what its ranks' exchange of tokens takes.
 
-Rows of GPUs and links are what vendors state; kernels reach less. Three factors say how much, all from published
-microbenchmarks on H800, none from a whole model: products 0.67 of dense peak (FlashMLA: 660 of 989 TFLOP/s; DeepGEMM
-reaches 0.5 to 0.78), memory 0.9 (FlashMLA: 3.0 of 3.35 TB/s), links 0.8 (DeepSeek-V3, arXiv:2412.19437, section 3.2.2: 160
-of 200 GB/s of NVLink; arXiv:2505.09343: 40 of 50 GB/s of InfiniBand). Measured rows (:func:`calibrated`) are taken as they are.
+Rows of GPUs and links are what vendors state; kernels reach less. Factors say how much, all from published
+microbenchmarks on H800 and H100, none from a whole model: products 0.67 of dense peak (FlashMLA: 660 of 989 TFLOP/s), memory
+0.9 (FlashMLA: 3.0 of 3.35 TB/s), links 0.8 (DeepSeek-V3, arXiv:2412.19437, section 3.2.2: 160 of 200 GB/s of NVLink;
+arXiv:2505.09343: 40 of 50 GB/s of InfiniBand), attention as in ``ATTENTION``. Arithmetic and memory time of an op add up, but
+for attention, which streams its cache beside its products (:func:`Cluster.seconds`). Measured rows
+(:func:`deepfuse.profiling.calibration.calibrated`) are taken as they are.
 """
 
-import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -20,6 +20,15 @@ from deepfuse.ir.device import Device
 from deepfuse.ir.link import Link, all_reduce_seconds
 
 ARITHMETIC, MEMORY, LINK = 0.67, 0.9, 0.8
+ATTENTION = {"mla_attention": 0.58, "mla_attention_backward": 0.45}
+"""Shares of dense peak where they are not ``ARITHMETIC``, causal over 4096 tokens on an H100: heads of 192 and 128 with
+FlashAttention-4, 572 TFLOP/s (mlc-ai/pith-train, pull request 3); the gradient of heads of 128 with FlashAttention-3, 2.06
+TFLOP in 4.64 ms (meta-pytorch/tritonbench, pull request 1267)."""
+STREAMING = "mla_"
+"""What the names of such ops begin with that read memory while they compute: their loops are long."""
+BUSY_SMS = 20 / 132
+"""Share of a GPU that an exchange holds while it runs beside computation (DeepSeek-V3, section 3.2.2); in decode the network
+adapters do it alone (DeepEP's low-latency kernels)."""
 Exchange = Literal["direct", "node_limited"]
 
 
@@ -30,22 +39,40 @@ class Cluster:
     Attributes:
         nvlink: between the GPUs of a node.
         network: between nodes, for each GPU.
+        exchange_share: of a device, that an exchange takes from what runs beside it; ``None``: ``BUSY_SMS`` of a GPU outside
+            of decode, else nothing.
     """
 
     device: Device
     gpus_per_node: int
     nvlink: Link
     network: Link
+    exchange_share: float | None = None
 
     def __post_init__(self) -> None:
         if self.gpus_per_node < 1:
             raise ValueError(f"cluster: want gpus_per_node >= 1, got {self.gpus_per_node}")
 
-    def seconds(self, cost: Cost, dtype: torch.dtype) -> float:
-        """Of one op: its bound, and its launch."""
+    def seconds(self, op: str, cost: Cost, dtype: torch.dtype, launches: float = 1.0) -> float:
+        """Of one op: its arithmetic and its bytes, and its launches.
+
+        The two add up: a product's kernel has little to compute while it loads its first and stores its last tiles. Of the
+        28 FP8 products of DeepGEMM's first README (H800), the sum is 8% above the published times on average, and the larger of
+        the two 22% below. Attention takes the larger of both, as FlashMLA publishes it.
+        """
         if dtype not in self.device.flops:
             raise ValueError(f"{self.device.name}: want a rate for {dtype}, got those of {list(self.device.flops)}")
-        return self.device.launch_seconds + self.device.seconds(cost, dtype)
+        share = ATTENTION.get(op, ARITHMETIC) / ARITHMETIC if self.device.kind == "cuda" else 1.0
+        arithmetic = cost.flops / (share * self.device.flops[dtype])
+        memory = cost.bytes / self.device.memory_bandwidth
+        busy = max(arithmetic, memory) if op.startswith(STREAMING) else arithmetic + memory
+        return launches * self.device.launch_seconds + busy
+
+    def busy(self, *, decode: bool) -> float:
+        """Share of a device that an exchange takes from what runs beside it."""
+        if self.exchange_share is not None:
+            return self.exchange_share
+        return BUSY_SMS if self.device.kind == "cuda" and not decode else 0.0
 
     def all_reduce(self, size: float, ranks: int) -> float:
         """Over ranks that fill nodes: within each node, over the network with what a GPU then has, and back."""
@@ -111,42 +138,3 @@ def sustained(device: Device) -> Device:
 
 def sustained_link(link: Link) -> Link:
     return replace(link, bandwidth=LINK * link.bandwidth)
-
-
-def calibrated(cluster: Cluster, path: Path) -> Cluster:
-    """The cluster with what a file of microbenchmarks says of it.
-
-    The file is JSON: ``{"device": {"flops": {"float32": FLOP/s, ...}, "memory_bandwidth": bytes/s, "launch_seconds": s},
-    "nvlink": {"bandwidth": bytes/s, "latency": s}, "network": {...}}``; what it leaves out stays.
-
-    Raises:
-        ValueError: it is no such file.
-    """
-    known = {
-        "device": {"flops", "memory_bandwidth", "launch_seconds", "memory_bytes"},
-        "nvlink": {"bandwidth", "latency"},
-        "network": {"bandwidth", "latency"},
-    }
-    try:
-        data: dict[str, dict[str, Any]] = json.loads(path.read_text())
-        wrong = [f"{part}.{key}" for part, rows in data.items() for key in rows if key not in known.get(part, ())]
-        wrong += [part for part in data if part not in known]
-        numbers = [
-            n for rows in data.values() for v in rows.values() for n in (v.values() if isinstance(v, dict) else [v])
-        ]
-        wrong += [repr(n) for n in numbers if not (isinstance(n, int | float) and 0 < n < math.inf)]
-        if wrong:
-            raise ValueError(", ".join(wrong))
-        device = dict(data.get("device", {}))
-        if "flops" in device:
-            rates = {getattr(torch, name): rate for name, rate in device["flops"].items()}
-            device["flops"] = {**cluster.device.flops, **rates}
-        return replace(
-            cluster,
-            device=replace(cluster.device, **device),
-            nvlink=replace(cluster.nvlink, **data.get("nvlink", {})),
-            network=replace(cluster.network, **data.get("network", {})),
-        )
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        want = "; ".join(f"{part}: {', '.join(sorted(keys))}" for part, keys in known.items())
-        raise ValueError(f"calibration {path}: want JSON of positive numbers with {want}, got {error}") from None

@@ -1,10 +1,10 @@
 """What one rank's share of a step has to do, by kind of layer and part of it: read off the graphs after the passes.
 
 The share is a model of its own, cut to a layer of each kind. It is captured on fake tensors, rewritten and lowered as any
-build, and each site brings its op's own cost. Costs are affine in the sequences of a step, and those of routed experts in
+build, and each site brings its op's own cost; what ATen computes between them is counted as the loops that Inductor fuses it
+into (:mod:`deepfuse.profiling.fused_loops`). Costs are affine in the sequences of a step, and those of routed experts in
 the rows that come for them and in the slots (experts) of a rank; so two captures give them for every batch, and three for
-every number of ranks. What ATen computes element by element between our ops (``cat``, additions that Inductor fuses)
-counts nothing.
+every number of ranks.
 """
 
 from collections import defaultdict
@@ -27,6 +27,7 @@ from deepfuse.passes.pipeline import default
 from deepfuse.passes.runner import Runner
 from deepfuse.passes.sites import Site
 from deepfuse.profiling.fake_step import Workload, hopper
+from deepfuse.profiling.fused_loops import fused_loops
 from deepfuse.profiling.size_expression import evaluated
 from deepfuse.profiling.view_ops import is_view
 from deepfuse.runtime.trainer import next_token_loss
@@ -36,6 +37,8 @@ Phase = Literal["prefill", "decode", "train"]
 PARTS = ("attention", "dense", "norm", "router", "shared", "permute", "routed", "head")
 """Of a step: norms are those between blocks, and the head is what is outside of layers."""
 _OF_MODULE = {"self_attn": "attention", "mlp": "dense", "mlp.gate": "router", "mlp.shared_experts": "shared"}
+LOOPS = "loops"
+"""Name of an :class:`OpWork` that is no op: a part's fused loops, all together."""
 _OF_OP = {"expert_permute": "permute", "permute_quantize": "permute", "expert_unpermute": "permute"}
 
 
@@ -47,11 +50,12 @@ _ROWS, _SLOTS = 4096, 8
 
 @dataclass(frozen=True, slots=True)
 class OpWork:
-    """One op: what it costs, and the dtype its products are computed in."""
+    """One op: what it costs, the dtype its products are computed in, and its kernels; or all the loops of a part."""
 
     op: str
     cost: Cost
     dtype: torch.dtype
+    launches: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,12 @@ class RankWork:
         # with fewer rows than slots, a weight a row at most is read
         steps = _steps(rows, min(slots, rows))
         return [
-            OpWork(a.op, _at(steps[0], a, b).cost + _at(steps[1], a, c).cost + _times(-1.0, a.cost), a.dtype)
+            OpWork(
+                a.op,
+                _at(steps[0], a, b).cost + _at(steps[1], a, c).cost + _times(-1.0, a.cost),
+                a.dtype,
+                a.launches + steps[0] * (b.launches - a.launches) + steps[1] * (c.launches - a.launches),
+            )
             for a, b, c in zip(base, more_rows, more_slots, strict=True)
         ]
 
@@ -127,7 +136,8 @@ def _steps(rows: float, slots: float) -> tuple[float, float]:
 def _at(step: float, one: OpWork, two: OpWork) -> OpWork:
     """On the line through a first cost and a second, so many steps behind the first."""
     assert one.op == two.op, f"{one.op} became {two.op} with a larger step"
-    return OpWork(one.op, _times(1 - step, one.cost) + _times(step, two.cost), one.dtype)
+    cost = _times(1 - step, one.cost) + _times(step, two.cost)
+    return OpWork(one.op, cost, one.dtype, (1 - step) * one.launches + step * two.launches)
 
 
 def _times(factor: float, cost: Cost) -> Cost:
@@ -175,6 +185,13 @@ def captured(config: Config, workload: Workload, phase: Phase, *, fp8: bool, dev
             flops, size = evaluated(site.flops, {}), evaluated(site.bytes, {})
             if flops is not None and size is not None:
                 ops[_place(site, kinds)].append(OpWork(site.op, Cost(flops, size), getattr(torch, site.dtype)))
+    loops: dict[Place, list[int]] = defaultdict(list)
+    for graph in graphs:
+        for site, size in graph.loops:
+            loops[_place(site, kinds)].append(size)
+    for at in {**ops, **loops}:
+        # one for each part, however many there are: a step of another size may have others
+        ops[at].append(OpWork(LOOPS, Cost(0, sum(loops[at])), dtype, len(loops[at])))
     weights: dict[Place, int] = defaultdict(int)
     for name, parameter in model.named_parameters():
         weights[_place(Site(0, name.removeprefix("model."), ""), kinds)] += tensor_bytes(parameter)
@@ -191,10 +208,12 @@ def compute_dtype(device: Device) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """After the passes: its sites, the bytes of its results with their sites, and of all that is alive at once."""
+    """After the passes: its sites, the bytes of its results and of its loops with their sites, and of all that is alive at
+    once."""
 
     sites: list[Site]
     results: list[tuple[Site, int]]
+    loops: list[tuple[Site, int]]
     peak_bytes: int
 
 
@@ -212,7 +231,9 @@ def _graphs(
             peaks.append(_peak_bytes(gm.graph))
         if hook == "last":
             sites = runner.journal.graphs[-1].sites
-            found.append(_Graph(sites, _results(gm.graph, sites), peaks[-1]))
+            # one that goes on outside of a layer is the layer's: the others are not the last
+            loops = [(sites[loop.nodes[0].meta[SITE]], loop.bytes) for loop in fused_loops(gm.graph)]
+            found.append(_Graph(sites, _results(gm.graph, sites), loops, peaks[-1]))
 
     fn: Any
     if phase == "train":
@@ -245,7 +266,9 @@ def _place(site: Site, kinds: list[str]) -> Place:
     if inside.startswith("mlp.experts"):
         return kind, "routed"
     names = [name for name in _OF_MODULE if inside == name or inside.startswith(f"{name}.")]
-    return kind, _OF_MODULE[max(names, key=len)]
+    part = _OF_MODULE[max(names, key=len)]
+    # what a mixture of experts adds up itself comes before the next block, like a norm
+    return kind, "norm" if (kind, part) == ("sparse", "dense") else part
 
 
 def _results(graph: fx.Graph, sites: list[Site]) -> list[tuple[Site, int]]:

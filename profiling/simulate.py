@@ -3,10 +3,11 @@
     step = layers of experts under the best plan + other layers + head + sums over tensor and data ranks
 
 Work is that of the graphs after the passes (:mod:`deepfuse.profiling.layer_work`), times are the rates of
-:mod:`deepfuse.profiling.cluster`, and plans those of :mod:`deepfuse.profiling.overlap_choice`. Loads are taken as equal, but
-for the factor ``imbalance``. A training step counts backward with forward; gradients are summed in bfloat16 behind it.
+:mod:`deepfuse.profiling.cluster`, and plans those of :mod:`deepfuse.profiling.overlap_choice`. Loads are those of equally
+likely experts, but for a factor ``imbalance`` that is given. A training step counts backward with forward; gradients are summed in bfloat16 behind it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,10 +22,6 @@ from deepfuse.profiling.overlap_choice import LayerSeconds, Ops, best, plans
 OPTIMIZER_BYTES = 16
 """A parameter in training: float32 weight, gradient and two moments of Adam; of what is not FP8, a working copy besides."""
 
-BUSY_SMS = 20 / 132
-"""Share of a GPU that an exchange holds while it runs beside computation (DeepSeek-V3, section 3.2.2); in decode the network
-adapters do it alone (DeepEP's low-latency kernels)."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
@@ -34,7 +31,7 @@ class Setup:
         sequences: of each rank of the data and expert axes.
         length: tokens of each sequence; in decode, those that are cached.
         expert: ranks that share the routed experts; each has ``(n_routed_experts + redundant) / expert`` of them.
-        imbalance: rows of the busiest rank over the mean of all.
+        imbalance: rows of the busiest rank over the mean of all; ``None``: what chance makes of it (:func:`by_chance`).
         exchange: ``None`` takes direct in decode, and node-limited where a prefill or training step crosses nodes.
     """
 
@@ -46,7 +43,7 @@ class Setup:
     data: int = 1
     fp8: bool = True
     redundant: int = 0
-    imbalance: float = 1.0
+    imbalance: float | None = None
     exchange: Exchange | None = None
 
     @property
@@ -97,8 +94,7 @@ class Simulation:
         Raises:
             ValueError: sizes that do not fit each other, the model or the cluster.
         """
-        check(self.config, self.cluster, setup)
-        rank = _Rank(self.config, self.cluster, setup, self._work(setup))
+        rank = self._rank(setup)
         at = {n: rank.layer(n) for n in (1.0, 0.5, 0.25)}
         layers, others = rank.layers("sparse"), rank.rest()
         computing = others + layers * at[1.0].compute
@@ -106,7 +102,7 @@ class Simulation:
             at.__getitem__,
             layers,
             can_split=setup.sequences * rank.new_tokens >= 4,
-            busy=BUSY_SMS if setup.phase != "decode" and self.cluster.device.kind == "cuda" else 0.0,
+            busy=self.cluster.busy(decode=setup.phase == "decode"),
         )
         seconds = {name: stack + others + rank.sums() for name, stack in stacks.items()}
         overlap = best(seconds)
@@ -132,9 +128,17 @@ class Simulation:
         return [self.predict(setup) for setup in setups]
 
     def layer(self, setup: Setup, fraction: float = 1.0) -> LayerSeconds:
-        """One layer of experts by its ops and messages, with a fraction of the tokens: what a measured layer is held against."""
+        """One layer of experts by its ops and messages, with a fraction of the tokens."""
+        return self._rank(setup).layer(fraction)
+
+    def experts(self, setup: Setup, fraction: float = 1.0) -> LayerSeconds:
+        """Its mixture of experts alone, of which the router is what comes first: what a measured one is held against."""
+        rank = self._rank(setup)
+        return replace(rank.layer(fraction), attention=rank.part("sparse", "router", fraction))
+
+    def _rank(self, setup: Setup) -> "_Rank":
         check(self.config, self.cluster, setup)
-        return _Rank(self.config, self.cluster, setup, self._work(setup)).layer(fraction)
+        return _Rank(self.config, self.cluster, setup, self._work(setup))
 
     def _work(self, setup: Setup) -> RankWork:
         key = setup.phase, setup.sequences, setup.length, setup.tensor, setup.fp8
@@ -158,14 +162,22 @@ def share_of(config: Config, tensor: int) -> Config:
     )
 
 
+def by_chance(rows: float, ranks: int) -> float:
+    """Rows of the busiest of so many ranks over their mean ``rows``, where each row is as likely to come to any.
+
+    Source: Raab and Steger 1998, Balls into Bins, theorem 1, of many balls: ``m/n + sqrt(2 (m/n) ln n)`` in the fullest of n.
+    """
+    return 1 + math.sqrt(2 * math.log(ranks) / rows)
+
+
 def check(config: Config, cluster: Cluster, setup: Setup) -> None:
     """Raise the error of a setup that cannot be."""
     for name in ("sequences", "length", "expert", "tensor", "data"):
         if getattr(setup, name) < 1:
             raise ValueError(f"simulate: want {name} >= 1, got {getattr(setup, name)}")
-    if setup.redundant < 0 or not setup.imbalance >= 1:
+    if setup.redundant < 0 or not 1 <= (1 if setup.imbalance is None else setup.imbalance) < math.inf:
         raise ValueError(
-            f"simulate: want redundant >= 0 and imbalance >= 1, got {setup.redundant} and {setup.imbalance}"
+            f"simulate: want redundant >= 0 and a finite imbalance >= 1, got {setup.redundant} and {setup.imbalance}"
         )
     if setup.phase == "prefill" and setup.length < 2:
         raise ValueError(f"simulate: want prompts of a length >= 2, got {setup.length}")
@@ -219,12 +231,19 @@ class _Rank:
             # alone, what is permuted for the experts is permuted already
             if part == "routed" or self.setup.expert > 1:
                 ops += self.work.routed_ops(part, rows, self.slots)
-        return tuple(self.cluster.seconds(op.cost, op.dtype) for op in ops)
+        return tuple(self.cluster.seconds(op.op, op.cost, op.dtype, op.launches) for op in ops)
+
+    @property
+    def imbalance(self) -> float:
+        s = self.setup
+        if s.imbalance is not None:
+            return s.imbalance
+        return by_chance(s.sequences * self.new_tokens * self.config.num_experts_per_tok, s.expert)
 
     def rows(self, fraction: float) -> float:
         """That come for the experts of the busiest rank."""
         s = self.setup
-        return s.imbalance * fraction * s.sequences * self.new_tokens * self.config.num_experts_per_tok
+        return self.imbalance * fraction * s.sequences * self.new_tokens * self.config.num_experts_per_tok
 
     def layer(self, fraction: float) -> LayerSeconds:
         """Of a layer of experts."""
@@ -252,7 +271,7 @@ class _Rank:
             return 0.0
         crosses = s.expert * s.tensor > self.cluster.gpus_per_node
         how = s.exchange or ("node_limited" if crosses and s.phase != "decode" else "direct")
-        tokens = s.imbalance * fraction * s.sequences * self.new_tokens
+        tokens = self.imbalance * fraction * s.sequences * self.new_tokens
         return self.cluster.exchange(self.config, tokens, row_bytes, s.expert, how, s.tensor)
 
     def rest(self) -> float:

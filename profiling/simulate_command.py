@@ -33,8 +33,8 @@ class Simulate:
     quantize: Literal["fp8", "none"] = "fp8"
     redundant: int | None = None
     """Further copies of experts, over all ranks; as few as make the experts divide, where it is not given."""
-    imbalance: float = 1.0
-    """Rows of the busiest rank over the mean."""
+    imbalance: float | None = None
+    """Rows of the busiest rank over the mean; what chance makes of it, where it is not given."""
     exchange: Literal["auto", "direct", "node_limited"] = "auto"
     """A row for each expert of a token, or one for each node; auto: direct in decode."""
     device: str = "H800"
@@ -96,7 +96,8 @@ class Simulate:
 
     def _cluster(self) -> "Cluster":
         from deepfuse.ir.device import DEVICES
-        from deepfuse.profiling.cluster import Cluster, calibrated, sustained, sustained_link
+        from deepfuse.profiling.calibration import calibrated
+        from deepfuse.profiling.cluster import Cluster, sustained, sustained_link
 
         if self.device not in DEVICES:
             raise ValueError(f"simulate: want a device out of {', '.join(DEVICES)}, got {self.device!r}")

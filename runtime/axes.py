@@ -3,8 +3,10 @@
 Source: torch.distributed.device_mesh; process groups as functional collectives name them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from deepfuse.blocks.axis import AXES, Axis
 from deepfuse.blocks.config import Config
+
+Settings = Callable[[], Mapping[str, Any]]
+"""Makes what ``new_group`` is told of a group beside its ranks; anew for each, which writes into them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +26,8 @@ class Axes:
     data: Axis | None = None
     tensor: Axis | None = None
     expert: Axis | None = None
+    nodes: tuple[Axis, Axis] | None = None
+    """Of ``expert``, the processes of this one's place in each node, and those of its node; where tokens travel by node."""
     rank: int = 0
     """Of this process among all."""
     size: int = 1
@@ -28,6 +35,8 @@ class Axes:
 
     def __str__(self) -> str:
         named = [f"{name} {size}" for name, size in self.sizes.items()]
+        if self.nodes is not None:
+            named[-1] += f" on {self.nodes[0].size} nodes"
         return f"{' x '.join(named) or 'one process'}, this is rank {self.rank} of {self.size}"
 
     @property
@@ -37,8 +46,9 @@ class Axes:
 
     @property
     def groups(self) -> dict[str, str]:
-        """Process group -> axis, of the axes there are."""
-        return {axis.group: axis.name for axis in (self.data, self.tensor, self.expert) if axis is not None}
+        """Process group -> axis, of the axes there are, and of their nodes."""
+        axes = (self.data, self.tensor, self.expert, *(self.nodes or ()))
+        return {axis.group: axis.name for axis in axes if axis is not None}
 
     def part_of(self, config: Config) -> str:
         """What this process has of a model, in words."""
@@ -66,7 +76,7 @@ class Axes:
 def axes_of(mesh: DeviceMesh) -> Axes:
     """The axes of a mesh whose names were checked."""
     assert mesh.mesh_dim_names is not None
-    found = {}
+    found: dict[str, Any] = {}
     for dim, name in enumerate(mesh.mesh_dim_names):
         if mesh.size(dim) > 1:
             found[name] = Axis(name, mesh.get_group(name).group_name, mesh.size(dim), mesh.get_local_rank(name))
@@ -79,20 +89,67 @@ def tokens_axis(mesh: DeviceMesh, axes: Axes) -> Axis | None:
     Where a mesh has both axes this makes process groups, which all processes must do at the same time.
     """
     if axes.data is None or axes.expert is None:
-        return axes.data or axes.expert
+        axis = axes.data or axes.expert
+        # gradients do not travel in the group that tokens have for themselves
+        return None if axis is None else replace(axis, group=mesh.get_group(axis.name).group_name)
     names = mesh.mesh_dim_names
     assert names is not None
     ranks = mesh.mesh.permute(*(names.index(name) for name in AXES if name in names))
+    # tensor, data and expert
+    ranks = ranks.movedim(1, 0) if "tensor" in names else ranks.unsqueeze(0)
+    return _own_group("data x expert", axes.rank, ranks.flatten(1))
+
+
+def expert_apart(mesh: DeviceMesh, axes: Axes, settings: Settings = dict) -> Axes:
+    """The same axes, with a process group of its own for ``expert`` beside that of the mesh.
+
+    This makes process groups, which all processes must do at the same time; ``settings``: of each.
+    """
+    if axes.expert is None:
+        return axes
+    ranks = _experts_last(mesh)
+    return replace(axes, expert=_own_group("expert", axes.rank, ranks.flatten(0, -2), settings))
+
+
+def by_node(mesh: DeviceMesh, axes: Axes, ranks_per_node: int, settings: Settings = dict) -> Axes:
+    """The same axes, with ``nodes``: of so many processes of ``expert`` each, in order.
+
+    This makes process groups, which all processes must do at the same time; ``settings``: of each.
+
+    Raises:
+        ValueError: nodes do not come out even.
+    """
+    if axes.expert is None:
+        return axes
+    if axes.expert.size % ranks_per_node:
+        raise ValueError(
+            f"parallel: want ranks_per_node that divides the {axes.expert.size} processes of axis 'expert', got "
+            f"{ranks_per_node}"
+        )
+    # [axes of experts, nodes, processes of a node]
+    ranks = _experts_last(mesh).flatten(0, -2).unflatten(1, (-1, ranks_per_node))
+    across = _own_group("nodes of expert", axes.rank, ranks.movedim(1, -1).flatten(0, 1), settings)
+    within = _own_group("expert in a node", axes.rank, ranks.flatten(0, 1), settings)
+    return replace(axes, nodes=(across, within))
+
+
+def _experts_last(mesh: DeviceMesh) -> torch.Tensor:
+    names = mesh.mesh_dim_names
+    assert names is not None
+    return mesh.mesh.movedim(names.index("expert"), -1).unsqueeze(0)
+
+
+def _own_group(name: str, rank: int, groups: torch.Tensor, settings: Settings = dict) -> Axis:
+    """Make a process group of each row of ranks; the one with ``rank``."""
     mine = None
-    # data, tensor, expert
-    ranks = ranks if "tensor" in names else ranks.unsqueeze(1)
-    for i in range(ranks.shape[1]):
+    for row in groups.tolist():
         # a group numbers its processes by their ranks, however they are listed
-        together = sorted(ranks[:, i].flatten().tolist())
-        group = dist.new_group(together)
-        if axes.rank in together:
+        together = sorted(row)
+        group = dist.new_group(together, **settings())
+        if rank in together:
             assert isinstance(group, dist.ProcessGroup)
-            mine = Axis("data x expert", group.group_name, len(together), together.index(axes.rank))
+            mine = Axis(name, group.group_name, len(together), together.index(rank))
+    assert mine is not None
     return mine
 
 

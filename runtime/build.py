@@ -201,6 +201,8 @@ def build(
         alike |= {"dtype": dtype, "quantize": quantize, "cache_dtype": cached, "compile": compile, **room}
         alike |= {"verify": verify, "strict": how["strict"], "providers": forced, "device": row, "link": link}
         agree(setup(cfg, folder, pipeline, **alike), timeout_s)
+        with processes.raising_together("process groups"):
+            processes = processes.with_groups()
     cut = processes.cut
     # only where the pass reads them so: what is not loaded into place is copied, a layer's experts at a time
     with_experts = row.kind == "cuda" and merge_shared_expert.name in pipeline.names and processes.axes.expert is None

@@ -127,6 +127,7 @@ class Engine:
                 self._prefill if large is None else self._graph("prefill_large", prefill, *self._example_prefill())
             )
             self._decode = {b: self._graph(f"decode_{b}", decode, *self._example_decode(b)) for b in self.buckets}
+        self._forget_drops()
         self.compile_seconds = time.perf_counter() - began
 
     @torch.inference_mode(False)
@@ -141,6 +142,7 @@ class Engine:
             args = (self.model, self.cache.layers, *self._example_decode(bucket))
             graph(*args)
             self._decode[bucket] = self._recorded(graph, decode, args)
+        self._forget_drops()
 
     def _graph(self, name: str, fn: Graph, *example: Tensor) -> Graph:
         model = self._large_model if name == "prefill_large" else self.model
@@ -182,9 +184,17 @@ class Engine:
         """Whether nothing was compiled."""
         return self.graphs_from_cache == graphs_of(self.max_batch_size, self.large)
 
+    def _capacities(self) -> list[Capacity]:
+        return [m for m in self.model.modules() if isinstance(m, Capacity)]
+
+    def _forget_drops(self) -> None:
+        """Of calls that nobody asked for."""
+        for exchange in self._capacities():
+            exchange.dropped.zero_()
+
     def drops(self) -> tuple[int, int]:
         """Choices of experts that exchanges have dropped, and all choices, since the engine was made."""
-        counts = [m.dropped for m in self.model.modules() if isinstance(m, Capacity)]
+        counts = [exchange.dropped for exchange in self._capacities()]
         dropped, choices = torch.stack(counts).sum(0).tolist() if counts else (0, 0)
         return dropped, choices
 
@@ -358,9 +368,8 @@ def prefill_inputs(
         ends.append(len(ids))
     # of no sequence, a row all the same
     rows = ([end - 1 for end in ends[1:]] if last_only else list(range(len(ids)))) or [0]
-    # sequences that nobody asked about, short ones
-    ends += range(len(ids) + ROWS, len(ids) + padding, ROWS)
-    ends += [len(ids) + padding] if padding else []
+    # padding stands behind the last sequence, which is empty where there is none
+    ends += [] if prompts else [0]
     nothing = [0] * padding
     # a compiled graph checks no dtype, and an empty list would be float32
     tokens = torch.tensor([ids + nothing, positions + nothing, slots + nothing], dtype=torch.int64, device=device)

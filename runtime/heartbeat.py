@@ -332,6 +332,11 @@ def fault() -> bool:
     return _running is not None and _running.fault()
 
 
+def last_step() -> int | None:
+    """The step that this process is in, or was in last."""
+    return None if _running is None else _running._doing.step
+
+
 def last_of(rank: int) -> Beat | None:
     """The last beat of another process, where its beats are looked at: once a phase lasts."""
     heard = None if _running is None else _running._heard.get(rank)

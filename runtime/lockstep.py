@@ -11,7 +11,6 @@ Over ``tensor`` the call must be the same. A process with an error, a bad prompt
 It costs one reduction of five numbers a call and axis, and nothing without these axes.
 """
 
-import builtins
 import contextlib
 import json
 import zlib
@@ -24,7 +23,7 @@ from deepfuse.blocks.collectives import largest_over
 from deepfuse.runtime.axes import Axes
 from deepfuse.runtime.blame import RankError
 from deepfuse.runtime.heartbeat import first_line
-from deepfuse.runtime.told_once import settled, told_once
+from deepfuse.runtime.told_once import kind_of, of_kind, settled, told_once
 
 MOST = 2000
 """Bytes of an error that travel."""
@@ -78,9 +77,8 @@ class Lockstep:
 
     def tell(self, error: BaseException) -> None:
         """Say, instead of the next call, that this process has an error; the others raise it, and so must the caller."""
-        # all kinds of Exception are others' too; Ctrl-C is not
-        kinds = [base.__name__ for base in type(error).__mro__ if base.__module__ == "builtins"]
-        kind = kinds[0] if isinstance(error, Exception) else ""
+        # Ctrl-C is nobody else's
+        kind = kind_of(error) if isinstance(error, Exception) else ""
         who = f"rank {self.axes.rank}"
         text = f"{who}: {error}" if kind else f"{who} was interrupted ({first_line(error)})"
         trouble = self._over_tensor(0, 0, Trouble(self.axes.rank, kind, text), "")
@@ -110,7 +108,7 @@ class Lockstep:
         if trouble is None:
             return tokens, bucket
         if trouble.kind:
-            raise told_once(getattr(builtins, trouble.kind)(trouble.text))
+            raise told_once(of_kind(trouble.kind, trouble.text))
         raise RankError(trouble.text, ranks=(trouble.rank,), step=None, phase="")
 
     def _largest(self, axis: Axis, numbers: list[int], trouble: Trouble | None) -> tuple[list[int], Trouble | None]:

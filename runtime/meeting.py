@@ -4,6 +4,7 @@ Compiling takes as long as it takes, and on one process longer than on another.
 """
 
 from deepfuse.runtime.axes import Axes
+from deepfuse.runtime.heartbeat import alone
 from deepfuse.runtime.verdict import verdict
 
 
@@ -18,7 +19,7 @@ def any_of(said: bool, axes: Axes, timeout_s: float) -> bool:
     Raises:
         RankError: one did not come, or has died.
     """
-    if axes.size == 1:
+    if axes.size == 1 or alone():
         return said
     told = verdict("waiting for the others' graphs", "yes" if said else "", lambda all_say: "".join(all_say), timeout_s)
     return told != ""

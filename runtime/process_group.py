@@ -139,6 +139,18 @@ def limit_waits(group: Any, timeout_s: float) -> None:
         set_group_timeout(group, timedelta(seconds=part * timeout_s))
 
 
+def beside_compute(max_ctas: int | None) -> dict[str, Any]:
+    """What ``new_group`` is told of a group whose transfers run beside compute, with NCCL on CUDA.
+
+    Its stream has a high priority, so that a transfer does not wait for a matmul to leave it multiprocessors, of which it
+    takes ``max_ctas`` at most: ``ncclConfig_t.maxCTAs``; ``None`` leaves that to NCCL.
+    """
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if max_ctas is not None:
+        options.config.max_ctas = max_ctas
+    return {"backend": "nccl", "pg_options": options}
+
+
 def command(processes: int) -> str:
     """The torchrun command that starts this program in so many processes on this machine."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)

@@ -1,10 +1,12 @@
 """The processes that build a model together, as each of them sees it."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from deepfuse.blocks.axis import Axis
@@ -14,11 +16,11 @@ from deepfuse.ir.private import process_group
 from deepfuse.passes.collective_order import Call, collective_orders, order_of
 from deepfuse.passes.journal import Journal
 from deepfuse.runtime.agreement import agree, raised_by_every_rank
-from deepfuse.runtime.axes import Axes, axes_of, tokens_axis
+from deepfuse.runtime.axes import Axes, Settings, axes_of, by_node, expert_apart, tokens_axis
 from deepfuse.runtime.heartbeat import start
 from deepfuse.runtime.lockstep import Lockstep
 from deepfuse.runtime.meeting import any_of
-from deepfuse.runtime.process_group import check_mesh, check_timeout, device_mesh, limit_waits
+from deepfuse.runtime.process_group import beside_compute, check_mesh, check_timeout, device_mesh, limit_waits
 from deepfuse.runtime.requirements import check_device
 
 
@@ -73,7 +75,31 @@ class Processes:
         """Cuts a model down to this process's part; ``None`` where each has all of it."""
         if self.axes.tensor is None and self.axes.expert is None:
             return None
-        return lambda model: to_parallel(model, self.parallel, tensor=self.axes.tensor, expert=self.axes.expert)
+        axes = self.axes
+        return lambda model: to_parallel(model, self.parallel, tensor=axes.tensor, expert=axes.expert, nodes=axes.nodes)
+
+    def with_groups(self) -> "Processes":
+        """The same, with groups of their own for tokens on their way; all must ask at the same time, in agreement.
+
+        On CUDA one for axis ``expert``: NCCL has a stream for each group, and transfers of tokens wait for no others. In
+        mode ``node_limited`` those of nodes.
+
+        Raises:
+            ValueError: nodes do not come out even.
+        """
+        axes, how = self.axes, self.parallel
+        if self.mesh is None or axes.expert is None:
+            return self
+        settings: Settings = dict
+        if "nccl" in dist.get_backend_config(process_group(axes.expert.group)):
+            settings = functools.partial(beside_compute, how.max_ctas)
+            axes = expert_apart(self.mesh, axes, settings)
+        if how.mode == "node_limited":
+            assert how.ranks_per_node is not None
+            axes = by_node(self.mesh, axes, how.ranks_per_node, settings)
+        for name in axes.groups:
+            limit_waits(process_group(name), self.timeout_s)
+        return replace(self, axes=axes)
 
     def lockstep(self, device: torch.device) -> Lockstep:
         return Lockstep(self.axes, device, equal=self.parallel.mode == "capacity")

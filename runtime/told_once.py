@@ -6,6 +6,7 @@ with the same error and exit code, but without a traceback. Whoever catches the 
 Only for what all have agreed to raise (:mod:`.verdict`): where one alone had it, nobody might print it.
 """
 
+import builtins
 import os
 import sys
 from types import TracebackType
@@ -30,6 +31,20 @@ def settled(error: E) -> E:
     """The error, of which no process is to be told any more."""
     setattr(error, EVERYWHERE, True)
     return error
+
+
+def kind_of(error: BaseException) -> str:
+    """Python's name of the nearest type that Python itself has."""
+    return next(base.__name__ for base in type(error).__mro__ if base.__module__ == "builtins")
+
+
+def of_kind(kind: str, text: str) -> Exception:
+    """The error of another process."""
+    try:
+        made: Exception = getattr(builtins, kind)(text)
+    except TypeError:  # some are made of more, as UnicodeDecodeError
+        return RuntimeError(text)
+    return made
 
 
 def everywhere(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
     weights and moments in float32; forward and backward on a copy in ``dtype``, gradients added up in float32;
     in FP8, the linear layers and experts quantize the float32 weights themselves (``blocks/fp8_training.py``)
     expert bias after each step: b_e += bias_update_speed * sign(mean load - load_e)     (no auxiliary loss)
+    gradient of aux_loss_alpha * the sequence-wise balance loss of each router           (``blocks/balance.py``)
 
 Over processes, those with tokens of their own (axes ``data`` and ``expert``) each take a part of every batch and have parts
 of masters and moments (``blocks/data_parallel.py``); a step is that of one process with the whole batch.
@@ -28,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from deepfuse.blocks.axis import Axis
+from deepfuse.blocks.balance import SequenceBalance
 from deepfuse.blocks.collectives import sum_over
 from deepfuse.blocks.data_parallel import to_data_parallel
 from deepfuse.blocks.fp8_training import Saved, train_in_fp8
@@ -64,6 +66,8 @@ class Training:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     bias_update_speed: float = 1e-3
+    aux_loss_alpha: float = 0.0
+    """Weight of the sequence-wise balance loss, which is not in the loss that is told; 1e-4 for DeepSeek-V3."""
     mtp_steps: int = 0
     """Last steps, in which the multi-token-prediction module alone is trained, the rest of the model fixed."""
     dtype: torch.dtype = torch.bfloat16
@@ -77,6 +81,8 @@ class Training:
         for name in ("steps", "batch_size", "seq_len", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training: want {name} >= 1, got {getattr(self, name)}")
+        if not 0 <= self.aux_loss_alpha < math.inf:
+            raise ValueError(f"training: want a finite aux_loss_alpha >= 0, got {self.aux_loss_alpha}")
         if self.fp8_saved not in get_args(Saved):
             raise ValueError(f"training: want fp8_saved out of {get_args(Saved)}, got {self.fp8_saved!r}")
 
@@ -164,6 +170,18 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.compute = copy.deepcopy(model).requires_grad_().train()
         self.routers = [m for m in self.compute.modules() if isinstance(m, Router)]
+        if training.aux_loss_alpha:
+            if not self.routers:
+                raise ValueError(
+                    f"trainer: want a model with routed experts for aux_loss_alpha = {training.aux_loss_alpha}, got none"
+                )
+            for router in self.routers:
+                # the mean over all sequences is that of the processes' means
+                router.balance = SequenceBalance(
+                    training.aux_loss_alpha / self.token_processes,
+                    training.seq_len,
+                    sequences=training.batch_size // self.token_processes,
+                )
         in_fp8 = set(map(id, train_in_fp8(self.compute, saved=training.fp8_saved))) if fp8 else set()
         quantized = {name for name, parameter in self.compute.named_parameters() if id(parameter) in in_fp8}
         matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
@@ -222,8 +240,9 @@ class Trainer:
 
     @torch.no_grad()
     def _copy_buffers(self) -> None:
-        for master, working in zip(self.model.buffers(), self.compute.buffers(), strict=True):
-            working.copy_(master)
+        workings = dict(self.compute.named_buffers())
+        for name, master in self.model.named_buffers():
+            workings[name].copy_(master)
 
     @property
     def token_processes(self) -> int:
@@ -336,6 +355,20 @@ class Trainer:
             router.tokens_per_expert.zero_()
 
     @torch.no_grad()
+    def balance_loss(self) -> float | None:
+        """The sequence-wise balance loss without its weight, 1 where experts are equal: a mean over layers and steps.
+
+        Of the steps since the last call; ``None`` where none is trained with. All processes ask at the same time.
+        """
+        seen = [router.balance.seen for router in self.routers if router.balance is not None]
+        if not seen:
+            return None
+        total, count = sum_over(torch.stack(seen).sum(0), self.tokens).tolist()
+        for each in seen:
+            each.zero_()
+        return total / max(count, 1)
+
+    @torch.no_grad()
     def evaluate(self, tokens: np.ndarray) -> float:
         """Mean cross-entropy in nats of all tokens but each window's first, over windows of ``seq_len``, no overlap.
 
@@ -348,16 +381,19 @@ class Trainer:
         starts = range(0, len(tokens) - 1, L)
         each = -(-len(starts) // self.token_processes)
         first = 0 if self.tokens is None else self.tokens.rank * each
+        # exchanges of a fixed size want windows of one length: what is beyond the last token is padding
+        rows = min(L, len(tokens) - 1)
         for i in range(first, first + each):
-            # one beyond the last is computed, since all processes take part in each, but does not count
-            start = starts[min(i, len(starts) - 1)]
-            window = torch.from_numpy(tokens[start : start + L + 1].astype(np.int64)).to(self.device)
-            n = len(window) - 1
+            # one beyond the last has no token, but all processes take part in each
+            window = tokens[i * L : i * L + L + 1].astype(np.int64)
+            n = max(len(window) - 1, 0)
+            ids = torch.zeros(rows, dtype=torch.int64, device=self.device)
+            ids[:n] = torch.from_numpy(window[:n])
             q_start = torch.tensor([0, n], dtype=torch.int32, device=self.device)
             with watched("evaluate", self.step):
-                logits = self.model(window[:-1], torch.arange(n, device=self.device), q_start)
-            if i < len(starts):
-                total += float(nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+                logits = self.model(ids, torch.arange(rows, device=self.device), q_start)[:n]
+            targets = torch.from_numpy(window[1:]).to(self.device)
+            total += float(nn.functional.cross_entropy(logits, targets, reduction="sum")) if n else 0.0
         self.model.train(was_training)
         summed = sum_over(torch.tensor(total, dtype=torch.float64, device=self.device), self.tokens)
         return float(summed) / (len(tokens) - 1)
@@ -384,6 +420,9 @@ class Trainer:
                 progress.update(task, completed=self.step, description=f"loss {losses[-1]:.3f}  {speed:,.0f} tokens/s")
                 if self.step % t.checkpoint_every == 0 or self.step == last:
                     row = {"step": self.step, "loss": sum(losses) / len(losses), "tokens_per_second": speed}
+                    balance = self.balance_loss()
+                    if balance is not None:
+                        row["balance_loss"] = balance
                     if heldout is not None:
                         row["heldout_loss"] = self.evaluate(heldout)
                     losses = []

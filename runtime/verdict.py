@@ -5,7 +5,6 @@ it compiles, or reads a checkpoint) is waited for as long as it beats, others fo
 meeting that the others come to next, whatever it is for, and all of them raise its error.
 """
 
-import builtins
 import contextlib
 import itertools
 import json
@@ -16,10 +15,12 @@ from typing import Any
 import torch.distributed as dist
 
 from deepfuse.ir.private import default_store
-from deepfuse.runtime.blame import RankError, lives, ranks
-from deepfuse.runtime.heartbeat import fault, last_of, watched
-from deepfuse.runtime.told_once import settled, told_once
+from deepfuse.runtime.blame import RankError, lives, ranks, where
+from deepfuse.runtime.heartbeat import fault, last_of, last_step, watched
+from deepfuse.runtime.told_once import kind_of, of_kind, settled, told_once
 
+WAITS = 0.75
+"""Part of ``timeout_s`` that the first process waits for the others: all have ended when it is over."""
 PATIENCE_S = 3600.0
 """Seconds for what lasts longer on one process than on another: compiling, and files."""
 _numbers = itertools.count()
@@ -41,7 +42,7 @@ def verdict(what: str, mine: str, judge: Callable[[list[str]], str], timeout_s: 
     outcome = _met(what, {"what": what, "said": mine}, judge, timeout_s)
     if "failed" in outcome:
         kind, text = outcome["failed"]
-        raise told_once(getattr(builtins, kind)(text))
+        raise told_once(of_kind(kind, text))
     judged: str = outcome["verdict"]
     return judged
 
@@ -51,7 +52,7 @@ def failing(error: Exception, timeout_s: float) -> Exception:
 
     Where they come to none, it is the error itself.
     """
-    kind = next(base.__name__ for base in type(error).__mro__ if base.__module__ == "builtins")
+    kind = kind_of(error)
     try:
         outcome = _met("failure", {"what": "failure", "failed": [kind, str(error)]}, None, timeout_s)
     except RuntimeError:
@@ -59,45 +60,41 @@ def failing(error: Exception, timeout_s: float) -> Exception:
     if outcome["failed"] == [kind, str(error)]:
         return told_once(error)
     kind, text = outcome["failed"]
-    return told_once(getattr(builtins, kind)(text))
+    return told_once(of_kind(kind, text))
 
 
 def _met(what: str, mine: dict[str, Any], judge: Callable[[list[str]], str] | None, timeout_s: float) -> dict[str, Any]:
     """``verdict``, or ``failed``: type and text of the error to raise."""
     store = dist.PrefixStore(f"deepfuse/meeting{next(_numbers)}", default_store())
+    limit = WAITS * timeout_s
     rank, names = dist.get_rank(), [str(r) for r in range(dist.get_world_size())]
     store.set(str(rank), json.dumps(mine))
     # who waits here is not the one to blame
     with watched(what, long=True):
         if rank == 0:
-            lacking = missing(store, names, timeout_s)
+            lacking = missing(store, names, limit)
             said = [] if lacking else [json.loads(text) for text in store.multi_get(names)]
             why = "; ".join(f"rank {name} {_of(int(name))}" for name in lacking)
             outcome = {"lacking": [int(name) for name in lacking], "why": why} if lacking else _outcome(said, judge)
             store.set("verdict", json.dumps(outcome))
-        elif missing(store, ["verdict"], 1.25 * timeout_s):
-            raise RankError(
-                f"{what}: want a verdict of rank 0 within {timeout_s:g} s, got none: it {_of(0)}",
-                ranks=(0,),
-                step=None,
-                phase=what,
-            )
+        elif missing(store, ["verdict"], 1.2 * limit):
+            raise _absent((0,), f"rank 0 {_of(0)}", what, limit)
         outcome = json.loads(store.get("verdict"))
     if rank != 0:
         store.set(f"{rank} knows", "")
     elif "lacking" not in outcome:
         # the store may be this process's, which the verdict may end, as it may have ended others already
         with contextlib.suppress(dist.DistStoreError):
-            missing(store, [f"{name} knows" for name in names[1:]], timeout_s)
+            missing(store, [f"{name} knows" for name in names[1:]], limit)
     if "lacking" in outcome:
-        who = tuple(outcome["lacking"])
-        raise RankError(
-            f"{what}: want every process within {timeout_s:g} s, got nothing of {ranks(who)}: {outcome['why']}",
-            ranks=who,
-            step=None,
-            phase=what,
-        )
+        raise _absent(tuple(outcome["lacking"]), outcome["why"], what, limit)
     return outcome
+
+
+def _absent(who: tuple[int, ...], why: str, what: str, limit: float) -> RankError:
+    step = last_step()
+    text = f"{where(step, what)}: want all processes within {limit:g} s, got: {why}; see what {ranks(who)} printed"
+    return RankError(text, ranks=who, step=step, phase=what)
 
 
 def _outcome(said: list[dict[str, Any]], judge: Callable[[list[str]], str] | None) -> dict[str, Any]:

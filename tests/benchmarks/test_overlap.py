@@ -18,7 +18,7 @@ def rows(monkeypatch, found, missing=""):
         rates.append(rate)
         return [found for _ in specs]
 
-    monkeypatch.setattr(overlap, "_run", run)
+    monkeypatch.setattr(overlap, "run_ranks", run)
     bench = Bench(Results(suite="overlap", command="", device=facts(torch.device("cpu")), versions={}))
     overlap.suite(bench)
     return {row.name: row for row in bench.results.rows}, rates, bench.results.left_out

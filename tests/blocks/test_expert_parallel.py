@@ -19,7 +19,7 @@ EXACT += ["a process without tokens", "no tokens at all", "compiled by aot_eager
 IN_FP8 = ["experts fp8", "experts fp8 weights", "experts trained fp8", "experts trained high"]
 IN_FP8 += ["dispatch in fp8", "dispatch in fp8 compiled by aot_eager"]
 DROPPING = ["dropped by affinity", "dropped by position", "half dropped", "nothing dropped"]
-DROPPING += ["capacity compiled by aot_eager"]
+DROPPING += ["padding by affinity", "padding by position", "padding alone", "capacity compiled by aot_eager"]
 NODES = ["nodes of one", "one node", "two nodes", "nodes and a process without tokens", "nodes in fp8"]
 NODES += ["nodes compiled by aot_eager"]
 CHUNKS = ["chunks", "chunks and a process without tokens", "chunks compiled by aot_eager"]
@@ -68,6 +68,7 @@ def test_drops_are_counted(said):
         assert actual == expected, name
         lost[name] += actual[0]
     assert not lost["nothing dropped"] and lost["half dropped"] > lost["dropped by affinity"] > 0
+    assert not lost["padding alone"] and lost["padding by affinity"] > 0
 
 
 def test_a_token_travels_once_to_each_node(said):
@@ -120,7 +121,9 @@ def test_bad_input():
     to_fp8(model)
     with pytest.raises(ValueError, match="want a model to be cut before its weights are FP8, got one with FP8 weights"):
         to_expert_parallel(model, Axis("expert", "0", 2, 0))
-    with pytest.raises(ValueError, match=r"want mode out of \['dropless', 'capacity'\], got 'dropping'"):
+    with pytest.raises(
+        ValueError, match=r"want mode out of \['dropless', 'capacity', 'node_limited'\], got 'dropping'"
+    ):
         parallel(mode="dropping")
     for factor in (0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=f"want a finite capacity_factor > 0, got {factor}; 1 drops"):
@@ -129,12 +132,19 @@ def test_bad_input():
         parallel(mode="capacity", drop="random")
     with pytest.raises(ValueError, match=r"want dispatch out of \['auto', 'fp8'\], got 'bf16'"):
         parallel(dispatch="bf16")
-    axis = {"across": Axis("expert", "1", 2, 0), "within": Axis("expert", "2", 2, 1)}
-    with pytest.raises(ValueError, match="want mode 'dropless' for tokens that travel by node, got 'capacity'"):
-        parallel(mode="capacity", nodes=(axis["across"], axis["within"]))
+    nodes = (Axis("expert", "1", 2, 0), Axis("expert", "2", 2, 1))
+    for mode, given, got in (
+        ("capacity", nodes, "'capacity' with$"),
+        ("node_limited", None, "'node_limited' without$"),
+    ):
+        with pytest.raises(ValueError, match=f"want nodes with mode 'node_limited' and with no other, got {got}"):
+            parallel(mode=mode, nodes=given)
     problem = "want the 4 processes of axis 'expert' node by node, got 2 nodes of 2, where process 2 is number 1"
     with pytest.raises(ValueError, match=problem):
-        parallel(rank=2, nodes=(axis["across"], axis["within"]))
+        parallel(rank=2, mode="node_limited", nodes=nodes)
+    problem = "want whole groups of experts on each of 2 nodes, .*, got n_group = 1; mode 'dropless' needs no groups"
+    with pytest.raises(ValueError, match=problem):
+        parallel(config=replace(TINY, n_group=1, topk_group=1), mode="node_limited", nodes=nodes)
     # what is of no effect is not looked at
     parallel(capacity_factor=0)
 

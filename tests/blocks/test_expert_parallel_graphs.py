@@ -11,6 +11,7 @@ import torch.distributed as dist
 from functorch.compile import min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from deepfuse.blocks.axis import Axis
@@ -20,6 +21,7 @@ from deepfuse.blocks.model import CausalLM
 from deepfuse.ir.device import H200
 from deepfuse.passes.pipeline import default
 from deepfuse.passes.runner import Runner
+from deepfuse.runtime.axes import Axes, by_node
 from expert_parallel_worker import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.11's Dynamo
@@ -110,6 +112,26 @@ def test_all_processes_say_the_same_in_the_same_order(process, size, ranks, sett
     assert forward == [(group, "torch.int64", [], counts, counts), there, plain]
     # gradients as they are, of what travelled in FP8 as well
     assert backward == [plain, plain]
+
+
+def test_processes_of_nodes_say_the_same_in_the_same_order(process):
+    spoken = []
+    for rank in (0, 5, 15):
+        axis = process(rank, 16)
+        axes = by_node(init_device_mesh("cpu", (16,), mesh_dim_names=("expert",)), Axes(expert=axis, rank=rank), 4)
+        across, within = axes.nodes
+        names = {across.group: "across", within.group: "within"}
+        layer = layer_of(axis, mode="node_limited", nodes=axes.nodes)
+        spoken.append([[(names[group], *rest) for group, *rest in said(graph)] for graph in graphs(layer, 16)])
+    assert all(each == spoken[0] for each in spoken)
+    forward, backward = spoken[0]
+    to_nodes, weights = (("across", "torch.float32", [n], ["?"] * 4, ["?"] * 4) for n in (32, 3))
+    inside = ("within", *to_nodes[1:])
+    counts = [(name, "torch.int64", [], [n] * 4, [n] * 4) for name, n in (("across", 1), ("within", 4))]
+    chosen = ("across", "torch.int64", [3], ["?"] * 4, ["?"] * 4)
+    assert forward == [counts[0], to_nodes, chosen, weights, counts[1], inside, inside, to_nodes]
+    # the gradients of what travelled, but for choices
+    assert sorted(backward) == sorted([to_nodes, inside, inside, weights, to_nodes])
 
 
 def test_the_counts_wait_for_the_routing_only(process):

@@ -68,8 +68,9 @@ def test_each_graph_is_told_before_it_runs_also_where_inductor_has_kept_it(axis,
         x = torch.ones(4, 4, requires_grad=True)
         backend = runner.inductor() if compiled else runner.backend()
         out = torch.compile(step, fullgraph=True, backend=backend)(x)
+        told.append(heard.copy())  # of the backward graph as well, before it is called
         out.sum().backward()
-        told.append(heard.copy())
+        assert told[-1] == heard
         heard.clear()
     assert told == [[forward, ["reduce_scatter_tensor", "all_to_all_single"]]] * 2
 

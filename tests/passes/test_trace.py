@@ -99,6 +99,16 @@ def test_a_product_of_sizes_is_as_good_as_a_size():
     assert fx.GraphModule({}, graph)(torch.ones(42, 2)).shape == (44,)
 
 
+def test_a_multiple_of_a_sum_of_sizes_is_computed_from_the_sum():
+    # rows that came from several processes: sympy writes 24 * (a + b) as 24 * a + 24 * b, and has neither
+    mode, (x, y) = free_sizes(6, 7)
+    with mode:
+        rows = torch.empty(x.shape[0] + y.shape[0], 2)
+    graph = trace(lambda rows: rows.new_zeros(rows.shape[0] * 24 + 5), [rows], mode)
+    for count in (13, 1, 0):
+        assert fx.GraphModule({}, graph)(torch.ones(count, 2)).shape == (24 * count + 5,)
+
+
 def test_a_size_of_something_else_is_refused():
     mode, (x, y) = free_sizes(6, 7)
     length = y.shape[0]

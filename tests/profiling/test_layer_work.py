@@ -10,7 +10,7 @@ from torch import Tensor
 from deepfuse.blocks.presets import PRESETS
 from deepfuse.ir.device import CPU, H800
 from deepfuse.profiling.fake_step import Workload
-from deepfuse.profiling.layer_work import Captured, OpWork, RankWork, _peak_bytes, captured, experts_alone
+from deepfuse.profiling.layer_work import LOOPS, Captured, OpWork, RankWork, _peak_bytes, captured, experts_alone
 from graphs import trace
 
 TINY = PRESETS["v3-tiny"]()
@@ -87,9 +87,21 @@ def test_a_decode_step_in_fp8_is_what_the_passes_make_of_it() -> None:
     step = captured(TINY, Workload("decode", 8, 1, cached=128), "decode", fp8=True, device=H800)
     names = {place: {op.op for op in ops} for place, ops in step.ops.items()}
     assert {"mla_decode_project", "norm_rope_append", "fp8_matmul"} <= names["sparse", "attention"]
-    assert names["sparse", "routed"] == {"fp8_grouped_matmul", "swiglu_quantize"}
+    assert names["sparse", "routed"] == {"fp8_grouped_matmul", "swiglu_quantize", LOOPS}
     dtypes = {op.dtype for op in step.ops["sparse", "routed"] if op.op == "fp8_grouped_matmul"}
     assert dtypes == {torch.float8_e4m3fn}
+
+
+def test_what_is_computed_between_ops_is_loops(work: RankWork) -> None:
+    T, D, H = 64, TINY.hidden_size, TINY.num_attention_heads
+    width = TINY.qk_nope_head_dim + TINY.qk_rope_head_dim
+    (attention,) = (op for op in work.base.ops["sparse", "attention"] if op.op == LOOPS)
+    (norm,) = (op for op in work.base.ops["sparse", "norm"] if op.op == LOOPS)
+    # both parts of each head's query are put side by side, at least; small ones for lengths and places besides
+    assert attention.cost.bytes >= 2 * 4 * T * H * width and attention.launches >= 1
+    # what the shared and the routed experts made is added up: two are read; of the last layer only the last tokens are written
+    assert 2 * 4 * T * D < norm.cost.bytes < 3 * 4 * T * D and norm.launches == 1
+    assert attention.cost.flops == 0
 
 
 def test_a_training_step_has_gradients_and_what_they_read() -> None:

@@ -2,19 +2,21 @@
 
 import itertools
 import json
+import math
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from deepfuse.__main__ import main
 from deepfuse.blocks.presets import PRESETS
 from deepfuse.ir.device import CPU, H800
 from deepfuse.ir.link import INFINIBAND_400, LOOPBACK, NVLINK_H800
 from deepfuse.profiling.cluster import Cluster, sustained, sustained_link
-from deepfuse.profiling.simulate import Prediction, Setup, Simulation, _Rank, check, share_of
+from deepfuse.profiling.simulate import Prediction, Setup, Simulation, _Rank, by_chance, check, share_of
 
 TINY, V3 = PRESETS["v3-tiny"](), PRESETS["v3-671b"]()
 LOOP = Cluster(device=CPU, gpus_per_node=2, nvlink=LOOPBACK, network=LOOPBACK)
@@ -99,6 +101,24 @@ def test_imbalance_costs_experts_and_exchange(tiny: Simulation, by_ranks: dict[i
     assert dearer == {"routed", "permute", "dispatch", "combine"}
 
 
+def test_the_busiest_rank_by_chance() -> None:
+    assert by_chance(1000, 1) == 1
+    # rows of 704 choices a rank on average, over 144 ranks: drawn, the fullest has 1.10 times the mean; the law of many
+    # balls is an upper end of that, by a tenth of the excess or two
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(144, (20, 144 * 704), generator=generator)
+    fullest = torch.stack([torch.bincount(row, minlength=144).max() for row in draws]).double().mean() / 704
+    assert fullest < by_chance(704, 144) < 1 + 1.25 * (fullest - 1)
+
+
+def test_a_mixture_of_experts_alone_is_a_layer_without_attention(tiny: Simulation) -> None:
+    setup = replace(PREFILL, expert=2)
+    alone, layer = tiny.experts(setup), tiny.layer(setup)
+    assert replace(alone, attention=layer.attention) == layer
+    # the product of the router, the choice it makes, and what lies between
+    assert 2 <= len(alone.attention) <= 3 and layer.attention[-len(alone.attention) :] == alone.attention
+
+
 def test_redundant_experts_cost_memory(tiny: Simulation, by_ranks: dict[int, Prediction]) -> None:
     more = tiny.predict(replace(PREFILL, expert=2, redundant=2))
     assert more.memory["weights"] > by_ranks[2].memory["weights"]
@@ -115,8 +135,10 @@ def test_redundant_experts_cost_memory(tiny: Simulation, by_ranks: dict[int, Pre
         ),
         ({"tensor": 3}, "want tensor to divide num_attention_heads, got 3 and 8"),
         ({"tensor": 4}, "want tensor to divide the GPUs of a node, got 4 and 2"),
-        ({"redundant": -1}, "want redundant >= 0 and imbalance >= 1, got -1 and 1.0"),
-        ({"imbalance": 0.5}, "want redundant >= 0 and imbalance >= 1, got 0 and 0.5"),
+        ({"redundant": -1}, "want redundant >= 0 and a finite imbalance >= 1, got -1 and None"),
+        ({"imbalance": 0.5}, "want redundant >= 0 and a finite imbalance >= 1, got 0 and 0.5"),
+        ({"imbalance": math.nan}, "want redundant >= 0 and a finite imbalance >= 1, got 0 and nan"),
+        ({"imbalance": math.inf}, "want redundant >= 0 and a finite imbalance >= 1, got 0 and inf"),
         ({"length": 1}, "want prompts of a length >= 2, got 1"),
         ({"fp8": True}, "want no FP8 on cpu, got it; quantize = none fits"),
     ],
@@ -221,7 +243,12 @@ def test_the_command_prints_and_draws(
         (["--network", "fast"], "want --network out of NVLink H100, .*, or GB/S,MICROSECONDS, got 'fast'"),
         (["--network", "0,1"], "link network: want a bandwidth > 0"),
         (["--plot", "a.png"], "want --plot to be an .svg in a folder that exists, got a.png"),
-        (["--calibration", "nowhere.json"], "calibration nowhere.json: want JSON"),
+        (["--network", "nan,1"], "link network: want a bandwidth > 0"),
+        (["--gpus-per-node", "0"], "cluster: want gpus_per_node >= 1, got 0"),
+        (
+            ["--calibration", "nowhere.json"],
+            "calibration nowhere.json: want a file of measured rates, got No such file",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line(

@@ -82,7 +82,7 @@ def test_a_damaged_report_is_none(root, damage):
 
 
 def test_a_report_of_another_form_is_none():
-    graph = {"name": "prefill", "passes": [], "snapshots": {}, "sites": []}
+    graph = {"name": "prefill", "passes": [], "snapshots": {}, "sites": [], "collectives": []}
     assert kept_journal({"graphs": [graph]}, 1).graphs[0].name == "prefill"
     for report in (
         None,
@@ -92,6 +92,7 @@ def test_a_report_of_another_form_is_none():
         {"graphs": [{}]},
         {"graphs": [{**graph, "passes": [{"a": 1}]}]},
         {"graphs": [{**graph, "sites": [{}]}]},
+        {"graphs": [{**graph, "collectives": [["all_reduce", "0"]]}]},
     ):
         assert kept_journal(report, 1) is None, report
     # a graph is missing, or one too many

@@ -3,11 +3,15 @@
 What they compute is compared with the modules run eagerly; the modules with transformers in tests/blocks.
 """
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from deepfuse.ir.private import dynamo_counters
 from deepfuse.ops.append_latent import PAGE_SIZE
+from deepfuse.runtime import engine as engine_module
 from deepfuse.runtime.engine import buckets, prefill_inputs
 from tiny_model import MAX_BATCH_SIZE, MAX_SEQ_LEN, ONE_LAYER, build, eager_logits, random_weights, tiny_model
 
@@ -196,3 +200,24 @@ def test_nothing_is_compiled_after_a_compiled_build(tmp_path, monkeypatch):
         chosen = logits.gather(-1, torch.tensor(generated)[:, None])[:, 0]
         # each is the likeliest, or as likely as that within rounding
         assert ((logits.amax(-1) - chosen) <= CLOSE["atol"]).all()
+
+
+def test_all_that_a_process_waits_for_in_a_call_is_watched(monkeypatch):
+    """So that an error of a collective names who is to blame; also of those that compare prompts."""
+    model, phases = tiny_model(), []
+
+    @contextlib.contextmanager
+    def watched(phase, step):
+        phases.append(phase)
+        yield
+        phases.append("")
+
+    def within(*args):
+        assert phases[-1] != ""
+        return args if len(args) == 2 and isinstance(args[0], int) else None
+
+    monkeypatch.setattr(engine_module, "watched", watched)
+    lockstep = SimpleNamespace(alone=True, equal=False, agree=within, check_same=within)
+    monkeypatch.setattr(model.engine, "lockstep", lockstep)
+    model.generate([[5, 9]], max_new_tokens=2, stop_token_ids=())
+    assert [phase for phase in phases if phase] == ["checking", "prefill", "decode", "padding"]

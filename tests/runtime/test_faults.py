@@ -65,6 +65,10 @@ def test_a_survivor_ends_in_time_and_names_rank_and_step(folder, case, rank):
             "hangs in combine",
             r"lives, but has been in step 4 \(combine\) for [\d.]+ s, at .*faults_worker.py:\d+ in hang",
         ),
+        (
+            "hangs before a meeting",
+            r"\(outcome\): want all processes within 12 s, got: rank 1 lives, but has been in .* s, at .*:\d+ in linger; see what",
+        ),
         ("fails in dispatch", "failed after step 4.*: ValueError: no such expert"),
     ],
 )
@@ -87,6 +91,10 @@ def test_no_checkpoint_is_partial(folder):
     assert [path.name for path in parts] == [f"part-{rank:05d}.safetensors" for rank in range(WORLD)]
     for path in parts:
         assert load_file(path)["weight"].eq(STEP - 1).all()
+
+
+def test_who_is_at_something_that_lasts_is_waited_for(folder):
+    assert [ended(folder, "slow")[rank][0] for rank in range(WORLD)] == [0] * WORLD, said(folder, "slow", 0)
 
 
 DIFFER = {

@@ -8,9 +8,17 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from deepfuse.runtime import heartbeat
-from deepfuse.runtime.process_group import VARIABLES, check_mesh, command, device_mesh, started
-from deepfuse.runtime.told_once import Unless, told_once
+import deepfuse as df
+from deepfuse.blocks.parallel import Parallel
+from deepfuse.ir.private import process_group
+from deepfuse.runtime import heartbeat, processes
+from deepfuse.runtime.axes import Axes, axes_of
+from deepfuse.runtime.checkpoint import CheckpointError
+from deepfuse.runtime.meeting import any_of
+from deepfuse.runtime.process_group import VARIABLES, beside_compute, check_mesh, command, device_mesh, started
+from deepfuse.runtime.processes import Processes
+from deepfuse.runtime.told_once import Unless, kind_of, of_kind, told_once
+from tiny_model import ONE_LAYER
 
 CPU = torch.device("cpu")
 
@@ -97,11 +105,77 @@ def test_meshes_that_are_refused(world):
             check_mesh(mesh, CPU, timeout_s)
 
 
+@pytest.mark.skipif(not dist.is_nccl_available(), reason="torch without NCCL")
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_with_nccl_alone_tokens_travel_in_groups_of_their_own(world, monkeypatch, backend):
+    mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("tensor", "expert"))
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: f"cuda:{backend}")
+    new_group, made = dist.new_group, []
+
+    def noted(ranks, **settings):
+        made.append((ranks, settings))
+        return new_group(ranks)
+
+    limited = set()
+    monkeypatch.setattr(dist, "new_group", noted)
+    monkeypatch.setattr(processes, "limit_waits", lambda group, timeout_s: limited.add(group.group_name))
+    parallel = Parallel(mode="node_limited", ranks_per_node=2, max_ctas=12)
+    before = Processes(mesh=mesh, axes=axes_of(mesh), parallel=parallel)
+    after = before.with_groups()
+    assert limited == after.axes.groups.keys() and len(limited) == 4
+    experts, nodes = made[: 2 * (backend == "nccl")], made[-8:]
+    assert [ranks for ranks, _ in experts] == [[0, 1, 2, 3], [4, 5, 6, 7]][: len(experts)]
+    assert [ranks for ranks, _ in nodes] == [[0, 2], [1, 3], [4, 6], [5, 7], [0, 1], [2, 3], [4, 5], [6, 7]]
+    assert (after.axes.expert.group == before.axes.expert.group) == (backend == "gloo")
+    assert dist.get_process_group_ranks(process_group(after.axes.expert.group)) == [0, 1, 2, 3]
+    assert after.tokens_axis().group == before.axes.expert.group
+    assert len(made) == len(experts) + 8 and before.axes.nodes is None
+    if backend == "gloo":
+        assert not any(settings for _, settings in made)
+        return
+    options = [settings["pg_options"] for _, settings in made]
+    # a group writes its name into them
+    assert len(set(map(id, options))) == len(made)
+    assert all(s["backend"] == "nccl" for _, s in made)
+    assert all(o.config.max_ctas == 12 and o.is_high_priority_stream for o in options)
+
+
+@pytest.mark.skipif(not dist.is_nccl_available(), reason="torch without NCCL")
+def test_the_bound_on_multiprocessors_may_be_left_to_nccl():
+    plain = dist.ProcessGroupNCCL.Options().config.max_ctas
+    assert (
+        beside_compute(None)["pg_options"].config.max_ctas == plain != beside_compute(20)["pg_options"].config.max_ctas
+    )
+
+
 def test_without_other_processes_nothing_beats(world):
     heartbeat.start(5)
     assert not heartbeat.running()
     with pytest.raises(RuntimeError, match=r"^gloo/ my own$"), heartbeat.watched("forward", 1):
         raise RuntimeError("gloo/ my own")
+
+
+def test_nobody_is_waited_for_over_a_fake_group(world):
+    assert any_of(True, Axes(size=8), 5)
+    assert not any_of(False, Axes(size=8), 5)
+    model = df.build(ONE_LAYER, mesh={"data": 8}, device="cpu", compile=False, max_batch_size=1, max_seq_len=32)
+    assert len(model.generate([[1, 2]], max_new_tokens=2, stop_token_ids=())[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (CheckpointError("damaged"), ValueError("damaged")),
+        (MemoryError("3 GiB"), MemoryError("3 GiB")),
+        (
+            UnicodeDecodeError("utf-8", b"x", 0, 1, "no"),
+            RuntimeError("'utf-8' codec can't decode byte 0x78 in position 0: no"),
+        ),
+    ],
+)
+def test_others_raise_the_nearest_type_that_python_has(error, told):
+    made = of_kind(kind_of(error), str(error))
+    assert (type(made), str(made)) == (type(told), str(told))
 
 
 @pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])

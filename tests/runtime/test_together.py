@@ -17,8 +17,10 @@ import together_worker
 from deepfuse.runtime.process_group import VARIABLES
 from together_worker import LAYER, PROMPTS, TIMEOUT_S
 
+pytestmark = pytest.mark.slow
 ORDER = "graphs: want collectives in the same order in every process, got\n  collectives of "
 OF_TENSOR = "on the 2 processes of axis 'tensor', which share each token's work, got others on some of them"
+LINK = "want the same setup in every process, got\n  link: Link\\(name='loopback'.* in rank 0; Link\\(name='NVLink.* in rank 1$"
 REFUSED = {
     "world size": "want 4 processes, got 2; .* start it with: torchrun --standalone --nproc-per-node=4 .*together_worker.py",
     "experts": "mesh: want n_routed_experts divisible by the 2 processes of axis 'expert', got 7; choose a size",
@@ -31,6 +33,8 @@ REFUSED = {
     "no mesh": "^build: want a mesh of several processes with parallel, got none; pass mesh={'expert': 2} or a DeviceMesh$",
     "parallel": "build: want parallel as a Parallel, got 'capacity'$",
     "sizes": "mesh: want at least one axis, and sizes >= 1, got {'expert': 0}$",
+    "link": LINK,
+    "link of a trainer": LINK,
     "order": ORDER + "prefill: 3 in the order \\w{8} in rank 0; 4 in the order \\w{8} in rank 1$",
     "order of a trainer's backward": ORDER
     + "train: 18 in the order \\w{8} in rank 0; 19 in the order \\w{8} in rank 1$",
@@ -67,7 +71,7 @@ def test_all_are_refused_soon_and_one_prints_it(run: Any, case: str) -> None:
     assert {first["kind"], last["kind"]} == {"TypeError" if case == "parallel" else "ValueError"}, first["text"]
     for words in (first, last):
         assert re.search(REFUSED[case], words["text"], re.DOTALL), words["text"]
-        assert words["seconds"] < TIMEOUT_S / 2
+        assert words["seconds"] < TIMEOUT_S / 2, "it is not the wait of a collective that ends it"
     assert first["text"] == ("rank 1: " if case in OF_ONE else "") + last["text"]
     assert first["text"].splitlines()[-1] in first["printed"]
     assert last["printed"] == ""

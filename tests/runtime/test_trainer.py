@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import deepfuse as df
+from deepfuse.blocks.balance import sequence_balance_loss
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import Router
-from deepfuse.runtime.trainer import Trainer, Training
+from deepfuse.runtime.trainer import Trainer, Training, next_token_loss
 from tiny_checkpoint import TINY, assert_same_state
 
 CONFIG = replace(TINY, num_hidden_layers=2)
@@ -155,6 +156,54 @@ def test_loads_are_those_of_the_step() -> None:
     assert loads[0].sum(1).tolist() == [tokens * CONFIG.num_experts_per_tok, 0]
     mean = tokens * CONFIG.num_experts_per_tok / 8
     assert torch.equal(biases(trainer.model)[0], 0.5 * (mean - loads[0][0]).sign())
+
+
+def test_the_balance_loss_is_in_the_gradients_of_a_step() -> None:
+    alpha, L = 0.5, TRAINING.seq_len
+    trainer = trainer_of(aux_loss_alpha=alpha, clip_norm=1e9)
+    model, logits = model_of(), []
+    router = next(m for m in model.modules() if isinstance(m, Router))
+    router.register_forward_hook(lambda router, args, out: logits.append(args[0] @ router.weight.T))
+    positions = torch.arange(L).repeat(TRAINING.batch_size)
+    q_start = torch.arange(0, len(positions) + 1, L, dtype=torch.int32)
+    loss = next_token_loss(model, trainer.batch(CORPUS, 0), positions, q_start)
+    balance = sequence_balance_loss(logits[0], L, CONFIG.num_experts_per_tok, CONFIG.scoring_func)
+    (loss + alpha * balance).backward()
+    loss, balance = loss.item(), balance.item()
+    assert trainer.train_step(CORPUS) == pytest.approx(loss, rel=1e-6)
+    compared = 0
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            # float32 sums of up to 64 tokens in another order: 64 * 2 ** -24 = 4e-6 of the largest
+            error = (trainer.masters[name].grad - parameter.grad).abs().max() / parameter.grad.abs().max()
+            assert error < 1e-5, name
+            compared += 1
+    assert compared > 20
+    # the module that did not run has none
+    assert trainer.balance_loss() == pytest.approx(balance, rel=1e-6)
+    plain = trainer_of(clip_norm=1e9)
+    plain.train_step(CORPUS)
+    assert plain.balance_loss() is None
+    name = "model.layers.1.mlp.gate.weight"
+    assert not torch.allclose(plain.masters[name].grad, trainer.masters[name].grad, rtol=1e-2)
+
+
+def test_rows_tell_of_the_balance_loss(tmp_path: Path) -> None:
+    trainer = trainer_of(steps=2, mtp_steps=1, checkpoint_every=1, aux_loss_alpha=1e-4)
+    rows = list(trainer.run(tmp_path, CORPUS))
+    assert [1 < row["balance_loss"] < 8 for row in rows] == [True] * 3
+    again = trainer_of(steps=2, mtp_steps=1, aux_loss_alpha=1e-4)
+    again.resume(tmp_path)
+    assert_same_state(again.model.state_dict(), trainer.model.state_dict())
+
+
+def test_a_balance_loss_that_cannot_be() -> None:
+    for alpha in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"training: want a finite aux_loss_alpha >= 0, got {alpha}"):
+            Training(steps=1, aux_loss_alpha=alpha)
+    dense = model_of(replace(CONFIG, n_routed_experts=None))
+    with pytest.raises(ValueError, match=r"want a model with routed experts for aux_loss_alpha = 0.1, got none"):
+        Trainer(dense, replace(TRAINING, aux_loss_alpha=0.1), compile=False)
 
 
 def test_biases_of_a_trained_model_are_used() -> None:

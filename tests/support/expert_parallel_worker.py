@@ -44,11 +44,12 @@ class Worker:
         """This process's tokens, where process i has ``each[i]``."""
         return slice(sum(each[: self.rank]), sum(each[: self.rank + 1]))
 
-    def exchange(self, name, exchange, chosen, each, backend=None, kept=None, kind="plain", width=D):
+    def exchange(self, name, exchange, chosen, each, backend=None, kept=None, kind="plain", width=D, padding=0):
         """An exchange on its own.
 
         Args:
             chosen: ``[T, K]``.
+            padding: of each process's tokens, how many of the last choose nothing.
             kept: of the weights, which choices are not dropped.
             kind: of experts.
         """
@@ -71,7 +72,8 @@ class Worker:
         if kept is not None:
             expected["weights"] *= keep
         run = torch.compile(exchange, fullgraph=True, backend=backend) if backend else exchange
-        actual = self._gradients(run, x[mine], weights[mine], chosen[mine], part, dy[mine])
+        sent = self.padded(chosen, each, padding, E)[mine]
+        actual = self._gradients(run, x[mine], weights[mine], sent, part, dy[mine])
         for key in ("y", "x", "weights"):
             expected[key] = None if expected[key] is None else expected[key][mine]
         for key in ("gate_up_proj", "down_proj") if kind == "plain" else ():
@@ -81,8 +83,16 @@ class Worker:
             for key in [key for key in expected if "proj" in key or expected[key] is None]:
                 del expected[key], actual[key]
         # every expert's load is counted where its tokens are
-        expected["load"] = torch.bincount(chosen[mine].flatten(), minlength=E)
+        expected["load"] = torch.bincount(sent.flatten(), minlength=E)[:E]
         self.compare(name, actual, expected)
+
+    @staticmethod
+    def padded(chosen, each, padding, E):
+        chosen, end = chosen.clone(), 0
+        for count in each if padding else ():
+            end += count
+            chosen[end - padding : end] = E
+        return chosen
 
     @staticmethod
     def _gradients(exchange, x, weights, chosen, ffn, dy):
@@ -94,7 +104,7 @@ class Worker:
         gradients = {name: p.grad for name, p in ffn.named_parameters()}
         return {"y": y.detach(), "x": x.grad, "weights": weights.grad, "load": load, **gradients}
 
-    def capacity(self, name, drop, factor, each, backend=None):
+    def capacity(self, name, drop, factor, each, backend=None, padding=0):
         """Of four experts a process."""
         E, T, K = 4 * self.size, sum(each), 2
         chosen = uniform(T, K, E)
@@ -102,23 +112,23 @@ class Worker:
         chosen[::2, 0], chosen[::2, 1] = 1, chosen[::2, 1].clamp(min=2)
         exchange = Capacity(E, self.axis, capacity_factor=factor, drop=drop)
         capacity = exchange.capacity(each[0], K)
-        lost = []
+        sent, mine, lost = self.padded(chosen, each, padding, E), self.tokens(each), []
 
         def kept(weights):
             keep = torch.zeros_like(weights)
             for r in range(self.size):
                 begin = sum(each[:r])
                 for e in range(E):
-                    pairs = [(begin + t, k) for t, k in (chosen[begin : begin + each[r]] == e).nonzero().tolist()]
+                    pairs = [(begin + t, k) for t, k in (sent[begin : begin + each[r]] == e).nonzero().tolist()]
                     if drop == "affinity":
                         pairs.sort(key=lambda pair: -float(weights[pair]))
                     for pair in pairs[:capacity]:
                         keep[pair] = 1.0
-            lost.append(int((keep[self.tokens(each)] == 0).sum()))
+            lost.append(int((keep[mine][sent[mine] < E] == 0).sum()))
             return keep
 
-        self.exchange(name, exchange, chosen, each, backend, kept)
-        self.said[name + ", counts"] = [exchange.dropped.tolist(), [lost[0], chosen[self.tokens(each)].numel()]]
+        self.exchange(name, exchange, chosen, each, backend, kept, padding=padding)
+        self.said[name + ", counts"] = [exchange.dropped.tolist(), [lost[0], int((sent[mine] < E).sum())]]
 
     def nodes(self, name, number, chosen, each, backend=None, **settings):
         """Nodes of equally many processes, two experts each; and how many rows go over the network."""
@@ -253,6 +263,9 @@ def main(folder):
     worker.capacity("dropped by position", "position", 1.0, full)
     worker.capacity("half dropped", "affinity", 0.3, full)
     worker.capacity("nothing dropped", "affinity", 100.0, full)
+    worker.capacity("padding by affinity", "affinity", 0.5, full, padding=7)
+    worker.capacity("padding by position", "position", 0.5, full, padding=7)
+    worker.capacity("padding alone", "affinity", 1.0, full, padding=12)
 
     # one block of 128 columns and a part of one; not a multiple of 16
     fp8 = Dropless(E, axis, dispatch="fp8")

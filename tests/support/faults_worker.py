@@ -49,6 +49,10 @@ def hang():
     time.sleep(3 * TIMEOUT_S)
 
 
+def linger():
+    time.sleep(1.2 * TIMEOUT_S)
+
+
 def fail():
     raise ValueError("no such expert")
 
@@ -84,6 +88,8 @@ CASES = {
     "fails in dispatch": ("dispatch", 1, fail),
     "leaves in combine": ("combine", 2, leave),
     "killed in save": ("save", 2, die),
+    "hangs before a meeting": ("meeting", 1, linger),
+    "killed before a meeting": ("meeting", 2, die),
 }
 """Name -> phase, rank and fault."""
 SETUPS = {
@@ -155,6 +161,19 @@ def run_case(case, folder):
         train(axis, weight, step, fault)
         if phase == "save":
             save(folder / "checkpoint", step, processes, fault)
+        if phase == "meeting":
+            fault("meeting")
+            with raised_by_every_rank(TIMEOUT_S):
+                pass
+
+
+def be_slow():
+    """One process is longer at something that lasts than others wait for what does not."""
+    processes = begun()
+    with processes.raising_together("load"):
+        if dist.get_rank() == 1:
+            linger()
+    assert processes.any_of(dist.get_rank() == 1)
 
 
 def begun():
@@ -184,6 +203,8 @@ def be_refused(case):
 def one_process(case, folder):
     if case in CASES:
         run_case(case, folder)
+    elif case == "slow":
+        be_slow()
     elif case in SETUPS:
         compare_setups(case, folder)
     else:
@@ -229,7 +250,7 @@ def write_checkpoints(folder):
 
 
 def run_all(folder):
-    names = [*CASES, *SETUPS, *REFUSED]
+    names = [*CASES, *SETUPS, *REFUSED, "slow"]
     running, stopped = {}, {}
     gc.freeze()  # or each process would copy what it collects
     for case, port in zip(names, free_ports(len(names)), strict=True):

@@ -18,14 +18,31 @@ from deepfuse.runtime.axes import axes_of
 from deepfuse.runtime.save import save_checkpoint
 from deepfuse.runtime.trainer import Trainer, mtp_loss, next_token_loss
 from tiny_checkpoint import TINY
+from tiny_model import CONFIG
 
 PROMPTS = [[5, 9, 200, 31, 7], [44], [299, 0, 12], [150, 151, 152, 153, 154, 155, 156, 157, 158], [17, 18]]
 TRAINED = replace(TINY, num_hidden_layers=2)
 CORPUS = np.tile(np.arange(7, dtype=np.uint16) * 5, 40)
 TRAINING = df.Training(
-    steps=2, batch_size=4, seq_len=8, lr=1e-3, warmup_steps=1, dtype=torch.float32, mtp_steps=1, clip_norm=0.05
+    steps=2,
+    batch_size=4,
+    seq_len=8,
+    lr=1e-3,
+    warmup_steps=1,
+    dtype=torch.float32,
+    mtp_steps=1,
+    clip_norm=0.05,
+    aux_loss_alpha=0.1,
 )
-"""Which clips the gradients of each step."""
+"""Which clips the gradients of each step, and in which the balance loss has a large part of the routers'."""
+
+SLOW = Link(name="slow", bandwidth=4e7, latency=1e-9)
+"""On which messages of the least of models take about as long as its compute."""
+PARALLEL = {
+    "capacity": df.Parallel(mode="capacity", capacity_factor=8),
+    "nodes": df.Parallel(mode="node_limited", ranks_per_node=2, link=SLOW, overlap="shared"),
+    "halves": df.Parallel(overlap="halves"),
+}
 
 WIDE = replace(
     TINY,
@@ -38,8 +55,8 @@ WIDE = replace(
     max_position_embeddings=1024,
     initializer_range=0.1,
 )
-"""A layer whose experts take as long, on the row of a CPU, as the way to them over :data:`SLOW`."""
-SLOW = Link(name="slow", bandwidth=1e8, latency=1e-5)
+"""A layer whose experts take as long, on the row of a CPU, as the way to them over :data:`LINK`."""
+LINK = Link(name="slow", bandwidth=1e8, latency=1e-5)
 LONG = [[(7 * i + 3) % 60 for i in range(n)] for n in (150, 5, 40, 30)]
 """Prompts of many tokens and of few: two calls of two processes each."""
 
@@ -54,7 +71,7 @@ def texts_of(rank: int) -> list[str]:
 
 
 def train(trainer: Trainer, *, graphs: bool) -> list[dict[str, Any]]:
-    """Of each step the loss, the norm and all gradients after clipping, and the router's biases."""
+    """Of each step the loss and the balance loss, all gradients after clipping, and the router's biases."""
     if not graphs:
         trainer.next_token_loss, trainer.mtp_loss = next_token_loss, mtp_loss
     steps = []
@@ -62,7 +79,8 @@ def train(trainer: Trainer, *, graphs: bool) -> list[dict[str, Any]]:
         loss = trainer.train_step(CORPUS)
         gradients = {n: p.grad.clone() for n, p in trainer.masters.items() if p.grad is not None}
         biases = {n: b.clone() for n, b in trainer.model.named_buffers() if n.endswith("correction_bias")}
-        steps.append({"loss": loss, "gradients": gradients, "biases": biases})
+        losses = torch.tensor([loss, trainer.balance_loss()], dtype=torch.float64)
+        steps.append({"losses": losses, "gradients": gradients, "biases": biases})
     return steps
 
 
@@ -75,16 +93,19 @@ def main(folder: Path, checkpoint: str, reference: str, *meshes: str) -> None:
         mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         words: dict[str, Any] = {"token_rank": axes_of(mesh).token_rank}
         said[asked] = words
+        parallel = next((PARALLEL[word] for word in what if word in PARALLEL), None)
         if "model" in what:
-            parallel = df.Parallel(mode="capacity", capacity_factor=8) if "capacity" in what else None
-            words |= _built(mesh, checkpoint, folder, parallel, max_batch_size=2 if "batches" in what else 1)
+            words |= _built(mesh, checkpoint, folder / f"saved {asked}", parallel, 2 if "batches" in what else 1)
         if "large" in what:
             words |= _large(mesh)
+        if "fp8" in what:
+            words |= _in_fp8(mesh, checkpoint)
+        if "refused" in what:
+            words |= _refused(mesh, checkpoint)
         if "trainer" in what:
-            parallel = df.Parallel(overlap="halves") if "halves" in what else None
-            into = folder / "halves" if parallel else folder
-            into.mkdir(exist_ok=True)
-            words |= _trained(mesh, torch.load(reference), into, parallel, graphs="graphs" in what)
+            words |= _trained(
+                mesh, torch.load(reference), folder / f"trainer {asked}", parallel, graphs="graphs" in what
+            )
     (folder / f"said{torch.distributed.get_rank()}.json").write_text(json.dumps(said))
     torch.distributed.destroy_process_group()
 
@@ -96,25 +117,63 @@ def _built(
     model = df.build(checkpoint, device="cpu", compile=False, mesh=mesh, parallel=parallel, **room)
     own = prompts_of(axes_of(mesh).token_rank)
     ids = torch.tensor(own[:1]) if own else torch.zeros(0, 1, dtype=torch.int64)
-    model.save(folder / _name(mesh))
+    model.save(folder)
+    greedy = model.generate(own, max_new_tokens=6, temperature=0.0, stop_token_ids=[])
     return {
+        "greedy": greedy,
+        "drops": [model.report.dropped, model.report.choices],
         "scores": [score.tolist() for score in model.score([p for p in own if len(p) > 1])],
         "logits": model(ids, last_only=True).tolist(),
-        "greedy": model.generate(own, max_new_tokens=6, temperature=0.0, stop_token_ids=[]),
         "sampled": model.generate(texts_of(axes_of(mesh).token_rank), max_new_tokens=4, temperature=1.0, seed=3),
         "first pieces": list(_cut_short(model, own)),
         "again": model.generate(own, max_new_tokens=2, temperature=0.0, stop_token_ids=[]),
         "report": str(model.report),
+        "overlap": model.explain("overlap_all_to_all"),
         "collectives": model.report.collectives(),
-        "drops": [model.report.dropped, model.report.choices],
+        "choices in all": model.report.choices,
         "parameters": sum(p.numel() for p in model.engine.model.parameters()),
     }
+
+
+def _in_fp8(mesh: DeviceMesh, checkpoint: str) -> dict[str, Any]:
+    model = in_fp8(checkpoint, mesh)
+    own = [p for p in prompts_of(axes_of(mesh).token_rank) if len(p) > 1]
+    return {
+        "scores": [score.tolist() for score in model.score(own)],
+        "greedy": model.generate(own, max_new_tokens=4, temperature=0.0, stop_token_ids=[]),
+        "quantized": model.report.quantized,
+    }
+
+
+def in_fp8(checkpoint: str, mesh: DeviceMesh | None = None) -> Any:
+    room = {"max_batch_size": 1, "max_seq_len": 64}
+    return df.build(checkpoint, quantize="fp8", device="cpu", compile=False, mesh=mesh, **room)
+
+
+def _refused(mesh: DeviceMesh, checkpoint: str) -> dict[str, str]:
+    """What each process is told of builds that cannot be, in which no process may wait for another."""
+    rank = torch.distributed.get_rank()
+    odd = replace(CONFIG, n_routed_experts=7, n_group=1, topk_group=1)
+    plain = replace(CONFIG, n_group=1, topk_group=1)
+    asked: dict[str, tuple[Any, df.Parallel | None]] = {
+        "experts": (odd, None),
+        "nodes": (checkpoint, df.Parallel(mode="node_limited", ranks_per_node=3)),
+        "groups": (plain, df.Parallel(mode="node_limited", ranks_per_node=1)),
+        "not alike": (checkpoint, df.Parallel(mode="node_limited", ranks_per_node=2 - rank)),
+    }
+    told = {}
+    for name, (source, parallel) in asked.items():
+        try:
+            df.build(source, device="cpu", compile=False, mesh=mesh, parallel=parallel)
+        except ValueError as error:
+            told[name] = str(error)
+    return told
 
 
 def _large(mesh: DeviceMesh) -> dict[str, Any]:
     """A model with a prefill graph of its own for many tokens: its scores, and the graphs that were called for them."""
     room = {"max_batch_size": 1, "max_seq_len": 1024}
-    model = df.build(WIDE, device="cpu", compile=False, mesh=mesh, parallel=df.Parallel(link=SLOW), **room)
+    model = df.build(WIDE, device="cpu", compile=False, mesh=mesh, parallel=df.Parallel(link=LINK), **room)
     called: list[str] = []
 
     def noted(name: str, graph: Any) -> Any:
@@ -140,11 +199,10 @@ def _cut_short(model: Any, own: list[list[int]]) -> Any:
 
 
 def _trained(
-    mesh: DeviceMesh, reference: list[dict[str, Any]], folder: Path, parallel: df.Parallel | None, *, graphs: bool
+    mesh: DeviceMesh, reference: list[dict[str, Any]], own: Path, parallel: df.Parallel | None, *, graphs: bool
 ) -> dict[str, Any]:
     def trainer() -> Trainer:
-        how = {"device": "cpu", "compile": False, "seed": 1}
-        return df.build(TRAINED, training=TRAINING, mesh=mesh, parallel=parallel, **how)
+        return df.build(TRAINED, device="cpu", compile=False, training=TRAINING, mesh=mesh, parallel=parallel, seed=1)
 
     first = trainer()
     steps = train(first, graphs=graphs)
@@ -153,12 +211,18 @@ def _trained(
         assert step["gradients"].keys() == want["gradients"].keys()
         error = {n: _error(g, _own(want["gradients"][n], first, n)) for n, g in step["gradients"].items()}
         error |= {n: _error(b, want["biases"][n]) for n, b in step["biases"].items()}
-        errors.append({"loss": abs(step["loss"] - want["loss"]), **error})
-    name = f"trainer {_name(mesh)}"
-    first.save(folder / name)
-    save_checkpoint(first.model, folder / f"trained {_name(mesh)}", processes=first.processes)
-    again = trainer()
-    again.resume(folder / name)
+        errors.append({"losses": _error(step["losses"], want["losses"]), **error})
+    first.save(own)
+    save_checkpoint(first.model, own / "exported", processes=first.processes)
+    again, others = trainer(), []
+    # of the cases before; over the same processes it goes on, however tokens reach experts
+    for other in sorted(own.parent.glob("trainer *")):
+        if other != own:
+            try:
+                again.resume(other)
+            except ValueError as error:
+                others.append(str(error))
+    again.resume(own)
     state, other = first._state(), again._state()
     return {
         "errors": errors,
@@ -167,12 +231,9 @@ def _trained(
         "resumed": again.step == 3
         and state.keys() == other.keys()
         and all(torch.equal(state[k], other[k]) for k in state),
-        "files": sorted(p.name for p in (folder / name).rglob("*")),
+        "others": others,
+        "files": sorted(p.name for p in own.rglob("*") if "exported" not in p.parts),
     }
-
-
-def _name(mesh: DeviceMesh) -> str:
-    return ",".join(f"{n}={s}" for n, s in axes_of(mesh).sizes.items())
 
 
 def _own(whole: Tensor, trainer: Trainer, name: str) -> Tensor:

@@ -20,14 +20,17 @@ import torch
 from torch import fx
 
 import deepfuse as df
+from deepfuse.ir.link import NVLINK_H100
 from deepfuse.passes.pipeline import default
 from deepfuse.passes.record import graph_pass
 from deepfuse.passes.splice import call
+from deepfuse.runtime import build as build_module
 from deepfuse.runtime import generation
+from deepfuse.runtime.expert_link import expert_link
 from deepfuse.runtime.process_group import device_mesh
 from tiny_model import CONFIG, write_checkpoint
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 LAYER = replace(CONFIG, num_hidden_layers=1, first_k_dense_replace=0)
 TRAINING = df.Training(steps=2, batch_size=2, seq_len=8, dtype=torch.float32)
 CORPUS = np.arange(60, dtype=np.uint16)
@@ -130,6 +133,12 @@ def cases(rank: int, checkpoint: Path) -> Any:
     yield "no mesh", lambda: build(mesh=None, parallel=df.Parallel())
     yield "parallel", lambda: build(parallel="capacity")
     yield "sizes", lambda: build(mesh={"expert": 0})
+    if last:  # another number of GPUs, as it sees it
+        build_module.expert_link = lambda processes, device: NVLINK_H100
+    yield "link", build
+    yield "link of a trainer", lambda: build(training=TRAINING)
+    build_module.expert_link = expert_link
+
     yield "order", lambda: build(passes=[one_more_forward])
     yield "order of a trainer's backward", lambda: step(one_more_backward)
     few = default().without(*(name for name in default().names if name not in ("lower", "overlap_all_to_all")))
