@@ -52,8 +52,9 @@ class SequenceBalance(nn.Module):
     def joined(self, logits: Tensor, num_experts_per_tok: int, scoring_func: str) -> Tensor:
         """``logits [T, E]`` as they are, whose gradient will have the loss's added."""
         loss = sequence_balance_loss(logits, self.seq_len, num_experts_per_tok, scoring_func)
+        # where a step's sequences come in halves, each counts as much as it has of them
         share = 1.0 if self.sequences is None else logits.shape[0] / (self.seq_len * self.sequences)
-        self.seen.add_(torch.stack((loss.detach(), torch.ones_like(loss))) * share)
+        self.seen.add_(torch.stack((share * loss.detach(), torch.full_like(loss, share))))
         return _Joined.apply(logits, self.alpha * share * loss)  # type: ignore[no-untyped-call, no-any-return]
 
 

@@ -52,6 +52,8 @@ class Parallel:
                 raise ValueError(f"parallel: want {name} out of {list(get_args(of))}, got {getattr(self, name)!r}")
         if not 1 <= self.chunks <= 4:
             raise ValueError(f"parallel: want chunks from 1 to 4, got {self.chunks}; 1 leaves the tokens together")
+        if self.chunks > 1 and self.overlap != "auto":
+            raise ValueError(f"parallel: want overlap 'auto' with chunks = {self.chunks}, got {self.overlap!r}")
         of_node = self.ranks_per_node
         if self.mode == "node_limited" and (type(of_node) is not int or of_node < 1):
             raise ValueError(
@@ -64,8 +66,6 @@ class Parallel:
             )
         if self.max_ctas is not None and (type(self.max_ctas) is not int or self.max_ctas < 1):
             raise ValueError(f"parallel: want max_ctas as an integer >= 1, or None, got {self.max_ctas!r}")
-        if self.chunks > 1 and self.overlap != "auto":
-            raise ValueError(f"parallel: want overlap 'auto' with chunks = {self.chunks}, got {self.overlap!r}")
         if not 0 < self.capacity_factor < math.inf:
             raise ValueError(f"parallel: want a finite capacity_factor > 0, got {self.capacity_factor}")
 

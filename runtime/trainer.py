@@ -175,10 +175,13 @@ class Trainer:
                 raise ValueError(
                     f"trainer: want a model with routed experts for aux_loss_alpha = {training.aux_loss_alpha}, got none"
                 )
-            alpha, own = training.aux_loss_alpha / self.token_processes, training.batch_size // self.token_processes
             for router in self.routers:
                 # the mean over all sequences is that of the processes' means
-                router.balance = SequenceBalance(alpha, training.seq_len, own)
+                router.balance = SequenceBalance(
+                    training.aux_loss_alpha / self.token_processes,
+                    training.seq_len,
+                    sequences=training.batch_size // self.token_processes,
+                )
         in_fp8 = set(map(id, train_in_fp8(self.compute, saved=training.fp8_saved))) if fp8 else set()
         quantized = {name for name, parameter in self.compute.named_parameters() if id(parameter) in in_fp8}
         matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}

@@ -130,7 +130,7 @@ def test_the_balance_loss_of_a_step_counts_once(model):
     try:
         router.balance = SequenceBalance(10.0, L)
         wanted = gradients(model, next_token_loss(model, tokens, *batch))
-        router.balance = replace(router.balance, sequences=B)
+        router.balance = SequenceBalance(10.0, L, sequences=B)
         assert_close(gradients(model, next_token_loss(model, tokens, *batch, True)), wanted)
     finally:
         router.balance = None

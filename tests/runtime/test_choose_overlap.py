@@ -21,7 +21,8 @@ from deepfuse.runtime.axes import Axes
 from deepfuse.runtime.overlap_form import Form, in_form, of_layers
 from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.trainer import Trainer, Training
-from mesh_worker import SLOW, WIDE
+from mesh_worker import LINK as SLOW
+from mesh_worker import WIDE
 from tiny_checkpoint import TINY, model_of
 
 # torch 2.11: Dynamo

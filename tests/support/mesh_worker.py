@@ -40,8 +40,8 @@ SLOW = Link(name="slow", bandwidth=4e7, latency=1e-9)
 """On which messages of the least of models take about as long as its compute."""
 PARALLEL = {
     "capacity": df.Parallel(mode="capacity", capacity_factor=8),
+    "nodes": df.Parallel(mode="node_limited", ranks_per_node=2, link=SLOW, overlap="shared"),
     "halves": df.Parallel(overlap="halves"),
-    "nodes": df.Parallel(mode="node_limited", ranks_per_node=2, link=SLOW),
 }
 
 WIDE = replace(
@@ -55,8 +55,8 @@ WIDE = replace(
     max_position_embeddings=1024,
     initializer_range=0.1,
 )
-"""A layer whose experts take as long, on the row of a CPU, as the way to them over :data:`LINK_OF_WIDE`."""
-LINK_OF_WIDE = Link(name="slow", bandwidth=1e8, latency=1e-5)
+"""A layer whose experts take as long, on the row of a CPU, as the way to them over :data:`LINK`."""
+LINK = Link(name="slow", bandwidth=1e8, latency=1e-5)
 LONG = [[(7 * i + 3) % 60 for i in range(n)] for n in (150, 5, 40, 30)]
 """Prompts of many tokens and of few: two calls of two processes each."""
 
@@ -173,7 +173,7 @@ def _refused(mesh: DeviceMesh, checkpoint: str) -> dict[str, str]:
 def _large(mesh: DeviceMesh) -> dict[str, Any]:
     """A model with a prefill graph of its own for many tokens: its scores, and the graphs that were called for them."""
     room = {"max_batch_size": 1, "max_seq_len": 1024}
-    model = df.build(WIDE, device="cpu", compile=False, mesh=mesh, parallel=df.Parallel(link=LINK_OF_WIDE), **room)
+    model = df.build(WIDE, device="cpu", compile=False, mesh=mesh, parallel=df.Parallel(link=LINK), **room)
     called: list[str] = []
 
     def noted(name: str, graph: Any) -> Any:
