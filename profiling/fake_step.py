@@ -11,7 +11,7 @@ from torch import Tensor
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.model import CausalLM
 from deepfuse.ops.append_latent import PAGE_SIZE
-from deepfuse.runtime.engine import decode, prefill
+from deepfuse.runtime.steps import decode, prefill
 
 
 @dataclass(frozen=True, slots=True)

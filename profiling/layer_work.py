@@ -30,7 +30,7 @@ from deepfuse.profiling.fake_step import Workload, hopper
 from deepfuse.profiling.fused_loops import fused_loops
 from deepfuse.profiling.size_expression import evaluated
 from deepfuse.profiling.view_ops import is_view
-from deepfuse.runtime.trainer import next_token_loss
+from deepfuse.runtime.losses import next_token_loss
 from deepfuse.runtime.weight_layout import lay_side_by_side, layout_key
 
 Phase = Literal["prefill", "decode", "train"]

@@ -16,7 +16,7 @@ from deepfuse.profiling.instrument import code_called_by, replaced
 from deepfuse.profiling.nvtx import Domain, Ranges, open_domain
 from deepfuse.profiling.range_code import with_ranges
 from deepfuse.runtime.compile_cache import inductor_cache
-from deepfuse.runtime.engine import CudaGraph
+from deepfuse.runtime.cuda_graph import kernel_by_kernel
 from deepfuse.runtime.model import Model
 from deepfuse.runtime.module import CompiledModule
 from deepfuse.runtime.trainer import Trainer
@@ -55,7 +55,7 @@ def ranged(model: Model | Trainer | CompiledModule, domain: Domain | None = None
             compiled = model.report.compiled
 
             def wrap(name: str, graph: Callable[..., Any]) -> Callable[..., Any]:
-                launched = graph.launched if isinstance(graph, CudaGraph) else graph
+                launched = kernel_by_kernel(graph)
                 return lambda *args: of(name, compiled).call(lambda: launched(*args))
 
             stack.enter_context(model.engine.wrapped(wrap))

@@ -29,7 +29,7 @@ from deepfuse.profiling.run import Run
 from deepfuse.profiling.tensorboard_log import check_installed, installed, write_log
 from deepfuse.profiling.torch_trace import TorchTraces
 from deepfuse.profiling.trace import write_trace
-from deepfuse.runtime.engine import CudaGraph
+from deepfuse.runtime.cuda_graph import kernel_by_kernel
 from deepfuse.runtime.model import Model
 from deepfuse.runtime.module import CompiledModule
 from deepfuse.runtime.trainer import Trainer
@@ -198,7 +198,7 @@ def _recorded(model: Model | Trainer | CompiledModule, recording: Recording) -> 
     def wrap(name: str, graph: Callable[..., Any]) -> Callable[..., Any]:
         recorder = Recorder(name, recording, repeat=True)
         # a replayed CUDA graph runs no Python: its step is launched kernel by kernel
-        launched = graph.launched if isinstance(graph, CudaGraph) else graph
+        launched = kernel_by_kernel(graph)
         return lambda *args: recorder(lambda: launched(*args))
 
     with model.engine.wrapped(wrap):

@@ -158,7 +158,7 @@ class Profile:
     def _profiled_training(self) -> "Run":
         from deepfuse.profiling.profile import profile
         from deepfuse.profiling.training_tokens import training_tokens
-        from deepfuse.runtime.trainer import Training
+        from deepfuse.runtime.training import Training
 
         warmup = 2
         training = Training(steps=self.steps + 1 + warmup, batch_size=self.batch_size, seq_len=self.seq_len)

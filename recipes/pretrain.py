@@ -21,7 +21,8 @@ from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.presets import PRESETS
 from deepfuse.recipes.corpus import read_documents
 from deepfuse.runtime.save import save_checkpoint
-from deepfuse.runtime.trainer import Trainer, Training
+from deepfuse.runtime.trainer import Trainer
+from deepfuse.runtime.training import Training
 
 TOKENIZER = {
     "tokenizer_class": "PreTrainedTokenizerFast",

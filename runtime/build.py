@@ -48,7 +48,8 @@ from deepfuse.runtime.report import Report
 from deepfuse.runtime.requirements import check_memory, missing_for_compilation
 from deepfuse.runtime.source import dtype_of, folder_and_config, place_and_dtype
 from deepfuse.runtime.tokenizer import Tokenizer
-from deepfuse.runtime.trainer import Trainer, Training
+from deepfuse.runtime.trainer import Trainer
+from deepfuse.runtime.training import Training
 from deepfuse.runtime.weight_layout import layout_key
 
 QUANTIZE = ("auto", None, "fp8", "fp8_weights")

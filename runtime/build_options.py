@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from deepfuse.runtime.trainer import Training
+    from deepfuse.runtime.training import Training
 
 
 @dataclass(kw_only=True)

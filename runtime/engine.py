@@ -3,6 +3,7 @@
     prefill   tokens of fresh sequences, one after the other, of any number and length -> logits of chosen rows;
               over processes perhaps a second graph for many tokens, see ``runtime/large_prefill.py``
     decode    one token of each of B sequences, B = 1, 2, 4 .. max_batch_size; a smaller batch is padded into it
+              (``runtime/steps.py`` has both)
 
 Both write the latent cache. All graphs are captured when the engine is made; afterwards a call checks nothing and
 compiles nothing.
@@ -25,54 +26,21 @@ from deepfuse.blocks.capacity import Capacity
 from deepfuse.blocks.exchange import Local
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import MoE
-from deepfuse.ir.private import capture, load_captured, mark_unbacked, sizes_from_data, with_own_code
+from deepfuse.ir.private import capture, load_captured, sizes_from_data, with_own_code
 from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.passes.journal import naming
 from deepfuse.passes.runner import Runner
 from deepfuse.runtime.axes import Axes
 from deepfuse.runtime.blame import RankError
 from deepfuse.runtime.compile_cache import BuildFolder
+from deepfuse.runtime.cuda_graph import CudaGraph, Graph
 from deepfuse.runtime.heartbeat import watched
 from deepfuse.runtime.latent_cache import LatentCache, Sequence
 from deepfuse.runtime.lockstep import Lockstep
 from deepfuse.runtime.overlap_form import LargePrefill, in_form
+from deepfuse.runtime.steps import decode, decode_inputs, example_decode, example_prefill, prefill, prefill_inputs
 from deepfuse.runtime.told_once import everywhere
 from deepfuse.runtime.uninterrupted import uninterrupted
-
-Graph = Callable[..., Tensor]
-
-
-def prefill(model: CausalLM, caches: list[Tensor], tokens: Tensor, q_start: Tensor, rows: Tensor) -> Tensor:
-    """``tokens [3, T]``: ids, positions, slots; ``q_start [B + 1]``; ``rows [R]`` -> logits ``[R, vocab]``."""
-    # every argument is given: torch 2.11 cannot read back a graph that depends on a default value
-    return model(
-        tokens[0],
-        tokens[1],
-        q_start,
-        slots=tokens[2],
-        block_table=None,
-        seqlens=None,
-        caches=caches,
-        rows=rows,
-        first_half=None,
-    )
-
-
-def decode(model: CausalLM, caches: list[Tensor], step: Tensor, block_table: Tensor) -> Tensor:
-    """``step [4, B]``: ids, positions, slots, sequence lengths; ``block_table [B, P]`` -> logits ``[B, vocab]``."""
-    q_start = torch.arange(step.shape[1] + 1, dtype=torch.int32, device=step.device)
-    return model(
-        step[0],
-        step[1],
-        q_start,
-        slots=step[2],
-        block_table=block_table,
-        seqlens=step[3].to(torch.int32),
-        caches=caches,
-        rows=None,
-        first_half=None,
-    )
-
 
 ROWS = 16
 """Of a CPU's tile in bfloat16. oneDNN writes code for each number of rows that it multiplies: 15 ms for a prompt of a new
@@ -122,11 +90,13 @@ class Engine:
         """Of the model, since it was built; those made for other processes, too."""
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad(), sizes_from_data():
-            self._prefill = self._graph("prefill", prefill, *self._example_prefill())
+            self._prefill = self._graph("prefill", prefill, *example_prefill(self.device))
             self._large = (
-                self._prefill if large is None else self._graph("prefill_large", prefill, *self._example_prefill())
+                self._prefill if large is None else self._graph("prefill_large", prefill, *example_prefill(self.device))
             )
-            self._decode = {b: self._graph(f"decode_{b}", decode, *self._example_decode(b)) for b in self.buckets}
+            self._decode = {
+                b: self._graph(f"decode_{b}", decode, *example_decode(b, self.device)) for b in self.buckets
+            }
         self._forget_drops()
         self.compile_seconds = time.perf_counter() - began
 
@@ -134,12 +104,12 @@ class Engine:
     @torch.no_grad()
     def try_out(self) -> None:
         """Run each compiled graph once, and have CUDA record what it can; all processes come here at once."""
-        args: tuple[Any, ...] = (self.model, self.cache.layers, *self._example_prefill())
+        args: tuple[Any, ...] = (self.model, self.cache.layers, *example_prefill(self.device))
         self._prefill(*args)
         if self.large is not None:
             self._large(self._large_model, *args[1:])
         for bucket, graph in self._decode.items():
-            args = (self.model, self.cache.layers, *self._example_decode(bucket))
+            args = (self.model, self.cache.layers, *example_decode(bucket, self.device))
             graph(*args)
             self._decode[bucket] = self._recorded(graph, decode, args)
         self._forget_drops()
@@ -197,30 +167,6 @@ class Engine:
         counts = [exchange.dropped for exchange in self._capacities()]
         dropped, choices = torch.stack(counts).sum(0).tolist() if counts else (0, 0)
         return dropped, choices
-
-    def _example_prefill(self) -> tuple[Tensor, Tensor, Tensor]:
-        return example_prefill(self.device)
-
-    def _example_decode(self, bucket: int) -> tuple[Tensor, Tensor]:
-        return self._decode_inputs([], [], bucket, pages=2)
-
-    def _decode_inputs(self, ids: Many[int], places: Many[Sequence], bucket: int, pages: int) -> tuple[Tensor, Tensor]:
-        padding = bucket - len(ids)
-        step = torch.tensor(
-            [
-                [*ids, *[0] * padding],
-                [*(p.length for p in places), *[0] * padding],
-                [*(p.slot(p.length) for p in places), *[0] * padding],
-                [*(p.length + 1 for p in places), *[0] * padding],
-            ],
-            dtype=torch.int64,
-            device=self.device,
-        )
-        table = [[*p.pages[:pages], *[0] * (pages - len(p.pages))] for p in places] + [[0] * pages] * padding
-        block_table = torch.tensor(table, dtype=torch.int64, device=self.device)
-        if self.device.type == "cpu":
-            mark_unbacked(block_table, 1)
-        return step, block_table
 
     @contextlib.contextmanager
     def wrapped(self, wrap: Callable[[str, Graph], Graph]) -> Iterator[None]:
@@ -342,72 +288,9 @@ class Engine:
         pages = self.cache.pages_per_sequence
         if self.device.type == "cpu":
             pages = max((p.length // PAGE_SIZE + 1 for p in places), default=1)
-        inputs = self._decode_inputs(ids, places, bucket, pages)
+        inputs = decode_inputs(ids, places, self.device, bucket=bucket, pages=pages)
         self.calls += 1
         return self._decode[bucket](self.model, self.cache.layers, *inputs)
-
-
-def prefill_inputs(
-    prompts: Many[Many[int]],
-    places: Many[Sequence | None],
-    device: torch.device,
-    *,
-    last_only: bool,
-    padding: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, starts and rows for :func:`prefill`; ``padding``: tokens behind the prompts that nobody asked about."""
-    ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    ends = [0]
-    for prompt, place in zip(prompts, places, strict=True):
-        ids += prompt
-        positions += range(len(prompt))
-        # without a place in the cache, latents go to the page that is nobody's
-        slots += [0] * len(prompt) if place is None else [place.slot(i) for i in range(len(prompt))]
-        ends.append(len(ids))
-    # of no sequence, a row all the same
-    rows = ([end - 1 for end in ends[1:]] if last_only else list(range(len(ids)))) or [0]
-    # padding stands behind the last sequence, which is empty where there is none
-    ends += [] if prompts else [0]
-    nothing = [0] * padding
-    # a compiled graph checks no dtype, and an empty list would be float32
-    tokens = torch.tensor([ids + nothing, positions + nothing, slots + nothing], dtype=torch.int64, device=device)
-    q_start = torch.tensor(ends, dtype=torch.int32, device=device)
-    rows_R = torch.tensor(rows, dtype=torch.int64, device=device)
-    for tensor, dim in ((tokens, 1), (q_start, 0), (rows_R, 0)):
-        mark_unbacked(tensor, dim)
-    return tokens, q_start, rows_R
-
-
-def example_prefill(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """What a prefill graph is captured with."""
-    return prefill_inputs([[0, 0, 0], [0, 0]], [None, None], device, last_only=True)
-
-
-class CudaGraph:
-    """A compiled decode step recorded once and replayed: one launch instead of hundreds."""
-
-    def __init__(self, fn: Graph, args: tuple[Any, ...]):
-        self.launched = fn
-        """The step itself, kernel by kernel."""
-        self.inputs = [a.clone() for a in args[2:]]
-        call = (*args[:2], *self.inputs)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # warm-up off the default stream, as recording requires
-            for _ in range(2):
-                fn(*call)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = fn(*call)
-
-    def __call__(self, model: CausalLM, caches: list[Tensor], *inputs: Tensor) -> Tensor:
-        for recorded, given in zip(self.inputs, inputs, strict=True):
-            recorded.copy_(given)
-        self.graph.replay()
-        return self.output.clone()
 
 
 def buckets(max_batch_size: int) -> Iterator[int]:

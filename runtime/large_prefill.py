@@ -21,9 +21,9 @@ from deepfuse.passes.overlap_plan import GAIN, seconds_at
 from deepfuse.passes.runner import Runner
 from deepfuse.runtime.choose_overlap import Choice, choose
 from deepfuse.runtime.compile_cache import BuildFolder
-from deepfuse.runtime.engine import example_prefill, prefill
 from deepfuse.runtime.overlap_form import Form, LargePrefill
 from deepfuse.runtime.processes import Processes
+from deepfuse.runtime.steps import example_prefill, prefill
 
 CHUNKS = (2, 4)
 KEPT = "overlap"

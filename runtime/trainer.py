@@ -16,12 +16,10 @@ import contextlib
 import copy
 import functools
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +30,9 @@ from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.balance import SequenceBalance
 from deepfuse.blocks.collectives import sum_over
 from deepfuse.blocks.data_parallel import to_data_parallel
-from deepfuse.blocks.fp8_training import Saved, train_in_fp8
+from deepfuse.blocks.fp8_training import train_in_fp8
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import Router
-from deepfuse.blocks.two_batch import joined, parts_of, split, weights_once
 from deepfuse.ir.device import device_row
 from deepfuse.ir.private import sizes_from_data, with_own_code
 from deepfuse.passes.journal import naming
@@ -45,89 +42,11 @@ from deepfuse.runtime.choose_overlap import Choice, choose
 from deepfuse.runtime.expert_link import expert_link
 from deepfuse.runtime.gradient_norm import clip_gradients
 from deepfuse.runtime.heartbeat import watched
+from deepfuse.runtime.losses import mtp_loss, next_token_loss
 from deepfuse.runtime.overlap_form import Form, in_form
 from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.trainer_checkpoint import read_state, write_state
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
-    """How a model is trained."""
-
-    steps: int
-    batch_size: int = 16
-    """Sequences a step."""
-    seq_len: int = 512
-    """Tokens a sequence; windows are drawn at random, across documents."""
-    lr: float = 3e-3
-    min_lr_ratio: float = 0.1
-    warmup_steps: int = 100
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    bias_update_speed: float = 1e-3
-    aux_loss_alpha: float = 0.0
-    """Weight of the sequence-wise balance loss, which is not in the loss that is told; 1e-4 for DeepSeek-V3."""
-    mtp_steps: int = 0
-    """Last steps, in which the multi-token-prediction module alone is trained, the rest of the model fixed."""
-    dtype: torch.dtype = torch.bfloat16
-    fp8_saved: Saved = "high"
-    """Trained in FP8, what the weight gradient reads of a layer's input: it as it came, or its FP8 values."""
-    seed: int = 0
-    checkpoint_every: int = 200
-    """Steps between checkpoints."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training: want {name} >= 1, got {getattr(self, name)}")
-        if not 0 <= self.aux_loss_alpha < math.inf:
-            raise ValueError(f"training: want a finite aux_loss_alpha >= 0, got {self.aux_loss_alpha}")
-        if self.fp8_saved not in get_args(Saved):
-            raise ValueError(f"training: want fp8_saved out of {get_args(Saved)}, got {self.fp8_saved!r}")
-
-    def lr_at(self, step: int) -> float:
-        """Linear warm-up, then cosine down to ``min_lr_ratio`` of the peak; the same again for the last phase."""
-        begin, end = (0, self.steps) if step < self.steps else (self.steps, self.steps + self.mtp_steps)
-        done = step - begin
-        if done < self.warmup_steps:
-            return self.lr * (done + 1) / self.warmup_steps
-        progress = (done - self.warmup_steps) / max(end - begin - self.warmup_steps - 1, 1)
-        return self.lr * (
-            self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
-        )
-
-
-def next_token_loss(
-    model: CausalLM, tokens: Tensor, positions: Tensor, q_start: Tensor, in_halves: bool = False
-) -> Tensor:
-    """``tokens [B, L + 2]``: cross-entropy in nats of each token after the first ``L``.
-
-    ``in_halves``: whether the sequences go through the layers in two halves, where there are two (``blocks/two_batch.py``).
-    """
-    L = tokens.shape[1] - 2
-    logits = model(tokens[:, :L].flatten(), positions, q_start, first_half=_first_half(tokens, in_halves))
-    return nn.functional.cross_entropy(logits, tokens[:, 1 : L + 1].flatten())
-
-
-def mtp_loss(model: CausalLM, tokens: Tensor, positions: Tensor, q_start: Tensor, in_halves: bool = False) -> Tensor:
-    """Cross-entropy of the token after the next, from the state and the next token (eq. 21-24, depth 1)."""
-    L, first_half = tokens.shape[1] - 2, _first_half(tokens, in_halves)
-    with torch.no_grad():
-        h, delta, batch = model.stream(tokens[:, :L].flatten(), positions, q_start, first_half=first_half)
-        embedding = model.model.embed_tokens(tokens[:, 1 : L + 1].flatten())
-    mtp: Any = model.model.layers[model.config.num_hidden_layers]
-    parts = parts_of(batch, first_half)
-    streams = zip(split(h + delta, parts), split(embedding, parts), parts, strict=True)
-    with weights_once(parts):
-        h = joined([mtp.predict(*stream) for stream in streams])
-    return nn.functional.cross_entropy(model.logits(mtp.shared_head.norm(h)), tokens[:, 2:].flatten())
-
-
-def _first_half(tokens: Tensor, in_halves: bool) -> int | None:
-    """Tokens of the first half of the sequences, of which each has all but two of its row."""
-    B, L = tokens.shape[0], tokens.shape[1] - 2
-    return (B + 1) // 2 * L if in_halves and B > 1 else None
+from deepfuse.runtime.training import Training
 
 
 class Trainer:

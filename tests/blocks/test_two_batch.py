@@ -13,7 +13,7 @@ from deepfuse.blocks.balance import SequenceBalance
 from deepfuse.blocks.batch import Batch
 from deepfuse.blocks.data_parallel import to_data_parallel
 from deepfuse.blocks.two_batch import parts_of, weights_once
-from deepfuse.runtime.trainer import mtp_loss, next_token_loss
+from deepfuse.runtime.losses import mtp_loss, next_token_loss
 from tiny_checkpoint import TINY, model_of
 
 LENGTHS = [5, 1, 3, 4, 2]

@@ -22,7 +22,9 @@ from deepfuse.passes.record import Pass
 from deepfuse.runtime.engine import Engine
 from deepfuse.runtime.generation import Sampling, Speed, generate_tokens
 from deepfuse.runtime.latent_cache import LatentCache
-from deepfuse.runtime.trainer import Trainer, Training, next_token_loss
+from deepfuse.runtime.losses import next_token_loss
+from deepfuse.runtime.trainer import Trainer
+from deepfuse.runtime.training import Training
 from tiny_checkpoint import model_of
 from tiny_model import CONFIG, random_weights
 

@@ -8,8 +8,8 @@ import torch
 from benchmark_scripts import load_script
 from deepfuse.blocks.model import CausalLM
 from deepfuse.ops.append_latent import PAGE_SIZE
-from deepfuse.runtime.engine import decode, prefill
-from deepfuse.runtime.trainer import next_token_loss
+from deepfuse.runtime.losses import next_token_loss
+from deepfuse.runtime.steps import decode, prefill
 from inductor_bytes import Counted, counted
 
 CONFIG = replace(load_script("pass_overhead").CONFIG, num_hidden_layers=2)

@@ -11,7 +11,7 @@ import deepfuse as df
 from deepfuse.__main__ import main
 from deepfuse.profiling.model_ranges import ranged
 from deepfuse.profiling.nvtx import COLORS
-from deepfuse.runtime.engine import CudaGraph
+from deepfuse.runtime.cuda_graph import CudaGraph
 from nvtx_log import Listener, heard_from
 from tiny_checkpoint import TINY
 from tiny_model import build, checkpoint

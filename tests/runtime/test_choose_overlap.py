@@ -20,7 +20,8 @@ from deepfuse.passes.pipeline import default
 from deepfuse.runtime.axes import Axes
 from deepfuse.runtime.overlap_form import Form, in_form, of_layers
 from deepfuse.runtime.processes import Processes
-from deepfuse.runtime.trainer import Trainer, Training
+from deepfuse.runtime.trainer import Trainer
+from deepfuse.runtime.training import Training
 from mesh_worker import LINK as SLOW
 from mesh_worker import WIDE
 from tiny_checkpoint import TINY, model_of

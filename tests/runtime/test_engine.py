@@ -12,7 +12,8 @@ import torch
 from deepfuse.ir.private import dynamo_counters
 from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.runtime import engine as engine_module
-from deepfuse.runtime.engine import buckets, prefill_inputs
+from deepfuse.runtime.engine import buckets
+from deepfuse.runtime.steps import prefill_inputs
 from tiny_model import MAX_BATCH_SIZE, MAX_SEQ_LEN, ONE_LAYER, build, eager_logits, random_weights, tiny_model
 
 LENGTHS = (1, 2, 3, 5, 17, 31, 63, 64, 65, 100, 128)

@@ -21,7 +21,8 @@ from deepfuse.runtime.config_json import read_config
 from deepfuse.runtime.load_model import load_model, modules_in_fp8
 from deepfuse.runtime.quantize_checkpoint import quantize_checkpoint
 from deepfuse.runtime.shards import SINGLE
-from deepfuse.runtime.trainer import Trainer, Training
+from deepfuse.runtime.trainer import Trainer
+from deepfuse.runtime.training import Training
 from fp8_checkpoint import WIDE, write_fp8
 from tiny_checkpoint import TINY, assert_same_state, change, load, model_of
 from tiny_model import CONFIG, ONE_LAYER, build, checkpoint, eager_logits, random_weights, write_checkpoint

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from deepfuse.blocks.fp8 import to_fp8
-from deepfuse.runtime.trainer import Trainer, Training
+from deepfuse.runtime.trainer import Trainer
+from deepfuse.runtime.training import Training
 from tiny_checkpoint import TINY, model_of
 from tiny_model import CONFIG, build, random_weights
 

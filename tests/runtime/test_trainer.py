@@ -15,7 +15,9 @@ import deepfuse as df
 from deepfuse.blocks.balance import sequence_balance_loss
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import Router
-from deepfuse.runtime.trainer import Trainer, Training, next_token_loss
+from deepfuse.runtime.losses import next_token_loss
+from deepfuse.runtime.trainer import Trainer
+from deepfuse.runtime.training import Training
 from tiny_checkpoint import TINY, assert_same_state
 
 CONFIG = replace(TINY, num_hidden_layers=2)

@@ -16,7 +16,7 @@ from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.passes.journal import GraphEntry
 from deepfuse.passes.pipeline import Pipeline, default
 from deepfuse.passes.runner import Runner
-from deepfuse.runtime.engine import decode, prefill
+from deepfuse.runtime.steps import decode, prefill
 from deepfuse.runtime.weight_layout import lay_side_by_side, layout_key
 
 STEPS = {"prefill": (prefill, 2, 50), "decode": (decode, 2, 1)}

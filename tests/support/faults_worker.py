@@ -29,8 +29,8 @@ from deepfuse.runtime.agreement import agree, raised_by_every_rank, setup
 from deepfuse.runtime.heartbeat import watched
 from deepfuse.runtime.process_group import device_mesh
 from deepfuse.runtime.processes import Processes
-from deepfuse.runtime.trainer import Training
 from deepfuse.runtime.trainer_checkpoint import write_state
+from deepfuse.runtime.training import Training
 
 WORLD, TIMEOUT_S, STEP = 3, 16.0, 4
 """The fault is in this step."""

@@ -15,8 +15,9 @@ import deepfuse as df
 from deepfuse.blocks.cut import taken
 from deepfuse.ir.link import Link
 from deepfuse.runtime.axes import axes_of
+from deepfuse.runtime.losses import mtp_loss, next_token_loss
 from deepfuse.runtime.save import save_checkpoint
-from deepfuse.runtime.trainer import Trainer, mtp_loss, next_token_loss
+from deepfuse.runtime.trainer import Trainer
 from tiny_checkpoint import TINY
 from tiny_model import CONFIG
 

@@ -22,7 +22,7 @@ from deepfuse.ir.device import device_row
 from deepfuse.ops import import_ops
 from deepfuse.passes.pipeline import default
 from deepfuse.passes.runner import Runner
-from deepfuse.runtime.trainer import mtp_loss, next_token_loss
+from deepfuse.runtime.losses import mtp_loss, next_token_loss
 from tiny_checkpoint import CONFIGS, TINY, logits, model_of
 
 MODELS = ("v3", "v3-tied-yarn", "v3-bias-no-shared", "v2")
