@@ -92,12 +92,14 @@ class Results:
             rows = tuple(_row(entry) for entry in content["rows"])
             if set(content) != {each.name for each in fields(cls)}:
                 raise KeyError
+            if not (isinstance(content["device"], dict) and isinstance(content["versions"], dict)):
+                raise TypeError
             return cls(**{**content, "rows": rows})
         except OSError as error:
             raise ValueError(
                 f"bench: want a file that deepfuse bench --json wrote, got {path} ({error.strerror})"
             ) from None
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"bench: want a file that deepfuse bench --json wrote, got {path}") from None
 
 

@@ -12,7 +12,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,8 @@ def profile(
         run.limits = limits_of(_limits(_device(model)) if device is None else device)
     except BaseException:
         if folder is not None:
-            folder.rmdir()
+            with suppress(OSError):  # the caller may have put something into it
+                folder.rmdir()
         raise
     if folder is not None:
         run.write(folder / "run.json")

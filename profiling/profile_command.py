@@ -121,7 +121,10 @@ class Profile:
         if self.out is not None:
             check_out(Path(self.out))
         elif self.open or any(details.values()):
-            raise ValueError("profile: want --out DIR with --open, --shapes, --memory and --stacks, got none")
+            raise ValueError(
+                "profile: want --out DIR with --open, --shapes, --memory and --stacks, got none; "
+                "deepfuse profile open DIR shows a run that was written"
+            )
         if self.open:
             check_tensorboard()
         if self.nvtx:

@@ -162,7 +162,11 @@ class Run:
                     for name in ("model", "dtype", "device", "threads", "torch", "date", "limits", "build")
                 },
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if any(step.graph not in run.parts for step in run.steps):
+                raise KeyError("a step of a graph without parts")
+        except OSError as error:
+            raise ValueError(f"run: want a directory that profile wrote, got {folder}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"run: want a directory that profile wrote, got {folder}: {error!r:.200}") from None
         if not run.steps:
             raise ValueError(f"run: want a trace with steps, got none in {path}")

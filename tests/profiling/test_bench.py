@@ -233,6 +233,20 @@ def test_a_baseline_that_is_none_is_refused(content: str, folder: Path, tmp_path
         run_suite("toy", against=tmp_path / "x.json", folder=folder, console=quiet)
 
 
+@pytest.mark.parametrize("change", [("figures", None), ("device", "H200"), ("versions", ["torch"])])
+def test_a_baseline_with_something_else_in_it_is_refused(change, folder: Path, tmp_path: Path, quiet: Console) -> None:
+    path = tmp_path / "x.json"
+    run_suite("toy", json=path, folder=folder, console=quiet)
+    content = json.loads(path.read_text())
+    if change[0] in content:
+        content[change[0]] = change[1]
+    else:
+        content["rows"][0]["figures"] = {"ours": [1, 2]}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"want a file that deepfuse bench --json wrote, got .*x\.json"):
+        run_suite("toy", against=path, folder=folder, console=quiet)
+
+
 def test_what_cannot_run_is_one_error(folder: Path, tmp_path: Path, quiet: Console, monkeypatch) -> None:
     def refused(match: str, name: str = "toy", **options) -> None:
         with pytest.raises(ValueError, match=match):

@@ -100,6 +100,10 @@ def test_a_block_that_fails_leaves_the_model_as_it_was(model, tmp_path):
         generate(model)
         raise RuntimeError("mine")
     assert generate(model) == expected and not (tmp_path / "run").exists()
+    with pytest.raises(RuntimeError, match="mine"), df.profile(model, tmp_path / "run"):
+        (tmp_path / "run" / "notes").write_text("of the caller")
+        raise RuntimeError("mine")
+    assert (tmp_path / "run" / "notes").read_text() == "of the caller"
 
 
 @pytest.mark.compile

@@ -99,6 +99,17 @@ def test_a_directory_that_is_no_run(tmp_path, content):
         Run.read(tmp_path)
 
 
+def test_what_is_wrong_with_a_directory_is_said_in_words(tmp_path):
+    with pytest.raises(ValueError, match="got .*: No such file or directory$"):
+        Run.read(tmp_path / "nowhere")
+    run().write(tmp_path / "run.json")
+    data = json.loads((tmp_path / "run.json").read_text())
+    data["steps"][0]["graph"] = "another"
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="a step of a graph without parts"):
+        Run.read(tmp_path)
+
+
 def test_a_trace_without_steps(tmp_path):
     run(steps=0).write(tmp_path / "run.json")
     with pytest.raises(ValueError, match="run: want a trace with steps, got none in"):
