@@ -154,8 +154,8 @@ def _swapped(weights: Sequence[float], inside: Bins) -> bool:
         return abs(gap - 2 * (weights[inside[heavy][pair[0]]] - weights[inside[light][pair[1]]]))
 
     a, b = min(pairs, key=left)
-    # by more than roundoff, so that it ends
-    if left((a, b)) >= gap * (1 - 1e-9):
+    # by more than the roundoff of the sums, so that it ends
+    if gap - left((a, b)) <= 1e-9 * total[heavy]:
         return False
     inside[heavy][a], inside[light][b] = inside[light][b], inside[heavy][a]
     return True

@@ -55,6 +55,13 @@ def test_every_expert_has_a_slot_and_no_rank_more_than_before(case: tuple[Tensor
     assert bool((placement.after >= 1 - 1e-9).all())
 
 
+def test_it_ends_where_a_load_is_less_than_the_roundoff_of_others() -> None:
+    # exchanging 1e-6 for nothing brings one sum closer to the other or not, as the sums are rounded
+    loads = torch.tensor([[2.0, 1e-6, 0.0, 4.0, 696116.7950540193]], dtype=torch.float64)
+    placement = place_experts(loads, 3, redundant=4)
+    assert float(placement.after[0]) == pytest.approx(1, abs=1e-4)
+
+
 def packings(slots: list[int], ranks: int) -> list[list[int]]:
     """Every way to fill ranks; order within a rank and of ranks does not matter, but does no harm."""
     return [list(p) for p in set(itertools.permutations(slots))] if ranks > 1 else [slots]
