@@ -162,8 +162,5 @@ def prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
 def _buckets(batches: Collection[int]) -> Iterator[None]:
     """A build makes a decode graph for each power of two: a minute each, for batches that nobody measures here."""
     wanted = sorted(batches)
-    with (
-        mock.patch("deepfuse.runtime.engine.buckets", lambda _: iter(wanted)),
-        mock.patch("deepfuse.runtime.kept_engine.buckets", lambda _: iter(wanted)),
-    ):
+    with mock.patch("deepfuse.runtime.engine.buckets", lambda _: iter(wanted)):
         yield

@@ -27,8 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def built(folder: Path) -> df.Model:
+    # not of the session: files between two of ours reset Dynamo, and its graphs would be made again, without their names
     return df.build(folder, device="cpu", max_batch_size=1, compile=False)
 
 

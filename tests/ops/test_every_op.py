@@ -41,6 +41,8 @@ WITHOUT_OP = {
     "fp8_matmul_gluon": "a provider of fp8_matmul",
     "fp8_matmul_scaled_mm": "a provider of fp8_matmul",
     "fp8_matmul_triton": "a provider of fp8_matmul",
+    "grouped_matmul_onednn": "a provider of grouped_matmul and of its weight gradient",
+    "groups": "the rows of each group, for references",
     "k_major": "how products of FP8 want their operands to lie",
     "mla_decode_splits": "the kernels of the absorbed attention's forms",
 }
