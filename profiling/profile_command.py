@@ -121,10 +121,8 @@ class Profile:
         if self.out is not None:
             check_out(Path(self.out))
         elif self.open or any(details.values()):
-            raise ValueError(
-                "profile: want --out DIR with --open, --shapes, --memory and --stacks, got none; "
-                "deepfuse profile open DIR shows a run that was written"
-            )
+            written = "; deepfuse profile open DIR shows a run that was written" if self.open else ""
+            raise ValueError(f"profile: want --out DIR with --open, --shapes, --memory and --stacks, got none{written}")
         if self.open:
             check_tensorboard()
         if self.nvtx:

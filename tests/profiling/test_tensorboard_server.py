@@ -48,10 +48,16 @@ def test_a_package_is_missing(refused, monkeypatch, tmp_path, package):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("option", ["--open", "--shapes", "--memory", "--stacks"])
+@pytest.mark.parametrize("option", ["--shapes", "--memory", "--stacks"])
 def test_what_is_written_wants_a_directory(refused, option):
     said = "profile: want --out DIR with --open, --shapes, --memory and --stacks, got none"
     assert refused("v3-tiny", "--prompt", "a", option) == said
+
+
+def test_open_without_a_directory_names_the_command_for_a_run_that_is_there(refused):
+    said = refused("v3-tiny", "--prompt", "a", "--open")
+    assert "want --out DIR with --open" in said
+    assert said.endswith("got none; deepfuse profile open DIR shows a run that was written")
 
 
 def test_a_directory_in_which_nothing_can_be_written(monkeypatch, tmp_path):
