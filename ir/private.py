@@ -255,7 +255,8 @@ def traced(fn: Callable[..., Any], args: tuple[Any, ...]) -> list[fx.GraphModule
     )
     try:
         torch.compile(with_own_code(fn), fullgraph=True, dynamic=False, backend=backend)(*args)
-    except Exception as error:  # noqa: BLE001 - Dynamo makes one of its own of ours, another in each torch
+    except Exception as error:
+        # Dynamo makes one of its own of ours, another in each torch
         if not isinstance(backends_error(error), _Traced):
             raise
     return found
