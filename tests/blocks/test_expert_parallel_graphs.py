@@ -18,6 +18,7 @@ from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.expert_parallel import to_expert_parallel
 from deepfuse.blocks.fp8 import to_fp8
 from deepfuse.blocks.model import CausalLM
+from deepfuse.blocks.placement import Placement
 from deepfuse.ir.device import H200
 from deepfuse.passes.pipeline import default
 from deepfuse.passes.runner import Runner
@@ -134,6 +135,35 @@ def test_processes_of_nodes_say_the_same_in_the_same_order(process):
     assert sorted(backward) == sorted([to_nodes, inside, inside, weights, to_nodes])
 
 
+@pytest.mark.parametrize("mode", ["dropless", "capacity"])
+def test_processes_that_share_slots_have_the_same_graph(process, mode):
+    captured = []
+
+    def keep(gm, inputs):
+        captured.append(gm)
+        raise _Captured
+
+    for rank in (0, 15):
+        layer = layer_of(process(rank, 16), mode=mode, placement=placement(16)).eval()
+        torch._dynamo.reset()
+        stopped = pytest.raises((BackendCompilerFailed, _Captured))
+        with torch._dynamo.config.patch(capture_scalar_outputs=True), torch.no_grad(), stopped:
+            torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=keep))(torch.randn(16, 32))
+    first, last = (gm.graph for gm in captured)
+    assert str(first) == str(last) and said(first) == said(last)
+    # of 128 slots eight are on each process; one row for each where a capacity is, ceil(16 * 3 / 128 * 1.25)
+    sizes = [8] * 16 if mode == "capacity" else ["?"] * 16
+    rows = ("0", "torch.float32", [32], sizes, sizes)
+    counts = ("0", "torch.int64", [], [8] * 16, [8] * 16)
+    assert said(first) == ([rows] * 2 if mode == "capacity" else [counts, rows, rows])
+
+
+def placement(ranks):
+    """Of 64 experts in 128 slots, one of them in 65."""
+    rows = torch.tensor([[*range(64), *[5] * 64]])
+    return Placement(rows, ranks, torch.ones(1, 64, dtype=torch.float64))
+
+
 def test_the_counts_wait_for_the_routing_only(process):
     forward, _ = graphs(layer_of(process(0, 8)), 16)
     first = next(node for node in forward.nodes if getattr(node.target, "_opname", "") == "all_to_all_single")
@@ -145,9 +175,11 @@ def test_the_counts_wait_for_the_routing_only(process):
     assert "route" in seen and "expert_permute" not in seen
 
 
-@pytest.mark.parametrize("mode", ["dropless", "capacity"])
+@pytest.mark.parametrize("mode", ["dropless", "capacity", "dropless placed", "capacity placed"])
 def test_passes_find_what_they_look_for_between_the_messages(process, mode):
-    layer = layer_of(process(0, 8), hidden_size=256, moe_intermediate_size=128, mode=mode).eval()
+    mode, _, placed = mode.partition(" ")
+    how = {"mode": mode, "placement": placement(8) if placed else None}
+    layer = layer_of(process(0, 8), hidden_size=256, moe_intermediate_size=128, **how).eval()
     holder = torch.nn.ModuleDict({"mlp": layer})
     to_fp8(holder, wanted=lambda name: True)
     for name, parameter in layer.named_parameters():
@@ -173,4 +205,6 @@ def test_passes_find_what_they_look_for_between_the_messages(process, mode):
     # the shared expert runs while tokens travel: it is no rank's own
     apart = [note for p in graph.passes if p.name == "merge_shared_expert" for note in p.notes]
     stands = "apart: wait_tensor stands where grouped_matmul does in a mixture of experts"
-    assert any(stands in note for note in apart) == (mode == "dropless")
+    placed_apart = "apart: index stands where route does in a mixture of experts"
+    assert any(stands in note for note in apart) == (mode == "dropless" and not placed)
+    assert any(placed_apart in note for note in apart) == (mode == "dropless" and bool(placed))

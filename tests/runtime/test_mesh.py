@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 import deepfuse as df
 import mesh_worker
+from deepfuse.runtime.placement import place_experts
 from mesh_worker import CORPUS, LONG, TRAINED, TRAINING, WIDE, in_fp8, prompts_of, texts_of, train
 from ranks import run_ranks
 from tiny_checkpoint import assert_same_state, load
-from tiny_model import checkpoint, tiny_model
+from tiny_model import build, checkpoint, tiny_model
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
@@ -28,8 +29,11 @@ OF_TWO = [
     "expert=2 refused",
     "expert=2 trainer halves",
     "expert=2 large",
+    "expert=2 placed model",
+    "expert=2 slots fp8",
 ]
 OF_FOUR = ["tensor=2,expert=2 model trainer", "data=2,expert=2 trainer", "expert=4 nodes model trainer"]
+OF_FOUR += ["expert=4 homes model"]
 CASES = [(2, case) for case in OF_TWO] + [(4, case) for case in OF_FOUR]
 MODELS = [case for case in CASES if " model" in case[1]]
 TRAINERS = [case for case in CASES if " trainer" in case[1]]
@@ -83,9 +87,13 @@ def test_the_report_says_which_part_of_the_model_a_process_has(said, size, case)
     sizes = case.partition(" ")[0].replace("=", " ").replace(",", " x ")
     total = sum(p.numel() for p in tiny_model().engine.model.parameters())
     for rank, words in enumerate(process[case] for process in said[size]):
-        nodes = " on 2 nodes" if "nodes" in case else ""
+        nodes = " on 2 nodes" if "nodes" in case or "homes" in case else ""
         assert f"{sizes}{nodes}, this is rank {rank} of {size}" in words["report"]
-        if "expert=4" in case:
+        if "placed" in case or "homes" in case:
+            slots = 8 + size
+            assert f"{slots // size} of {slots} slots for 8 experts in each layer" in words["report"]
+            assert "busiest process over the mean 1." in words["report"] and f"; {size} redundant" in words["report"]
+        elif "expert=4" in case:
             assert f"experts {2 * rank}-{2 * rank + 1} of 8" in words["report"]
         else:
             assert ("experts 4-7 of 8" in words["report"]) == ("expert" in case and rank % 2 == 1)
@@ -180,7 +188,7 @@ def test_a_trained_model_is_saved_as_a_checkpoint(said, reference, folders, size
 
 def test_a_model_in_fp8_is_as_good_as_one_process_s(said):
     plain, one = tiny_model(), in_fp8(str(checkpoint()))
-    for case in ("expert=2 fp8", "tensor=2 fp8"):
+    for case in ("expert=2 fp8", "expert=2 slots fp8", "tensor=2 fp8"):
         for words in (process[case] for process in said[2]):
             own = [p for p in prompts_of(words["token_rank"]) if len(p) > 1]
             assert words["quantized"] == one.report.quantized and "fp8: " in words["quantized"]
@@ -206,6 +214,21 @@ def test_builds_that_cannot_be_are_refused_by_every_process(said):
         assert "want ranks_per_node that divides the 2 processes of axis 'expert', got 3" in words["nodes"]
         assert "want whole groups of experts on each of 2 nodes" in words["groups"]
         assert "parallel: " in words["not alike"] and "ranks_per_node=1" in words["not alike"]
+        assert words["placed otherwise"].count("placement=Placement(8 experts in 8 slots of 2 ranks, 1 layers, ") == 2
+        assert (
+            "want each group of experts on one node with mode 'node_limited', got group 0 of layer 0" in words["slots"]
+        )
+
+
+def test_loads_are_counted_over_all_processes_and_may_be_placed(said, folders):
+    one = build(checkpoint(), count_loads=True)
+    for rank in range(2):
+        for prompt in prompts_of(rank):
+            one.generate(prompt, max_new_tokens=6, temperature=0.0, stop_token_ids=[])
+    for words in (process["expert=2 placed model"] for process in said[2]):
+        assert words["loads"] == one.expert_loads().tolist() and words["rows"] == 5
+    loads = folders[2] / "loads.json"
+    assert place_experts(loads, 2, redundant=2).loads.tolist() == words["loads"]
 
 
 @pytest.fixture(scope="module")

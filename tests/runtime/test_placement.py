@@ -51,6 +51,11 @@ def test_every_expert_has_a_slot_and_no_rank_more_than_before(case: tuple[Tensor
         if mean:
             after = busiest(loads[layer], experts, ranks) / mean
             assert placement.after[layer] == pytest.approx(after, rel=1e-9)
+    nodes = ranks // per_node
+    if n_group % nodes == 0 and redundant % nodes == 0:
+        for experts in placement.expert_of_slot.view(L, nodes, -1) // (E // n_group):
+            homes = [set(node.tolist()) for node in experts]
+            assert sum(map(len, homes)) == len(set().union(*homes)) == n_group
     assert bool((placement.after <= placement.before * (1 + 1e-9)).all())
     assert bool((placement.after >= 1 - 1e-9).all())
 
@@ -116,6 +121,12 @@ def test_groups_stay_on_one_node() -> None:
         nodes = experts.view(4, -1) // 4  # groups on each node
         assert [len(set(node.tolist())) for node in nodes] == [2, 2, 2, 2]
         assert {g for node in nodes.tolist() for g in node} == set(range(8))
+
+
+def test_groups_stay_on_one_node_where_ranks_have_no_expert_of_their_own() -> None:
+    # all that is asked for is the first group's, and every copy that helps is on its node
+    (experts,) = place_experts(torch.tensor([[3.0, 0.0]]), 4, redundant=10, ranks_per_node=2, n_group=2).expert_of_slot
+    assert [set(node.tolist()) for node in experts.view(2, -1)] in ([{0}, {1}], [{1}, {0}])
 
 
 def test_copies_lie_on_different_ranks() -> None:

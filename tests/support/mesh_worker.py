@@ -13,9 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import deepfuse as df
 from deepfuse.blocks.cut import taken
+from deepfuse.blocks.placement import Placement
 from deepfuse.ir.link import Link
 from deepfuse.runtime.axes import axes_of
 from deepfuse.runtime.losses import mtp_loss, next_token_loss
+from deepfuse.runtime.placement import place_experts
 from deepfuse.runtime.save import save_checkpoint
 from deepfuse.runtime.trainer import Trainer
 from tiny_checkpoint import TINY
@@ -39,11 +41,24 @@ TRAINING = df.Training(
 
 SLOW = Link(name="slow", bandwidth=4e7, latency=1e-9)
 """On which messages of the least of models take about as long as its compute."""
+LOADS = torch.tensor([[10, 90, 20, 40, 10, 10, 20, 40]])
+"""Of the one layer with experts: the second is to have copies."""
 PARALLEL = {
     "capacity": df.Parallel(mode="capacity", capacity_factor=8),
     "nodes": df.Parallel(mode="node_limited", ranks_per_node=2, link=SLOW, overlap="shared"),
     "halves": df.Parallel(overlap="halves"),
+    "placed": df.Parallel(placement=place_experts(LOADS, 2, redundant=2)),
+    "slots": df.Parallel(
+        mode="capacity", capacity_factor=10, placement=place_experts(LOADS, 2, redundant=2), overlap="none"
+    ),
+    "homes": df.Parallel(
+        mode="node_limited",
+        ranks_per_node=2,
+        placement=place_experts(LOADS, 4, redundant=4, ranks_per_node=2, n_group=CONFIG.n_group),
+        overlap="none",
+    ),
 }
+"""``slots`` drops nothing: the factor is the number of slots."""
 
 WIDE = replace(
     TINY,
@@ -97,10 +112,12 @@ def main(folder: Path, checkpoint: str, reference: str, *meshes: str) -> None:
         parallel = next((PARALLEL[word] for word in what if word in PARALLEL), None)
         if "model" in what:
             words |= _built(mesh, checkpoint, folder / f"saved {asked}", parallel, 2 if "batches" in what else 1)
+        if "placed" in what:
+            words |= _counted(mesh, checkpoint, folder, parallel)
         if "large" in what:
             words |= _large(mesh)
         if "fp8" in what:
-            words |= _in_fp8(mesh, checkpoint)
+            words |= _in_fp8(mesh, checkpoint, parallel)
         if "refused" in what:
             words |= _refused(mesh, checkpoint)
         if "trainer" in what:
@@ -136,8 +153,17 @@ def _built(
     }
 
 
-def _in_fp8(mesh: DeviceMesh, checkpoint: str) -> dict[str, Any]:
-    model = in_fp8(checkpoint, mesh)
+def _counted(mesh: DeviceMesh, checkpoint: str, folder: Path, parallel: df.Parallel | None) -> dict[str, Any]:
+    """A model that counts, and a placement of what it counted."""
+    room = {"max_batch_size": 1, "max_seq_len": 64, "count_loads": True}
+    model = df.build(checkpoint, device="cpu", compile=False, mesh=mesh, parallel=parallel, **room)
+    model.generate(prompts_of(axes_of(mesh).token_rank), max_new_tokens=6, temperature=0.0, stop_token_ids=[])
+    loads = model.expert_loads(folder / "loads.json")
+    return {"loads": loads.tolist(), "rows": model.engine.model.model.layers[1].mlp.experts.down_proj.shape[0]}
+
+
+def _in_fp8(mesh: DeviceMesh, checkpoint: str, parallel: df.Parallel | None) -> dict[str, Any]:
+    model = in_fp8(checkpoint, mesh, parallel)
     own = [p for p in prompts_of(axes_of(mesh).token_rank) if len(p) > 1]
     return {
         "scores": [score.tolist() for score in model.score(own)],
@@ -146,9 +172,9 @@ def _in_fp8(mesh: DeviceMesh, checkpoint: str) -> dict[str, Any]:
     }
 
 
-def in_fp8(checkpoint: str, mesh: DeviceMesh | None = None) -> Any:
-    room = {"max_batch_size": 1, "max_seq_len": 64}
-    return df.build(checkpoint, quantize="fp8", device="cpu", compile=False, mesh=mesh, **room)
+def in_fp8(checkpoint: str, mesh: DeviceMesh | None = None, parallel: df.Parallel | None = None) -> Any:
+    room = {"max_batch_size": 1, "max_seq_len": 64, "parallel": parallel}
+    return df.build(checkpoint, quantize="fp8", device="cpu", compile=False, strict=True, mesh=mesh, **room)
 
 
 def _refused(mesh: DeviceMesh, checkpoint: str) -> dict[str, str]:
@@ -161,6 +187,8 @@ def _refused(mesh: DeviceMesh, checkpoint: str) -> dict[str, str]:
         "nodes": (checkpoint, df.Parallel(mode="node_limited", ranks_per_node=3)),
         "groups": (plain, df.Parallel(mode="node_limited", ranks_per_node=1)),
         "not alike": (checkpoint, df.Parallel(mode="node_limited", ranks_per_node=2 - rank)),
+        "placed otherwise": (checkpoint, df.Parallel(placement=place_experts(LOADS.roll(rank), 2))),
+        "slots": (checkpoint, df.Parallel(mode="node_limited", ranks_per_node=1, placement=torn())),
     }
     told = {}
     for name, (source, parallel) in asked.items():
@@ -169,6 +197,11 @@ def _refused(mesh: DeviceMesh, checkpoint: str) -> dict[str, str]:
         except ValueError as error:
             told[name] = str(error)
     return told
+
+
+def torn() -> Placement:
+    """Groups of two experts on both nodes."""
+    return Placement(torch.tensor([[0, 2, 4, 6, 1, 3, 5, 7]]), 2, LOADS.double())
 
 
 def _large(mesh: DeviceMesh) -> dict[str, Any]:
