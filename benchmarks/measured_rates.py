@@ -20,7 +20,7 @@ from deepfuse.ir.link import Link
 SMALL, LARGE = 256, 1 << 22
 """Bytes that a process sends to the other: one message is all latency, the other far beyond what a link takes in at once."""
 ROUNDS, EACH = 8, 5
-"""Of a large message, and small ones before each of them."""
+"""Of a large message or a product, and small messages before each of the former."""
 
 Timed = Callable[[Mapping[str, Callable[[], object]], int], dict[str, list[float]]]
 """``overlap_ranks.timed``."""
@@ -55,5 +55,5 @@ def link_of(small: Sequence[float], large: Sequence[float]) -> Link:
 def measured_device(tokens: int, width: int, inner: int, timed: Timed) -> Device:
     """The rate of one product of the layer's shape, of the slower rank; the same on all ranks."""
     a, b = torch.randn(tokens, width), torch.randn(inner, width)
-    seconds = statistics.median(timed({"product": functools.partial(torch.mm, a, b.T)}, PRODUCTS)["product"])
+    seconds = statistics.median(timed({"product": functools.partial(torch.mm, a, b.T)}, ROUNDS)["product"])
     return replace(CPU, flops={**CPU.flops, torch.float32: 2 * tokens * width * inner / seconds})
