@@ -43,6 +43,7 @@ from deepfuse.runtime.load_model import fp8_summary, load_model, modules_in_fp8
 from deepfuse.runtime.lockstep import Lockstep
 from deepfuse.runtime.model import Model
 from deepfuse.runtime.module import CompiledModule
+from deepfuse.runtime.placed import placed
 from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.report import Report
 from deepfuse.runtime.requirements import check_memory, missing_for_compilation
@@ -110,7 +111,7 @@ def build(
             part of a training batch), ``tensor`` (parts of each matrix, the same prompts) and ``expert`` (parts of the
             experts, its own prompts), any of them; or the axes' sizes, as ``{"tensor": 2, "expert": 4}``. Every process
             calls ``build``, and then the model, at the same time.
-        parallel: how tokens reach the experts of other processes, with a ``mesh``.
+        parallel: how tokens reach the experts of other processes, and where these are, with a ``mesh``.
         timeout_s: seconds that a process waits for the others, with a ``mesh``, before it says which is missing.
 
     Returns:
@@ -128,6 +129,11 @@ def build(
         )
     if not isinstance(training, Training | None):
         raise TypeError(f"build: want training as a Training, got {training!r:.80}")
+    if training is not None and processes.placement is not None:
+        raise ValueError(
+            "build: want Parallel(placement=...) in inference alone, since copies of an expert would each learn something "
+            f"else, got training with {processes.placement!r}"
+        )
     for name, switch in (("compile", compile), ("verify", verify), ("strict", strict)):
         if not isinstance(switch, bool) and not (name == "strict" and switch is None):
             raise TypeError(f"build: want {name} as {'None, ' * (name == 'strict')}True or False, got {switch!r:.80}")
@@ -264,7 +270,8 @@ def build(
         parameters=counts.total,
         active_parameters=counts.active,
         mesh="" if mesh is None else str(processes.axes),
-        part="" if mesh is None else processes.axes.part_of(cfg),
+        part="" if mesh is None else processes.axes.part_of(cfg, processes.placement),
+        placement=None if processes.placement is None else placed(processes.placement, causal_lm),
         quantized=fp8_summary(causal_lm),
         weight_bytes=sum(t.nbytes for t in causal_lm.state_dict().values()),
         cache_dtype="fp8" if cached == FP8 else str(cached).removeprefix("torch."),
