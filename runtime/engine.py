@@ -24,6 +24,7 @@ from torch import Tensor
 
 from deepfuse.blocks.capacity import Capacity
 from deepfuse.blocks.exchange import Local
+from deepfuse.blocks.load_counter import LoadCounter
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import MoE
 from deepfuse.ir.private import capture, load_captured, sizes_from_data, with_own_code
@@ -88,6 +89,7 @@ class Engine:
         self.device = cache.layers[0].device
         self.lockstep = lockstep or Lockstep(Axes(), self.device)
         exchanges = [m.exchange for m in model.modules() if isinstance(m, MoE)]
+        self._counters = [m for m in model.modules() if isinstance(m, LoadCounter)]
         self.static = all(isinstance(exchange, Local | Capacity) for exchange in exchanges)
         """Whether no exchange waits to learn how much comes; then CUDA can record a step."""
         self.buckets = tuple(buckets(max_batch_size))
@@ -104,7 +106,7 @@ class Engine:
             self._decode = {
                 b: self._graph(f"decode_{b}", decode, *example_decode(b, self.device)) for b in self.buckets
             }
-        self._forget_drops()
+        self._forget_counts()
         self.compile_seconds = time.perf_counter() - began
 
     @torch.inference_mode(False)
@@ -119,7 +121,7 @@ class Engine:
             args = (self.model, self.cache.layers, *example_decode(bucket, self.device))
             graph(*args)
             self._decode[bucket] = self._recorded(graph, decode, args)
-        self._forget_drops()
+        self._forget_counts()
 
     def _prefill_step_of(self, name: str) -> tuple[Any, ...]:
         """The function of a prefill graph, and what it is captured with."""
@@ -169,16 +171,22 @@ class Engine:
     def _capacities(self) -> list[Capacity]:
         return [m for m in self.model.modules() if isinstance(m, Capacity)]
 
-    def _forget_drops(self) -> None:
+    def _forget_counts(self) -> None:
         """Of calls that nobody asked for."""
         for exchange in self._capacities():
             exchange.dropped.zero_()
+        for counter in self._counters:
+            counter.tokens.zero_()
 
     def drops(self) -> tuple[int, int]:
         """Choices of experts that exchanges have dropped, and all choices, since the engine was made."""
         counts = [exchange.dropped for exchange in self._capacities()]
         dropped, choices = torch.stack(counts).sum(0).tolist() if counts else (0, 0)
         return dropped, choices
+
+    def loads(self) -> Tensor | None:
+        """``[L, E]`` int64, tokens of this process for each expert since the engine was made; ``None``: nobody counts."""
+        return torch.stack([counter.tokens for counter in self._counters]) if self._counters else None
 
     @contextlib.contextmanager
     def wrapped(self, wrap: Callable[[str, Graph], Graph]) -> Iterator[None]:
