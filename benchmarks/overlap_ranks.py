@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from measured_rates import measured_device, measured_link
 from torch import Tensor, fx, nn
 
 from deepfuse.blocks.axis import Axis
@@ -27,7 +28,6 @@ from deepfuse.blocks.config import Config
 from deepfuse.blocks.expert_parallel import to_expert_parallel
 from deepfuse.blocks.moe import MoE
 from deepfuse.blocks.presets import PRESETS
-from deepfuse.ir.device import CPU, Device
 from deepfuse.ir.link import Link
 from deepfuse.ir.private import compile_inner, pin, with_own_code
 from deepfuse.passes.graph_tasks import is_kernel, start_of
@@ -150,26 +150,6 @@ def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def measured_link(axis: Axis) -> Link:
-    """Latency and bandwidth from all-to-alls of two sizes; the same on all ranks."""
-    times = []
-    sizes = (16, 1 << 18)
-    for rows in sizes:
-        x = torch.zeros(2 * rows, 4)
-        exchange = functools.partial(all_to_all, x, [rows] * 2, [rows] * 2, axis)
-        times.append(median(timed({"exchange": exchange}, 5)["exchange"]))
-    bandwidth = 16 * (sizes[1] - sizes[0]) / (times[1] - times[0])
-    return Link(name="measured", bandwidth=bandwidth, latency=times[0])
-
-
-def measured_device(tokens: int, width: int, inner: int) -> Device:
-    """The rate of one product of the layer's shape, of the slower rank."""
-    a, b = torch.randn(tokens, width), torch.randn(inner, width)
-    product = functools.partial(torch.mm, a, b.T)
-    seconds = median(timed({"product": product}, 5)["product"])
-    return replace(CPU, flops={**CPU.flops, torch.float32: 2 * tokens * width * inner / seconds})
-
-
 def exchanges(x: Tensor, spec: Mapping[str, Any], axis: Axis, backward: bool) -> Step:
     """What travels in a step, alone: counts, dispatch and combine, and the gradients of the last two."""
     rows = len(x) * spec["experts_per_token"] // 2
@@ -208,7 +188,7 @@ def measure(spec: Mapping[str, Any], axis: Axis, alone: Axis, link: Link) -> dic
     x = torch.randn(tokens, config.hidden_size)
     assert config.n_shared_experts is not None
     width = config.n_shared_experts * config.moe_intermediate_size
-    settings = {"device": measured_device(max(tokens, 64), config.hidden_size, width), "link": link}
+    settings = {"device": measured_device(max(tokens, 64), config.hidden_size, width, timed), "link": link}
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         moe = layer(config, axis)
         build = functools.partial(compiled, moe, x, settings, backward=backward)
@@ -264,7 +244,7 @@ def main(specs: list[dict[str, Any]]) -> None:
     axis = Axis("expert", world.group_name, dist.get_world_size(), rank)
     groups: list[Any] = [dist.new_group([r]) for r in range(axis.size)]
     alone = Axis("expert", groups[rank].group_name, 1, 0)
-    link = measured_link(axis)
+    link = measured_link(axis, timed)
     found = [measure(spec, axis, alone, link) for spec in specs]
     if rank == 0:
         print(json.dumps(found))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from measured_rates import measured_device, measured_link
 from microbenchmarks import BESIDE, COUNT, Beside, microbenchmarks
 from overlap_ranks import (
     CHUNKED,
@@ -27,8 +28,6 @@ from overlap_ranks import (
     compiled,
     layer,
     layer_config,
-    measured_device,
-    measured_link,
     notes,
     timed,
 )
@@ -54,7 +53,7 @@ def measure(spec: Mapping[str, Any], axis: Axis) -> dict[str, Any]:
     if spec["rate"] and axis.rank == 0:
         set_rate(spec["rate"])
     dist.barrier()
-    link = measured_link(axis)
+    link = measured_link(axis, timed)
     # all at first, so that nothing is compiled between measurements
     layers = {tokens: _layer(spec, tokens, axis, link) for tokens in spec["tokens"]}
     small = microbenchmarks(axis)
@@ -77,7 +76,7 @@ def _layer(spec: Mapping[str, Any], tokens: int, axis: Axis, link: Link) -> Laye
     torch.manual_seed(1 + axis.rank)
     x = torch.randn(tokens, config.hidden_size)
     width = spec["shared"] * spec["intermediate"]
-    settings = {"device": measured_device(tokens, config.hidden_size, width), "link": link}
+    settings = {"device": measured_device(tokens, config.hidden_size, width, timed), "link": link}
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         whole, parts = layer(config, axis), layer(config, axis, CHUNKS)
         build = functools.partial(compiled, x=x, settings=settings, backward=spec["backward"])

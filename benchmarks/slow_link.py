@@ -92,7 +92,7 @@ def set_rate(rate: float) -> None:
 
 
 def _bucket(rate: float) -> tuple[str, ...]:
-    size = ("rate", f"{int(8 * rate)}bit", "burst", "128kb", "latency", "400ms")
+    size = ("rate", f"{int(8 * rate)}bit", "burst", "32kb", "latency", "400ms")
     return ("dev", "shared", "root", "tbf", *size)
 
 

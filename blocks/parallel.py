@@ -35,7 +35,7 @@ class Parallel:
     dispatch: Dispatch = "auto"
     """``fp8``: rows travel to experts as FP8; ``auto``: where the experts would quantize them anyway."""
     overlap: Overlap = "auto"
-    """What hides the way of tokens: ``shared``, the shared expert; ``halves`` of the batch in training, one under the other;
+    """What hides the way of tokens: ``shared``, the shared expert; ``halves`` of the batch, one under the other;
     ``auto``: whichever is predicted to be fastest, chunks among them; ``none``."""
     chunks: int = 1
     """Of a layer's tokens: 2 to 4, so that one travels while experts compute another, however many tokens there are."""

@@ -269,7 +269,7 @@ def build(
             trial = Runner(pipeline, settings, **{**how, "meet": processes.compare})
             _verify(causal_lm.eval(), cache, trial, max_batch_size, length, processes.lockstep(wanted))
         kept = BuildFolder(key) if compile else None
-        large, why = large_prefill(causal_lm.eval(), cache.layers, runner, processes, kept)
+        large, why = large_prefill(causal_lm.eval(), cache.layers, runner, processes, kept, max_batch_size)
         if processes.axes.expert is not None:
             agree({"overlap": repr((large, why))}, timeout_s)
         runner.settings = {**settings, "decided": decided(large, why)}
