@@ -205,6 +205,6 @@ def test_passes_find_what_they_look_for_between_the_messages(process, mode):
     # the shared expert runs while tokens travel: it is no rank's own
     apart = [note for p in graph.passes if p.name == "merge_shared_expert" for note in p.notes]
     stands = "apart: wait_tensor stands where grouped_matmul does in a mixture of experts"
-    placed_apart = "apart: index stands where route does in a mixture of experts"
+    placed_apart = "apart: index stands where getitem does in a mixture of experts"
     assert any(stands in note for note in apart) == (mode == "dropless" and not placed)
     assert any(placed_apart in note for note in apart) == (mode == "dropless" and bool(placed))

@@ -12,6 +12,7 @@ from deepfuse.runtime.placement import place_experts
 from deepfuse.runtime.placement_file import save_placement
 from tiny_model import CONFIG, ONE_LAYER, build
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.11's Dynamo
 LOADS = torch.tensor([[90, 10, 20, 40, 10, 10, 10, 10]])
 
 
