@@ -13,6 +13,7 @@ from tiny_model import MAX_BATCH_SIZE, MAX_SEQ_LEN, build, checkpoint
 FIELDS = {
     "mesh",
     "part",
+    "placement",
     "dropped",
     "choices",
     "collectives",
