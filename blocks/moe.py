@@ -102,6 +102,8 @@ class MoE(nn.Module):
         self.gate = Router(config)
         self.exchange: nn.Module = Local(self.num_experts)
         """How tokens reach their experts; another where these lie on several processes."""
+        self.counter: nn.Module | None = None
+        """Counts the tokens of each expert, where a served model is asked to."""
         self.replicas: Replicas | None = None
         """Where experts are placed: the slots among which the exchange carries tokens instead."""
         self.experts = Experts(self.num_experts, config.hidden_size, config.moe_intermediate_size)
@@ -111,6 +113,8 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, batch: Batch | None = None) -> Tensor:
         """``[T, D] -> [T, D]``; ``batch`` says which of the T are tokens, all of them where ``None``."""
         weights, experts = self.gate(x)
+        if self.counter is not None:
+            self.counter(experts, batch)
         nowhere = self.num_experts
         if self.replicas is not None:
             experts, nowhere = self.replicas(experts), self.replicas.num_slots

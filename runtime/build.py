@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from deepfuse.blocks.config import Config
+from deepfuse.blocks.load_counter import counting
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.parallel import Parallel
 from deepfuse.blocks.parameters import count_parameters
@@ -79,6 +80,7 @@ def build(
     mesh: DeviceMesh | Mapping[str, int] | None = None,
     parallel: Parallel | None = None,
     timeout_s: float = 60.0,
+    count_loads: bool = False,
 ) -> Any:
     """Build a model: load it, run the passes over its graphs, compile them.
 
@@ -113,6 +115,7 @@ def build(
             calls ``build``, and then the model, at the same time.
         parallel: how tokens reach the experts of other processes, and where these are, with a ``mesh``.
         timeout_s: seconds that a process waits for the others, with a ``mesh``, before it says which is missing.
+        count_loads: whether the model counts the tokens that each expert gets, for :meth:`Model.expert_loads`.
 
     Returns:
         A :class:`Model`; a :class:`Trainer` with ``training``; a :class:`CompiledModule` for another module.
@@ -136,7 +139,9 @@ def build(
             "build: want Parallel(placement=...) in inference alone, since copies of an expert would each learn something "
             f"else, got training with {processes.placement!r}"
         )
-    for name, switch in (("compile", compile), ("verify", verify), ("strict", strict)):
+    if count_loads and (training is not None or not isinstance(source, str | Path | Config | CausalLM)):
+        raise ValueError("build: want count_loads for a model that generates, got one to train, or another module")
+    for name, switch in (("compile", compile), ("verify", verify), ("strict", strict), ("count_loads", count_loads)):
         if not isinstance(switch, bool) and not (name == "strict" and switch is None):
             raise TypeError(f"build: want {name} as {'None, ' * (name == 'strict')}True or False, got {switch!r:.80}")
     pipeline, forced = pipeline_of(passes), _checked_providers(providers or {})
@@ -208,7 +213,14 @@ def build(
     if mesh is not None:
         alike = {"mesh": processes.axes.sizes, "parallel": processes.parallel, "training": training, "seed": seed}
         alike |= {"dtype": dtype, "quantize": quantize, "cache_dtype": cached, "compile": compile, **room}
-        alike |= {"verify": verify, "strict": how["strict"], "providers": forced, "device": row, "link": link}
+        alike |= {
+            "verify": verify,
+            "strict": how["strict"],
+            "count_loads": count_loads,
+            "providers": forced,
+            "device": row,
+            "link": link,
+        }
         agree(setup(cfg, folder, pipeline, **alike), timeout_s)
         with processes.raising_together("process groups"):
             processes = processes.with_groups()
@@ -243,6 +255,7 @@ def build(
                 agree({"overlap": repr(trainer.runner.settings["decided"])}, timeout_s)
         return trainer
 
+    counting(causal_lm, on=count_loads)
     # before a minute of compiling: these files may be damaged as well
     defaults = GenerationConfig() if folder is None else GenerationConfig.from_folder(folder)
     tokenizer = None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder)

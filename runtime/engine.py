@@ -24,6 +24,7 @@ from torch import Tensor
 
 from deepfuse.blocks.capacity import Capacity, drop_counts
 from deepfuse.blocks.exchange import Local
+from deepfuse.blocks.load_counter import LoadCounter
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import MoE
 from deepfuse.ir.private import capture, load_captured, sizes_from_data, with_own_code
@@ -88,6 +89,7 @@ class Engine:
         self.device = cache.layers[0].device
         self.lockstep = lockstep or Lockstep(Axes(), self.device)
         exchanges = [m.exchange for m in model.modules() if isinstance(m, MoE)]
+        self._counters = [m for m in model.modules() if isinstance(m, LoadCounter)]
         self.static = all(isinstance(exchange, Local | Capacity) for exchange in exchanges)
         """Whether no exchange waits to learn how much comes; then CUDA can record a step."""
         self.buckets = tuple(buckets(max_batch_size))
@@ -104,7 +106,7 @@ class Engine:
             self._decode = {
                 b: self._graph(f"decode_{b}", decode, *example_decode(b, self.device)) for b in self.buckets
             }
-        self._forget_drops()
+        self._forget_counts()
         self.compile_seconds = time.perf_counter() - began
 
     @torch.inference_mode(False)
@@ -119,7 +121,7 @@ class Engine:
             args = (self.model, self.cache.layers, *example_decode(bucket, self.device))
             graph(*args)
             self._decode[bucket] = self._recorded(graph, decode, args)
-        self._forget_drops()
+        self._forget_counts()
 
     def _prefill_step_of(self, name: str) -> tuple[Any, ...]:
         """The function of a prefill graph, and what it is captured with."""
@@ -166,16 +168,22 @@ class Engine:
         """Whether nothing was compiled."""
         return self.graphs_from_cache == graphs_of(self.max_batch_size, self.large)
 
-    def _forget_drops(self) -> None:
+    def _forget_counts(self) -> None:
         """Of calls that nobody asked for."""
         for counts in drop_counts(self.model):
             counts.zero_()
+        for counter in self._counters:
+            counter.tokens.zero_()
 
     def drops(self) -> tuple[int, int]:
         """Choices of experts that exchanges have dropped, and all choices, since the engine was made."""
         counts = drop_counts(self.model)
         dropped, choices = torch.stack(counts).sum(0).tolist() if counts else (0, 0)
         return dropped, choices
+
+    def loads(self) -> Tensor | None:
+        """``[L, E]`` int64, tokens of this process for each expert since the engine was made; ``None``: nobody counts."""
+        return torch.stack([counter.tokens for counter in self._counters]) if self._counters else None
 
     @contextlib.contextmanager
     def wrapped(self, wrap: Callable[[str, Graph], Graph]) -> Iterator[None]:

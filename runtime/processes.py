@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from deepfuse.blocks.axis import Axis
+from deepfuse.blocks.collectives import sum_over
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.parallel import Parallel, to_parallel
 from deepfuse.blocks.placement import Placement
@@ -148,6 +150,10 @@ class Processes:
         if axis is not None:
             limit_waits(process_group(axis.group), self.timeout_s)
         return axis
+
+    def sum_over_tokens(self, counts: Tensor) -> Tensor:
+        """The sum over the processes that have tokens of their own; all must ask at the same time."""
+        return sum_over(sum_over(counts, self.axes.data), self.axes.expert)
 
     def raising_together(self, phase: str) -> contextlib.AbstractContextManager[None]:
         """A block that may last, and whose error, in whichever process, all of them raise.
