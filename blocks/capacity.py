@@ -96,6 +96,11 @@ class Capacity(nn.Module):
         return torch.where(fits, chosen * capacity + place, -1).view_as(experts)
 
 
+def drop_counts(model: nn.Module) -> list[Tensor]:
+    """Of each exchange of a model that may drop: ``[2]`` int64, choices dropped and all choices."""
+    return [module.dropped for module in model.modules() if isinstance(module, Capacity)]
+
+
 def _swapped(rows: Tensor, outer: int, inner: int) -> Tensor:
     """``[outer * inner * n, D]`` -> ``[inner * outer * n, D]``."""
     return rows.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)

@@ -30,6 +30,7 @@ class Beat:
         phase: the main thread is in; ``""`` outside of any.
         seconds: since that phase began.
         long: whether it may take as long as it takes.
+        idle: seconds that the main thread has done nothing in it.
         place: line of code that the main thread is at, as far as it is not torch's.
         end: why it goes no further: ``lost`` others in a collective, ``failed`` by itself, ``left`` as programs end.
         reason: the error's text.
@@ -41,6 +42,7 @@ class Beat:
     phase: str = ""
     seconds: float = 0.0
     long: bool = False
+    idle: float = 0.0
     place: str = ""
     end: Literal["", "lost", "failed", "left"] = ""
     reason: str = ""

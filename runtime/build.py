@@ -132,6 +132,8 @@ def build(
         )
     if not isinstance(training, Training | None):
         raise TypeError(f"build: want training as a Training, got {training!r:.80}")
+    if training is not None:
+        training.check()
     if training is not None and processes.placement is not None:
         raise ValueError(
             "build: want Parallel(placement=...) in inference alone, since copies of an expert would each learn something "

@@ -4,7 +4,8 @@ The step is captured in each form, with a few layers of the model, and nothing i
 same, and the time that it takes does not grow with the model. The order of each graph is that of the pass; what the forms
 come to is compared, forward and backward together. First the model as it is; where that leaves nothing exposed, or
 messages are so small that latency is too much of them, no other form is looked at. A form is taken where it is predicted to
-be faster, with at most 1.15 times the memory.
+be faster, with at most 1.15 times the memory. Last, all layers are captured in the form that is taken: were its order refused
+there, in the whole graph, the form would cost and hide nothing, and the next best is taken, or none.
 Dims: T tokens.
 """
 
@@ -94,6 +95,10 @@ def choose(model: CausalLM, step: Step, forms: Iterable[Form], runner: Runner, *
         graphs = traced(*step(in_form(few, form), numbers, form))
         return _predicted(graphs, runner, tokens, left_out)
 
+    def of_all_layers(form: Form) -> Predicted:
+        graphs = traced(*step(in_form(model, form), range(config.num_hidden_layers), form))
+        return _predicted(graphs, runner, tokens, 0)
+
     whole = best = predicted(Form())
     faster, told = {Form(): whole}, [_told(Form(), whole, whole)]
     for form in forms:
@@ -107,8 +112,27 @@ def choose(model: CausalLM, step: Step, forms: Iterable[Form], runner: Runner, *
         told.append(_told(form, found, whole))
         if found.peak <= MEMORY * whole.peak and found.seconds <= (1 - GAIN) * best.seconds:
             faster[form] = best = found
+    if len(numbers) < config.num_hidden_layers:
+        told += _left_out(faster, of_all_layers, f"all {config.num_hidden_layers} layers")
     chosen, layers = list(faster)[-1], ", ".join(map(str, numbers))
     return Choice(chosen, (f"{chosen}, as predicted of layers {layers} and {tokens} tokens:", *told), faster)
+
+
+def _left_out(faster: dict[Form, Predicted], of_all_layers: Callable[[Form], Predicted], layers: str) -> list[str]:
+    """Take out forms, the fastest first, whose order is refused in the whole graph, until one of each kind stays; and say so."""
+    told: list[str] = []
+    settled: set[bool] = set()
+    for form in list(faster)[:0:-1]:
+        if form.halves in settled:
+            continue
+        pairs = zip(of_all_layers(form).graphs, faster[form].graphs, strict=True)
+        refused = next((whole.refused for (_, whole), (_, few) in pairs if whole.refused and not few.refused), "")
+        if refused:
+            del faster[form]
+            told.append(f"{form}: not for {layers}, where its order is refused: {refused}")
+        else:
+            settled.add(form.halves)
+    return told
 
 
 def _layers(model: CausalLM) -> list[int]:

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from deepfuse.blocks.capacity import Capacity
+from deepfuse.blocks.capacity import Capacity, drop_counts
 from deepfuse.blocks.exchange import Local
 from deepfuse.blocks.load_counter import LoadCounter
 from deepfuse.blocks.model import CausalLM
@@ -168,19 +168,16 @@ class Engine:
         """Whether nothing was compiled."""
         return self.graphs_from_cache == graphs_of(self.max_batch_size, self.large)
 
-    def _capacities(self) -> list[Capacity]:
-        return [m for m in self.model.modules() if isinstance(m, Capacity)]
-
     def _forget_counts(self) -> None:
         """Of calls that nobody asked for."""
-        for exchange in self._capacities():
-            exchange.dropped.zero_()
+        for counts in drop_counts(self.model):
+            counts.zero_()
         for counter in self._counters:
             counter.tokens.zero_()
 
     def drops(self) -> tuple[int, int]:
         """Choices of experts that exchanges have dropped, and all choices, since the engine was made."""
-        counts = [exchange.dropped for exchange in self._capacities()]
+        counts = drop_counts(self.model)
         dropped, choices = torch.stack(counts).sum(0).tolist() if counts else (0, 0)
         return dropped, choices
 

@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from deepfuse.ir.private import default_store
 from deepfuse.runtime.blame import Beat, RankError, blame, ranks, where
+from deepfuse.runtime.idle import Idle
 from deepfuse.runtime.told_once import everywhere
 
 BAD = ("lost", "failed")
@@ -37,11 +38,11 @@ BAD = ("lost", "failed")
 class Doing:
     """What a thread is at: phase ``""`` is outside of any."""
 
-    __slots__ = ("began", "long", "phase", "step", "thread")
+    __slots__ = ("began", "long", "native", "phase", "step", "thread")
 
     def __init__(self, phase: str, step: int | None, long: bool = False):
         self.phase, self.step, self.long = phase, step, long
-        self.began, self.thread = time.monotonic(), threading.get_ident()
+        self.began, self.thread, self.native = time.monotonic(), threading.get_ident(), threading.get_native_id()
 
 
 class Heartbeat:
@@ -68,7 +69,7 @@ class Heartbeat:
         self._met_over, self._client = default_store(), client
         Heartbeat.made += 1
         self._store = dist.PrefixStore(f"deepfuse/beats{Heartbeat.made}", client)
-        self._doing = Doing("", None)
+        self._doing, self._idle = Doing("", None), Idle()
         self._end: Mapping[str, Any] = {}
         self._count = 0
         self._heard: dict[int, tuple[Beat, float]] = {}
@@ -109,6 +110,7 @@ class Heartbeat:
             phase=doing.phase,
             seconds=time.monotonic() - doing.began,
             long=doing.long,
+            idle=self._idle.seconds(doing.native) if doing.long else 0.0,
             place=place(doing.thread),
             **end,
         )

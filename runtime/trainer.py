@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.balance import SequenceBalance
+from deepfuse.blocks.capacity import drop_counts
 from deepfuse.blocks.collectives import sum_over
 from deepfuse.blocks.data_parallel import to_data_parallel
 from deepfuse.blocks.fp8_training import train_in_fp8
@@ -70,6 +71,7 @@ class Trainer:
         ``fp8``: whether the decoder layers' products are in FP8; ``providers``: op name -> provider to take first;
         ``processes``: of whom ``model`` is this one's part.
         """
+        training.check()
         self.model, self.training = model, training
         self.processes = processes or Processes()
         self.tokens = self.processes.tokens_axis()
@@ -288,6 +290,20 @@ class Trainer:
         return total / max(count, 1)
 
     @torch.no_grad()
+    def drops(self) -> tuple[int, int] | None:
+        """Choices of experts that went beyond their capacity, and all choices, in all layers and processes.
+
+        Of the steps since the last call; ``None`` where nothing is dropped. All processes ask at the same time.
+        """
+        seen = drop_counts(self.compute)
+        if not seen:
+            return None
+        dropped, choices = sum_over(torch.stack(seen).sum(0), self.tokens).tolist()
+        for each in seen:
+            each.zero_()
+        return dropped, choices
+
+    @torch.no_grad()
     def evaluate(self, tokens: np.ndarray) -> float:
         """Mean cross-entropy in nats of all tokens but each window's first, over windows of ``seq_len``, no overlap.
 
@@ -342,6 +358,9 @@ class Trainer:
                     balance = self.balance_loss()
                     if balance is not None:
                         row["balance_loss"] = balance
+                    drops = self.drops()
+                    if drops is not None:
+                        row["dropped"], row["choices"] = drops
                     if heldout is not None:
                         row["heldout_loss"] = self.evaluate(heldout)
                     losses = []

@@ -39,7 +39,12 @@ class Training:
     checkpoint_every: int = 200
     """Steps between checkpoints."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """What ``build`` and a trainer do with it, so that of several processes one tells for all.
+
+        Raises:
+            ValueError: a setting is out of its range.
+        """
         for name in ("steps", "batch_size", "seq_len", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training: want {name} >= 1, got {getattr(self, name)}")

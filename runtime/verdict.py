@@ -1,7 +1,7 @@
 """All processes tell the first one something through the store; it judges, and all get its verdict.
 
 That is no collective. A process that says it is at something that lasts (:func:`~deepfuse.runtime.heartbeat.watched`:
-it compiles, or reads a checkpoint) is waited for as long as it beats, others for a timeout. Who has failed comes to the
+it compiles, or reads a checkpoint) is waited for as long as it beats and does something, others for a timeout. Who has failed comes to the
 meeting that the others come to next, whatever it is for, and all of them raise its error.
 """
 
@@ -21,6 +21,8 @@ from deepfuse.runtime.told_once import kind_of, of_kind, settled, told_once
 
 WAITS = 0.75
 """Part of ``timeout_s`` that the first process waits for the others: all have ended when it is over."""
+IDLE = 0.6
+"""Part of that wait for which one that is at something that lasts may have done nothing; longer, it hangs."""
 PATIENCE_S = 3600.0
 """Seconds for what lasts longer on one process than on another: compiling, and files."""
 _numbers = itertools.count()
@@ -138,15 +140,15 @@ def missing(store: dist.Store, names: list[str], timeout_s: float) -> list[str]:
         if fault():
             raise dist.DistStoreError(f"waits for {names[0]} in vain")
         waited = time.monotonic() - began
-        if waited > (PATIENCE_S if _lasts(names[0]) else timeout_s):
+        if waited > (PATIENCE_S if _lasts(names[0], timeout_s) else timeout_s):
             return [name for name in names if not store.check([name])]
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
 
 
-def _lasts(name: str) -> bool:
+def _lasts(name: str, timeout_s: float) -> bool:
     beat = last_of(0 if name == "verdict" else int(name.split()[0]))
-    return beat is not None and beat.long
+    return beat is not None and beat.long and beat.idle <= IDLE * timeout_s
 
 
 def _of(rank: int) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from deepfuse.blocks.axis import Axis
@@ -15,9 +16,17 @@ from deepfuse.blocks.config import Config
 from deepfuse.blocks.expert_parallel import to_expert_parallel
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.parallel import Parallel
+from deepfuse.ir.device import CPU
 from deepfuse.ir.link import Link
+from deepfuse.ir.private import sizes_from_data
+from deepfuse.passes.balanced_sizes import ALL_TO_ALL
+from deepfuse.passes.overlap_plan import Plan, plan
 from deepfuse.passes.pipeline import default
+from deepfuse.passes.runner import Runner
+from deepfuse.runtime import choose_overlap
 from deepfuse.runtime.axes import Axes
+from deepfuse.runtime.choose_overlap import choose
+from deepfuse.runtime.losses import next_token_loss
 from deepfuse.runtime.overlap_form import Form, in_form, of_layers
 from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.trainer import Trainer
@@ -76,6 +85,39 @@ def test_the_form_is_the_fastest_predicted_and_every_rank_s() -> None:
     mine = {id(p) for p in first.compute.parameters()}
     assert {id(p) for p in first.in_form[""].parameters()} == mine
     assert first.runner.settings["decided"] == {"train": choice.decided}
+
+
+@pytest.mark.slow
+def test_a_form_whose_order_is_refused_in_the_whole_graph_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The capture has two of three layers; graphs with more all-to-alls than two layers have in two chunks are refused."""
+    most = 3 * 2 * 2
+
+    def bounded(graph: fx.Graph, *args: Any) -> Plan | None:
+        found = plan(graph, *args)
+        many = len(graph.find_nodes(op="call_function", target=ALL_TO_ALL)) > most
+        return found if found is None or not many else replace(found, order=(), after=found.before, refused="too many")
+
+    monkeypatch.setattr(choose_overlap, "plan", bounded)
+    config = replace(WIDE, num_hidden_layers=3)
+    model = CausalLM(config).train()
+    model.initialize()
+    axis = Axis("expert", "0", 2, 0)
+    to_expert_parallel(model, axis)
+    made = Runner(default(), {"providers": {}, "device": CPU, "max_seq_len": 256, "link": SLOW})
+    ids = torch.zeros(4, 258, dtype=torch.int64)
+    places = torch.arange(256).repeat(4), torch.arange(0, 1025, 256, dtype=torch.int32)
+    with sizes_from_data():
+        choice = choose(
+            model,
+            lambda few, layers, form: (next_token_loss, (few, ids, *places, form.halves)),
+            [Form(chunks=2)],
+            made,
+            tokens=1024,
+            ranks=2,
+        )
+    assert choice.form == Form() and list(choice.found) == [Form()]
+    assert choice.why[0] == "shared expert, as predicted of layers 0, 1 and 1024 tokens:"
+    assert choice.why[-1] == "chunked x2: not for all 3 layers, where its order is refused: too many"
 
 
 def test_nothing_is_captured_where_messages_are_mostly_latency(monkeypatch: pytest.MonkeyPatch) -> None:

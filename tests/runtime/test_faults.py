@@ -69,7 +69,14 @@ def test_a_survivor_ends_in_time_and_names_rank_and_step(folder, case, rank):
             "hangs before a meeting",
             r"\(outcome\): want all processes within 12 s, got: rank 1 lives, but has been in .* s, at .*:\d+ in linger; see what",
         ),
+        (
+            "hangs while it compiles",
+            r"\(outcome\): want all processes within 12 s, got: rank 1 lives, but has been in step 4 \(compile\) for [\d.]+ s, at .*:\d+ in hang; see",
+        ),
+        ("stopped while it compiles", "rank 2 is silent: its last beat was"),
+        ("killed while it compiles", "rank 1 is silent: its last beat was"),
         ("fails in dispatch", "failed after step 4.*: ValueError: no such expert"),
+        ("fails in dispatch and stays", "failed after step 4.*: ValueError: no such expert"),
     ],
 )
 def test_survivors_know_what_happened(folder, case, words):

@@ -302,7 +302,7 @@ def test_training_refuses_weights_alone() -> None:
     with pytest.raises(ValueError, match="want quantize 'fp8' to train in FP8, got 'fp8_weights'"):
         df.build(TINY, training=TRAINING, quantize="fp8_weights", compile=False)
     with pytest.raises(ValueError, match=r"training: want fp8_saved out of \('high', 'fp8'\), got 'low'"):
-        replace(TRAINING, fp8_saved="low")
+        replace(TRAINING, fp8_saved="low").check()
     trained = df.build(TINY, training=TRAINING, quantize="fp8", compile=False, device="cpu")
     assert len(trained.copied) < len(trained.pairs)
 

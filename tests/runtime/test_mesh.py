@@ -27,7 +27,7 @@ OF_TWO = [
     "data=2 trainer graphs",
     "expert=2 fp8",
     "tensor=2 fp8",
-    "expert=2 refused",
+    "expert=2 refused rows",
     "expert=2 trainer halves",
     "expert=2 large",
     "expert=2 placed model",
@@ -223,7 +223,7 @@ def test_a_model_in_fp8_is_as_good_as_one_process_s(said):
 
 
 def test_builds_that_cannot_be_are_refused_by_every_process(said):
-    for words in (process["expert=2 refused"] for process in said[2]):
+    for words in (process["expert=2 refused rows"] for process in said[2]):
         assert "want n_routed_experts divisible by the 2 processes of axis 'expert', got 7" in words["experts"]
         assert "want ranks_per_node that divides the 2 processes of axis 'expert', got 3" in words["nodes"]
         assert "want whole groups of experts on each of 2 nodes" in words["groups"]
@@ -243,6 +243,14 @@ def test_loads_are_counted_over_all_processes_and_may_be_placed(said, folders):
         assert words["loads"] == one.expert_loads().tolist() and words["rows"] == 5
     loads = folders[2] / "loads.json"
     assert place_experts(loads, 2, redundant=2).loads.tolist() == words["loads"]
+
+
+def test_rows_of_a_training_tell_of_what_was_dropped(said):
+    first, second = (process["expert=2 refused rows"]["rows"] for process in said[2])
+    # of a step 4 sequences of 8 tokens with 3 choices each; of two processes each of 8 experts takes 2 of the mean 6
+    assert [row["choices"] for row in first] == [4 * 8 * 3] * 2
+    assert all(4 * 8 * 3 - 2 * 8 * 2 <= row["dropped"] < 4 * 8 * 3 for row in first)
+    assert [row["dropped"] for row in first] == [row["dropped"] for row in second]
 
 
 @pytest.fixture(scope="module")

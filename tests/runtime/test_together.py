@@ -29,6 +29,8 @@ REFUSED = {
     "nccl": 'want a backend for device cpu, got cpu:nccl; init_process_group\\("gloo"\\), or leave it to build$',
     "capacity of one": "^rank 1: parallel: want a finite capacity_factor > 0, got -1.0$",
     "provider of one": "^rank 1: build: want a provider of rms_norm out of .*, got 'nobody'$",
+    "training": "^training: want steps >= 1, got 0$",
+    "training of one": "^rank 1: training: want seq_len >= 1, got 0$",
     "passes of one": "want the same setup .*, got\n  pass absorb_mla: semantic, source \\w{8} in rank 0; none in rank 1$",
     "no mesh": "^build: want a mesh of several processes with parallel, got none; pass mesh={'expert': 2} or a DeviceMesh$",
     "parallel": "build: want parallel as a Parallel, got 'capacity'$",

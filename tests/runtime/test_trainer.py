@@ -206,7 +206,7 @@ def test_rows_tell_of_the_balance_loss(tmp_path: Path) -> None:
 def test_a_balance_loss_that_cannot_be() -> None:
     for alpha in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"training: want a finite aux_loss_alpha >= 0, got {alpha}"):
-            Training(steps=1, aux_loss_alpha=alpha)
+            Training(steps=1, aux_loss_alpha=alpha).check()
     dense = model_of(replace(CONFIG, n_routed_experts=None))
     with pytest.raises(ValueError, match=r"want a model with routed experts for aux_loss_alpha = 0.1, got none"):
         Trainer(dense, replace(TRAINING, aux_loss_alpha=0.1), compile=False)
@@ -272,7 +272,7 @@ def test_learning_rates_of_short_runs(steps: int, warmup_steps: int) -> None:
 @pytest.mark.parametrize("name", ["steps", "batch_size", "seq_len", "checkpoint_every"])
 def test_numbers_that_cannot_be(name: str) -> None:
     with pytest.raises(ValueError, match=f"training: want {name} >= 1, got 0"):
-        Training(**{"steps": 1, name: 0})
+        Training(**{"steps": 1, name: 0}).check()
 
 
 def test_too_few_tokens(tmp_path: Path) -> None:

@@ -53,6 +53,12 @@ def linger():
     time.sleep(1.2 * TIMEOUT_S)
 
 
+def work():
+    """As long, and awake again and again."""
+    for _ in range(100):
+        time.sleep(0.012 * TIMEOUT_S)
+
+
 def fail():
     raise ValueError("no such expert")
 
@@ -86,10 +92,14 @@ CASES = {
     "hangs in combine": ("combine", 1, hang),
     "torn in dispatch": ("dispatch", 2, tear),
     "fails in dispatch": ("dispatch", 1, fail),
+    "fails in dispatch and stays": ("dispatch", 1, fail),
     "leaves in combine": ("combine", 2, leave),
     "killed in save": ("save", 2, die),
     "hangs before a meeting": ("meeting", 1, linger),
     "killed before a meeting": ("meeting", 2, die),
+    "hangs while it compiles": ("compile", 1, hang),
+    "stopped while it compiles": ("compile", 2, stop),
+    "killed while it compiles": ("compile", 1, die),
 }
 """Name -> phase, rank and fault."""
 SETUPS = {
@@ -158,9 +168,17 @@ def run_case(case, folder):
             what()
 
     for step in range(STEP + 3):
-        train(axis, weight, step, fault)
+        try:
+            train(axis, weight, step, fault)
+        except ValueError:
+            if case.endswith("stays"):
+                time.sleep(TIMEOUT_S)
+            raise
         if phase == "save":
             save(folder / "checkpoint", step, processes, fault)
+        if phase == "compile":
+            with processes.raising_together("compile"):
+                fault("compile")
         if phase == "meeting":
             fault("meeting")
             with raised_by_every_rank(TIMEOUT_S):
@@ -172,7 +190,7 @@ def be_slow():
     processes = begun()
     with processes.raising_together("load"):
         if dist.get_rank() == 1:
-            linger()
+            work()
     assert processes.any_of(dist.get_rank() == 1)
 
 

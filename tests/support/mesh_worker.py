@@ -133,6 +133,8 @@ def main(folder: Path, checkpoint: str, reference: str, *meshes: str) -> None:
             words |= _trained(
                 mesh, torch.load(reference), folder / f"trainer {asked}", parallel, graphs="graphs" in what
             )
+        if "rows" in what:
+            words["rows"] = _dropping(mesh, folder / "rows")
     (folder / f"said{torch.distributed.get_rank()}.json").write_text(json.dumps(said))
     torch.distributed.destroy_process_group()
 
@@ -300,6 +302,15 @@ def _trained(
         "others": others,
         "files": sorted(p.name for p in own.rglob("*") if "exported" not in p.parts),
     }
+
+
+def _dropping(mesh: DeviceMesh, folder: Path) -> list[dict[str, float]]:
+    """Rows of a training in which experts take a quarter of their mean load."""
+    training = replace(TRAINING, checkpoint_every=1, mtp_steps=0, aux_loss_alpha=0.0)
+    parallel = df.Parallel(mode="capacity", capacity_factor=0.25)
+    trainer = df.build(TRAINED, device="cpu", compile=False, training=training, mesh=mesh, parallel=parallel)
+    trainer.next_token_loss = next_token_loss
+    return list(trainer.run(folder, CORPUS))
 
 
 def _own(whole: Tensor, trainer: Trainer, name: str) -> Tensor:

@@ -129,6 +129,8 @@ def cases(rank: int, checkpoint: Path) -> Any:
     yield "nccl", lambda: device_mesh({"expert": 2}, torch.device("cpu"), TIMEOUT_S, backend="nccl")
     yield "capacity of one", lambda: build(parallel=parallel(-1.0 if last else 1.25))
     yield "provider of one", lambda: build(providers={"rms_norm": "nobody"} if last else {})
+    yield "training", lambda: build(training=replace(TRAINING, steps=0))
+    yield "training of one", lambda: build(training=replace(TRAINING, seq_len=8 - 8 * last))
     yield "passes of one", lambda: build(passes=default().without(*["absorb_mla"][: int(last)]))
     yield "no mesh", lambda: build(mesh=None, parallel=df.Parallel())
     yield "parallel", lambda: build(parallel="capacity")
