@@ -63,11 +63,14 @@ class Played:
     peak: int
 
 
-def play(tasks: Sequence[Task], order: Sequence[int], given: Mapping[int, int] | None = None) -> Played:
+def play(
+    tasks: Sequence[Task], order: Sequence[int], given: Mapping[int, int] | None = None, busy: float = 0.0
+) -> Played:
     """Run an order of all tasks.
 
     Args:
         given: storage -> bytes of inputs; what is read goes when its last reader has run.
+        busy: share of the device that a message takes from what is computed while it is on the link.
     """
     readers: dict[int, int] = {}
     for task in tasks:
@@ -80,7 +83,9 @@ def play(tasks: Sequence[Task], order: Sequence[int], given: Mapping[int, int] |
     exposed: dict[int, float] = {}
     for number in order:
         task = tasks[number]
-        clock += task.seconds
+        # until then the link is never idle, and this much of the task is done
+        beside = (1 - busy) * max(free - clock, 0.0)
+        clock += task.seconds + busy / (1 - busy) * min(task.seconds, beside)
         if task.link_seconds is not None:
             free = ends[number] = max(clock, free) + task.link_seconds
             exposed[number] = 0.0
