@@ -55,6 +55,7 @@ def test_a_message_takes_its_share_of_what_runs_beside_it():
 def test_filler_that_is_longer_than_the_gap_by_far_is_left_for_a_later_one():
     tasks = [start((), 0.1), wait(0), start((1,), 9.0), wait(2), Task(seconds=9.0), Task(after=(3, 4))]
     assert schedule(tasks, [0, 2], reach=2) == [0, 1, 2, 4, 3, 5]
+    assert schedule(tasks, [0, 2], reach=2, coarse=90.0) == [0, 4, 1, 2, 3, 5], "unless it may"
 
 
 def test_chains_of_two_halves_alternate():
