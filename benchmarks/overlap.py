@@ -47,6 +47,7 @@ SWEEP = {16: 100, 128: 60, 1024: 12, 4096: 10, 8192: 10}
 RATES = (20e6, 100e6, 400e6)
 """Bytes a second of the sweep: messages take twice as long as the shared expert, half as long, and a tenth."""
 MODEL = {
+    "layers": 2,
     "sequences": 2,
     "length": 512,
     "hidden": 512,
@@ -56,7 +57,7 @@ MODEL = {
     "intermediate": 1024,
     "rounds": 8,
 }
-"""Whole layers, of which ``overlap_forms.py`` has two."""
+"""Whole layers, of ``overlap_forms.py``."""
 LENGTHS = (64, 512)
 """Tokens of a sequence there."""
 MODEL_RATES = (20e6, 66e6, 200e6)

@@ -39,13 +39,13 @@ AUTO = "auto"
 
 
 def model_config(spec: Mapping[str, Any]) -> Config:
-    """Two layers of experts; sizes as the spec has them."""
+    """Layers of experts; how many, and their sizes as the spec has them."""
     return replace(
         PRESETS["v3-tiny"](),
         vocab_size=256,
         hidden_size=spec["hidden"],
-        num_hidden_layers=2,
-        mlp_layer_types=("sparse", "sparse"),
+        num_hidden_layers=spec["layers"],
+        mlp_layer_types=("sparse",) * spec["layers"],
         num_nextn_predict_layers=0,
         num_attention_heads=spec["heads"],
         num_key_value_heads=None,

@@ -76,7 +76,7 @@ def test_without_root_it_is_the_loopback_and_says_so(monkeypatch):
 
 @pytest.mark.slow
 def test_a_form_is_chosen_of_whole_layers_and_each_is_timed(tmp_path):
-    spec = {**overlap.MODEL, "length": 8, "hidden": 32, "intermediate": 32, "heads": 2, "rounds": 2}
+    spec = {**overlap.MODEL, "layers": 1, "length": 8, "hidden": 32, "intermediate": 32, "heads": 2, "rounds": 2}
     (found,) = overlap.run_ranks([spec], 0.0, "overlap_forms.py", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     forms = load_script("overlap_forms")
     assert set(found["times"]) >= {overlap.WITHOUT, forms.AUTO, "shared expert", "chunked x2", "two-batch"}
