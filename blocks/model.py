@@ -62,6 +62,7 @@ class CausalLM(nn.Module):
         caches: Sequence[Tensor] = (),
         rows: Tensor | None = None,
         first_half: int | None = None,
+        second_start: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token.
 
@@ -70,7 +71,7 @@ class CausalLM(nn.Module):
             positions, q_start, slots, block_table, seqlens: see :class:`~deepfuse.blocks.batch.Batch`.
             caches: one latent cache a layer, written in place; none to keep nothing.
             rows: ``[R]`` int64, the tokens whose logits are wanted; ``None`` for all.
-            first_half: see :meth:`stream`.
+            first_half, second_start: see :meth:`stream`.
 
         Returns:
             ``[R, vocab_size]`` float32.
@@ -84,6 +85,7 @@ class CausalLM(nn.Module):
             seqlens=seqlens,
             caches=caches,
             first_half=first_half,
+            second_start=second_start,
         )
         if rows is not None:
             h, delta = h[rows], delta[rows]
@@ -100,22 +102,23 @@ class CausalLM(nn.Module):
         seqlens: Tensor | None = None,
         caches: Sequence[Tensor] = (),
         first_half: int | None = None,
-    ) -> tuple[Tensor, Tensor, Batch]:
-        """The residual stream before the final norm as a pair to be added, ``[T, D]`` each, and the batch.
+        second_start: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, list[Batch]]:
+        """The residual stream before the final norm as a pair to be added, ``[T, D]`` each, and the batch, or its halves.
 
-        ``first_half``: tokens of the first ``(B + 1) // 2`` sequences, where these go through the layers by turns with the
-        others (``two_batch.py``); ``None``: all together.
+        ``first_half``, ``second_start``: of two halves that go through the layers by turns, as
+        :func:`~deepfuse.blocks.two_batch.parts_of` has them; ``None``: all together.
         """
         cos, sin = self.model.rotary_emb(positions)
         batch = Batch(positions, q_start, cos, sin, slots, block_table, seqlens)
         h = self.model.embed_tokens(input_ids)
-        parts = parts_of(batch, first_half)
+        parts = parts_of(batch, first_half, second_start)
         streams: list[tuple[Any, Tensor]] = [(None, part) for part in split(h, parts)]
         with weights_once(parts):
             for i in range(self.config.num_hidden_layers):
                 layer, cache = self.model.layers[i], caches[i] if caches else None
                 streams = [layer(*stream, part, cache) for stream, part in zip(streams, parts, strict=True)]
-        return joined([h for _, h in streams]), joined([delta for delta, _ in streams]), batch
+        return joined([h for _, h in streams]), joined([delta for delta, _ in streams]), parts
 
     def logits(self, x: Tensor) -> Tensor:
         """``[R, D]``, normed -> ``[R, vocab_size]`` float32."""

@@ -17,6 +17,7 @@ from deepfuse.blocks.collectives import same_over, sum_over
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.exchange import Local
 from deepfuse.blocks.mlp import MLP
+from deepfuse.blocks.replicas import Replicas
 from deepfuse.ops.grouped_matmul import grouped_matmul
 from deepfuse.ops.linear import linear
 from deepfuse.ops.route import route
@@ -101,6 +102,10 @@ class MoE(nn.Module):
         self.gate = Router(config)
         self.exchange: nn.Module = Local(self.num_experts)
         """How tokens reach their experts; another where these lie on several processes."""
+        self.counter: nn.Module | None = None
+        """Counts the tokens of each expert, where a served model is asked to."""
+        self.replicas: Replicas | None = None
+        """Where experts are placed: the slots among which the exchange carries tokens instead."""
         self.experts = Experts(self.num_experts, config.hidden_size, config.moe_intermediate_size)
         shared = (config.n_shared_experts or 0) * config.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
@@ -108,8 +113,13 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, batch: Batch | None = None) -> Tensor:
         """``[T, D] -> [T, D]``; ``batch`` says which of the T are tokens, all of them where ``None``."""
         weights, experts = self.gate(x)
+        if self.counter is not None:
+            self.counter(experts, batch)
+        nowhere = self.num_experts
+        if self.replicas is not None:
+            experts, nowhere = self.replicas(experts), self.replicas.num_slots
         if batch is not None and not self.sends_padding:
-            experts = torch.where(batch.tokens()[:, None], experts, self.num_experts)
+            experts = torch.where(batch.tokens()[:, None], experts, nowhere)
         x, weights = same_over(x, self.tensor), same_over(weights, self.tensor)
         out, load = self.exchange(x, weights, experts, self.experts)
         if self.training:

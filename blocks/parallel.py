@@ -1,6 +1,7 @@
 """A model cut down to what one process of a mesh has of it, and the settings of that."""
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,6 +10,7 @@ from deepfuse.blocks.capacity import Drop
 from deepfuse.blocks.expert_parallel import Mode, to_expert_parallel
 from deepfuse.blocks.message import Dispatch
 from deepfuse.blocks.model import CausalLM
+from deepfuse.blocks.placement import Placement
 from deepfuse.blocks.tensor_parallel import to_tensor_parallel
 from deepfuse.ir.link import Link
 
@@ -22,6 +24,8 @@ class Parallel:
     mode: Mode = "dropless"
     """``dropless``: all of them; ``capacity``: of each process, an expert takes a bounded number, and drops the rest;
     ``node_limited``: all of them, over the network once for each node where a token has experts."""
+    placement: Placement | str | os.PathLike[str] | None = None
+    """In inference: which experts are in which slots of which process, as ``place_experts`` chooses it; or its file."""
     ranks_per_node: int | None = None
     """In mode ``node_limited``: processes of axis ``expert`` on one node, which follow each other there."""
     capacity_factor: float = 1.25
@@ -31,7 +35,7 @@ class Parallel:
     dispatch: Dispatch = "auto"
     """``fp8``: rows travel to experts as FP8; ``auto``: where the experts would quantize them anyway."""
     overlap: Overlap = "auto"
-    """What hides the way of tokens: ``shared``, the shared expert; ``halves`` of the batch in training, one under the other;
+    """What hides the way of tokens: ``shared``, the shared expert; ``halves`` of the batch, one under the other;
     ``auto``: whichever is predicted to be fastest, chunks among them; ``none``."""
     chunks: int = 1
     """Of a layer's tokens: 2 to 4, so that one travels while experts compute another, however many tokens there are."""
@@ -45,7 +49,7 @@ class Parallel:
         """What ``build`` does with it, so that one process tells for all.
 
         Raises:
-            ValueError: a setting is out of its range.
+            ValueError, TypeError: a setting is out of its range.
         """
         for name, of in (("mode", Mode), ("drop", Drop), ("dispatch", Dispatch), ("overlap", Overlap)):
             if getattr(self, name) not in get_args(of):
@@ -64,6 +68,11 @@ class Parallel:
             raise ValueError(
                 f"parallel: want ranks_per_node with mode 'node_limited' alone, got {of_node!r} with {self.mode!r}"
             )
+        if not isinstance(self.placement, Placement | str | os.PathLike | None):
+            raise TypeError(
+                "parallel: want placement as what place_experts returns, or the name of its file, got "
+                f"{self.placement!r:.80}"
+            )
         if self.max_ctas is not None and (type(self.max_ctas) is not int or self.max_ctas < 1):
             raise ValueError(f"parallel: want max_ctas as an integer >= 1, or None, got {self.max_ctas!r}")
         if not 0 < self.capacity_factor < math.inf:
@@ -78,7 +87,7 @@ def to_parallel(
     expert: Axis | None,
     nodes: tuple[Axis, Axis] | None = None,
 ) -> None:
-    """Cut a model down to one process's part, in place; names of parameters stay.
+    """Cut a model down to one process's part, in place; names of parameters stay. A placement was read from its file.
 
     Args:
         model: not quantized yet; on any device. On the meta device nothing is computed.
@@ -89,6 +98,8 @@ def to_parallel(
     Raises:
         ValueError: the model cannot be dealt out evenly over them.
     """
+    placement = parallel.placement
+    assert isinstance(placement, Placement | None)
     if expert is not None:
         to_expert_parallel(
             model,
@@ -99,6 +110,7 @@ def to_parallel(
             dispatch=parallel.dispatch,
             nodes=nodes,
             chunks=parallel.chunks,
+            placement=placement,
         )
     if tensor is not None:
         to_tensor_parallel(model, tensor)

@@ -20,21 +20,27 @@ from torch.nn.utils import parametrize
 from deepfuse.blocks.batch import Batch
 
 
-def parts_of(batch: Batch, first_half: int | None) -> list[Batch]:
-    """The first ``(B + 1) // 2`` sequences and the others, which are none where B is 1.
+def parts_of(batch: Batch, first_half: int | None, second_start: Tensor | None = None) -> list[Batch]:
+    """The first ``(B + 1) // 2`` sequences and the others, which are none where B is 1; or halves of any sequences.
 
     Args:
-        first_half: tokens of the first; ``None`` leaves the batch whole.
+        first_half: tokens of the first, padding among them; ``None`` leaves the batch whole.
+        second_start: ``[B2 + 1]`` int32, ``q_start`` of the second half by itself; the batch's is then the first half's.
+            ``None``: the batch's is that of all, and there is no padding between the halves.
     """
     if first_half is None:
         return [batch]
-    B = batch.q_start.shape[0] - 1
-    sequences = (B + 1) // 2, B // 2
     tokens = first_half, batch.positions.shape[0] - first_half
-    # where the first half ends, the second begins
-    q_starts = batch.q_start.narrow(0, 0, sequences[0] + 1), batch.q_start.narrow(0, sequences[0], sequences[1] + 1)
+    q_start = batch.q_start
+    if second_start is None:
+        B = q_start.shape[0] - 1
+        # where the first half ends, the second begins
+        q_start, second_start = q_start.narrow(0, 0, (B + 1) // 2 + 1), q_start.narrow(0, (B + 1) // 2, B // 2 + 1)
+        second_start = second_start - first_half
+    q_starts = q_start, second_start
+    sequences = q_start.shape[0] - 1, second_start.shape[0] - 1
     parts = []
-    for i, begin in enumerate((0, first_half)):
+    for i in range(2):
         positions, cos, sin, slots = (
             None if x is None else x.split(tokens)[i] for x in (batch.positions, batch.cos, batch.sin, batch.slots)
         )
@@ -42,7 +48,7 @@ def parts_of(batch: Batch, first_half: int | None) -> list[Batch]:
             None if x is None else x.split(sequences)[i] for x in (batch.block_table, batch.seqlens)
         )
         assert positions is not None and cos is not None and sin is not None
-        parts.append(Batch(positions, q_starts[i] - begin, cos, sin, slots, block_table, seqlens))
+        parts.append(Batch(positions, q_starts[i], cos, sin, slots, block_table, seqlens))
     return parts
 
 

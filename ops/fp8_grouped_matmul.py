@@ -284,7 +284,7 @@ def _cost(
     # with fewer rows than at most one weight a row is read
     read = min(M, E) if isinstance(M, int) else E
     scales_N, scales_K = scale_shape(weight.shape[1:], 128, 128)
-    weights = read * (N * K + scales_N * scales_K * weight_scale.element_size())
+    weights = read * (N * K * weight.element_size() + scales_N * scales_K * weight_scale.element_size())
     return Cost(flops=2 * M * N * K, bytes=tensor_bytes(x, x_scale) + weights + M * N * dtype.itemsize)
 
 

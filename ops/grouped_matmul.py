@@ -202,8 +202,8 @@ def _cost(x: Tensor, weight: Tensor, offsets: Tensor) -> Cost:
     M, (E, N, K) = x.shape[0], weight.shape
     # with fewer rows than groups, at most one weight a row is read
     read = min(M, E) if isinstance(M, int) else E
-    item = x.element_size()
-    return Cost(flops=2 * M * N * K, bytes=tensor_bytes(x) + (read * N * K + M * N) * item)
+    moved = tensor_bytes(x) + read * N * K * weight.element_size() + M * N * x.element_size()
+    return Cost(flops=2 * M * N * K, bytes=moved)
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

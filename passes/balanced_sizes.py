@@ -2,6 +2,9 @@
 
 A graph of experts on several processes has sizes that only routing decides: how many rows go to each process, and come from
 each. Costs take them to be equal: each process's part of the rows that are sent.
+
+A graph that serves any number of tokens is told where its sequences begin, or those of each half. They are taken for two of
+equal length, so that a graph in halves does the same work.
 """
 
 from collections.abc import Sequence
@@ -14,18 +17,22 @@ from deepfuse.ir.private import collectives, expression_of, number_of
 
 ALL_TO_ALL = collectives.all_to_all_single.default
 
+SEQUENCES = 2
+"""Of a prefill: the fewest that make two halves."""
+
 
 class BalancedSizes:
     """Numbers for all sizes of one graph.
 
     Args:
-        otherwise: what a size is taken for that neither the graph nor an all-to-all says, as the number of tokens of a
-            graph that serves any.
+        tokens: of a graph that serves any number; what a size is taken for that neither the graph nor an all-to-all says.
     """
 
-    def __init__(self, graph: fx.Graph, otherwise: int):
-        self._otherwise = otherwise
-        self._known: dict[Any, int] = {}
+    def __init__(self, graph: fx.Graph, tokens: int):
+        starts = _sizes_of_starts(graph)
+        self._otherwise = tokens // max(len(starts), 1)
+        # one number more than sequences: where the last one ends
+        self._known: dict[Any, int] = dict.fromkeys(starts, SEQUENCES // max(len(starts), 1) + 1)
         for node in graph.find_nodes(op="call_function", target=ALL_TO_ALL):
             sent: Any = node.args[0]
             rows = self.size(sent.meta["val"].shape[0])
@@ -63,3 +70,12 @@ class BalancedSizes:
         if isinstance(value, Tensor):
             return self.tensor(value)
         return self.size(value) if isinstance(value, torch.SymInt) else value
+
+
+def _sizes_of_starts(graph: fx.Graph) -> list[Any]:
+    """Symbols of how many numbers say where sequences begin: inputs in int32, whose number is any."""
+    values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+    starts = [v for v in values if isinstance(v, Tensor) and v.dtype == torch.int32 and v.ndim == 1]
+    sizes: list[Any] = [v.shape[0] for v in starts]
+    symbols = [expression_of(size) for size in sizes if isinstance(size, torch.SymInt)]
+    return [symbol for symbol in symbols if symbol.is_Symbol]

@@ -169,9 +169,12 @@ class _Recorder(TorchDispatchMode):
 
 
 def _in_terms_of(symbol: Any, size: Any, expression: Any) -> Any:
-    """``expression`` with ``symbol`` for ``size``, where that stands in it as it is or multiplied out; else ``None``."""
-    if expression.has(size):
-        return expression.subs(size, symbol)
+    """``expression`` with ``symbol`` for ``size``, where that stands in it as it is, negated or multiplied out; else ``None``."""
+    for standing, named in ((size, symbol), (-size, -symbol)):
+        if expression.has(standing):
+            expression = expression.subs(standing, named)
+    if expression.has(symbol):
+        return expression
     for term in size.args if size.is_Add else ():
         # 24 * a + 24 * b, of a size a + b: with a = size - b nothing is left of either
         rest = size - term

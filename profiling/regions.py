@@ -283,7 +283,6 @@ class _Counting:
             if weights:
                 # it may read a part of a weight, as of a cache: what the cost has grows by it with the width of the numbers
                 part = int(op.cost(*_called(node, weights)[1]).bytes) - bytes_moved
-                # the cost of experts' products has their weights by the width of the rows
                 of_weights = min(of_weights, part) if part else of_weights
             if kind == "attention":
                 # operands of a product that it does as well, and no more counted than those of one by itself

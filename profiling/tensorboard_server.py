@@ -7,6 +7,8 @@ from pathlib import Path
 
 from deepfuse.profiling.tensorboard_log import check_installed
 
+ENDS_S = 5.0
+"""Seconds that TensorBoard has for its end: its plugin may be reading a trace, which nobody waits for."""
 _URL = re.compile(r"^TensorBoard \S+ at (http\S+)", re.MULTILINE)
 
 
@@ -49,6 +51,14 @@ def serve(folder: Path) -> None:
     except KeyboardInterrupt:
         print()
     finally:
-        process.terminate()
-        process.wait()
+        _end(process)
         process.stdout.close()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        process.wait(ENDS_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from deepfuse.blocks.axis import AXES, Axis
 from deepfuse.blocks.config import Config
+from deepfuse.blocks.placement import Placement
 
 Settings = Callable[[], Mapping[str, Any]]
 """Makes what ``new_group`` is told of a group beside its ranks; anew for each, which writes into them."""
@@ -50,10 +51,13 @@ class Axes:
         axes = (self.data, self.tensor, self.expert, *(self.nodes or ()))
         return {axis.group: axis.name for axis in axes if axis is not None}
 
-    def part_of(self, config: Config) -> str:
+    def part_of(self, config: Config, placement: Placement | None = None) -> str:
         """What this process has of a model, in words."""
         parts = []
-        if self.expert is not None and config.n_routed_experts is not None:
+        if placement is not None:
+            each = placement.slots // placement.ranks
+            parts.append(f"{each} of {placement.slots} slots for {placement.experts} experts in each layer")
+        elif self.expert is not None and config.n_routed_experts is not None:
             own = self.expert.share(config.n_routed_experts, "n_routed_experts")
             parts.append(f"experts {own.start}-{own.stop - 1} of {config.n_routed_experts}")
         if self.tensor is not None:

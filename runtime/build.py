@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from deepfuse.blocks.config import Config
+from deepfuse.blocks.load_counter import counting
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.parallel import Parallel
 from deepfuse.blocks.parameters import count_parameters
@@ -43,6 +44,7 @@ from deepfuse.runtime.load_model import fp8_summary, load_model, modules_in_fp8
 from deepfuse.runtime.lockstep import Lockstep
 from deepfuse.runtime.model import Model
 from deepfuse.runtime.module import CompiledModule
+from deepfuse.runtime.placed import placed
 from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.report import Report
 from deepfuse.runtime.requirements import check_memory, missing_for_compilation
@@ -78,6 +80,7 @@ def build(
     mesh: DeviceMesh | Mapping[str, int] | None = None,
     parallel: Parallel | None = None,
     timeout_s: float = 60.0,
+    count_loads: bool = False,
 ) -> Any:
     """Build a model: load it, run the passes over its graphs, compile them.
 
@@ -110,8 +113,9 @@ def build(
             part of a training batch), ``tensor`` (parts of each matrix, the same prompts) and ``expert`` (parts of the
             experts, its own prompts), any of them; or the axes' sizes, as ``{"tensor": 2, "expert": 4}``. Every process
             calls ``build``, and then the model, at the same time.
-        parallel: how tokens reach the experts of other processes, with a ``mesh``.
+        parallel: how tokens reach the experts of other processes, and where these are, with a ``mesh``.
         timeout_s: seconds that a process waits for the others, with a ``mesh``, before it says which is missing.
+        count_loads: whether the model counts the tokens that each expert gets, for :meth:`Model.expert_loads`.
 
     Returns:
         A :class:`Model`; a :class:`Trainer` with ``training``; a :class:`CompiledModule` for another module.
@@ -128,7 +132,14 @@ def build(
         )
     if not isinstance(training, Training | None):
         raise TypeError(f"build: want training as a Training, got {training!r:.80}")
-    for name, switch in (("compile", compile), ("verify", verify), ("strict", strict)):
+    if training is not None and processes.placement is not None:
+        raise ValueError(
+            "build: want Parallel(placement=...) in inference alone, since copies of an expert would each learn something "
+            f"else, got training with {processes.placement!r}"
+        )
+    if count_loads and (training is not None or not isinstance(source, str | Path | Config | CausalLM)):
+        raise ValueError("build: want count_loads for a model that generates, got one to train, or another module")
+    for name, switch in (("compile", compile), ("verify", verify), ("strict", strict), ("count_loads", count_loads)):
         if not isinstance(switch, bool) and not (name == "strict" and switch is None):
             raise TypeError(f"build: want {name} as {'None, ' * (name == 'strict')}True or False, got {switch!r:.80}")
     pipeline, forced = pipeline_of(passes), _checked_providers(providers or {})
@@ -200,7 +211,14 @@ def build(
     if mesh is not None:
         alike = {"mesh": processes.axes.sizes, "parallel": processes.parallel, "training": training, "seed": seed}
         alike |= {"dtype": dtype, "quantize": quantize, "cache_dtype": cached, "compile": compile, **room}
-        alike |= {"verify": verify, "strict": how["strict"], "providers": forced, "device": row, "link": link}
+        alike |= {
+            "verify": verify,
+            "strict": how["strict"],
+            "count_loads": count_loads,
+            "providers": forced,
+            "device": row,
+            "link": link,
+        }
         agree(setup(cfg, folder, pipeline, **alike), timeout_s)
         with processes.raising_together("process groups"):
             processes = processes.with_groups()
@@ -235,6 +253,7 @@ def build(
                 agree({"overlap": repr(trainer.runner.settings["decided"])}, timeout_s)
         return trainer
 
+    counting(causal_lm, on=count_loads)
     # before a minute of compiling: these files may be damaged as well
     defaults = GenerationConfig() if folder is None else GenerationConfig.from_folder(folder)
     tokenizer = None if folder is None or not (folder / "tokenizer.json").exists() else Tokenizer.from_folder(folder)
@@ -250,7 +269,7 @@ def build(
             trial = Runner(pipeline, settings, **{**how, "meet": processes.compare})
             _verify(causal_lm.eval(), cache, trial, max_batch_size, length, processes.lockstep(wanted))
         kept = BuildFolder(key) if compile else None
-        large, why = large_prefill(causal_lm.eval(), cache.layers, runner, processes, kept)
+        large, why = large_prefill(causal_lm.eval(), cache.layers, runner, processes, kept, max_batch_size)
         if processes.axes.expert is not None:
             agree({"overlap": repr((large, why))}, timeout_s)
         runner.settings = {**settings, "decided": decided(large, why)}
@@ -264,7 +283,8 @@ def build(
         parameters=counts.total,
         active_parameters=counts.active,
         mesh="" if mesh is None else str(processes.axes),
-        part="" if mesh is None else processes.axes.part_of(cfg),
+        part="" if mesh is None else processes.axes.part_of(cfg, processes.placement),
+        placement=None if processes.placement is None else placed(processes.placement, causal_lm),
         quantized=fp8_summary(causal_lm),
         weight_bytes=sum(t.nbytes for t in causal_lm.state_dict().values()),
         cache_dtype="fp8" if cached == FP8 else str(cached).removeprefix("torch."),

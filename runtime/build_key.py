@@ -14,7 +14,7 @@ from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.config import Config
 from deepfuse.blocks.model import CausalLM
 from deepfuse.passes.pipeline import Pipeline
-from deepfuse.runtime import choose_overlap, engine, large_prefill, overlap_form, steps
+from deepfuse.runtime import choose_overlap, engine, large_prefill, overlap_form, prompt_halves, steps
 
 
 def graph_key(
@@ -35,7 +35,7 @@ def graph_key(
         repr(cfg),
         f"{dtype} {device} {sorted(room.items())}",
         # which graphs there are, and what they are of
-        *(inspect.getsource(m) for m in (engine, steps, choose_overlap, large_prefill, overlap_form)),
+        *(inspect.getsource(m) for m in (engine, steps, choose_overlap, large_prefill, overlap_form, prompt_halves)),
         # a graph goes through modules and functions of any of them
         *(path.read_text() for path in sorted(Path(deepfuse.blocks.__path__[0]).glob("*.py"))),
     ]

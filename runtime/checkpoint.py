@@ -23,6 +23,7 @@ from deepfuse.blocks.config import Config
 from deepfuse.blocks.fp8 import BLOCK, E4M3, put, to_fp8
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import Router
+from deepfuse.blocks.replicas import Replicas
 from deepfuse.blocks.rotary import Rotary, inverse_frequencies
 from deepfuse.runtime.checkpoint_files import CheckpointError, existing_folder
 from deepfuse.runtime.config_json import named_dtype, read_config, weight_block_size
@@ -129,6 +130,7 @@ def load_weights(
         raise CheckpointError(
             f"{path}: want finite weights, got {text}; load_weights(allow_nan=True) takes them as they are"
         )
+    _copy_again(model, state)
     model.load_state_dict(state, assign=True)
     rebuild_buffers(model, torch.device(device))
 
@@ -305,6 +307,16 @@ def _dequantize(out: Tensor, weight: Tensor, scale: Tensor, block: tuple[int, in
         out[..., rows, :] = weight[..., rows, :].float() * columns[..., None, :]
 
 
+def _copy_again(model: CausalLM, state: Mapping[str, Tensor]) -> None:
+    """Experts that this process has in a further slot, from the first, which was read."""
+    for key, tensor in state.items():
+        for cut in model.cuts.get(key.removesuffix(SCALE), ()):
+            own = list(cut.indices(len(cut.slots), "slots")) if cut.slots else []
+            for slot, expert in enumerate(own):
+                if (first := own.index(expert)) != slot:
+                    tensor[slot].copy_(tensor[first])
+
+
 def _finite(x: Tensor) -> bool:
     """Without a temporary the size of ``x``, as ``isfinite`` makes: NaN wins over any minimum and maximum."""
     if x.dtype == E4M3:  # which has no infinities
@@ -320,6 +332,8 @@ def rebuild_buffers(model: CausalLM, device: torch.device) -> None:
             module.inv_freq = inverse_frequencies(c.qk_rope_head_dim, c.rope_theta, c.rope_scaling).to(device)
         elif isinstance(module, Router):
             module.tokens_per_expert = torch.zeros(module.tokens_per_expert.shape, dtype=torch.float32, device=device)
+        elif isinstance(module, Replicas):
+            module.rebuild(device)
         elif isinstance(module, Capacity):
             module.dropped = torch.zeros_like(module.dropped, device=device)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]

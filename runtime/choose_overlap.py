@@ -8,8 +8,8 @@ be faster, with at most 1.15 times the memory.
 Dims: T tokens.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -51,12 +51,16 @@ class Predicted:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A form, and for the report the reason; predictions where there are any, of the model as it is and of the form."""
+    """A form, and for the report the reason.
+
+    Attributes:
+        found: predictions, where there are any: of the model as it is, then of the forms that are each faster than those
+            before, the chosen one last.
+    """
 
     form: Form
     why: tuple[str, ...] = ()
-    whole: Predicted | None = None
-    chosen: Predicted | None = None
+    found: Mapping[Form, Predicted] = field(default_factory=dict)
 
     @property
     def decided(self) -> Decided:
@@ -91,20 +95,20 @@ def choose(model: CausalLM, step: Step, forms: Iterable[Form], runner: Runner, *
         return _predicted(graphs, runner, tokens, left_out)
 
     whole = best = predicted(Form())
-    chosen, told = Form(), [_told(Form(), whole, whole)]
+    faster, told = {Form(): whole}, [_told(Form(), whole, whole)]
     for form in forms:
         if best.exposed <= GAIN * best.seconds:
             told.append("no other form: nothing is left to hide")
             break
         # more chunks are better only where some are
-        if form.chunks > 2 and chosen.chunks == 1:
+        if form.chunks > 2 and len(faster) == 1:
             continue
         found = predicted(form)
         told.append(_told(form, found, whole))
         if found.peak <= MEMORY * whole.peak and found.seconds <= (1 - GAIN) * best.seconds:
-            chosen, best = form, found
-    layers = ", ".join(map(str, numbers))
-    return Choice(chosen, (f"{chosen}, as predicted of layers {layers} and {tokens} tokens:", *told), whole, best)
+            faster[form] = best = found
+    chosen, layers = list(faster)[-1], ", ".join(map(str, numbers))
+    return Choice(chosen, (f"{chosen}, as predicted of layers {layers} and {tokens} tokens:", *told), faster)
 
 
 def _layers(model: CausalLM) -> list[int]:

@@ -55,13 +55,13 @@ class CollectedWeights:
         dtype, shape = self.layout[name]
         out = torch.empty(shape if self.writer else 0, dtype=dtype, device=own.device)
         cuts = self.model.cuts.get(key.removesuffix(SCALE), ())
-        expert = next((cut.axis for cut in cuts if cut.axis == self.axes.expert), None)
+        expert = next((cut for cut in cuts if cut.axis == self.axes.expert), None)
         tensor = next((cut for cut in cuts if cut.axis == self.axes.tensor), None)
-        e = 0 if expert is None else _number(name) // (own.shape[0])
+        e = 0 if expert is None else expert.holder(_number(name), self.whole[key][0])
         for t in range(1 if tensor is None else tensor.axis.size):
             rank = self.ranks[t, e]
             if self.axes.rank == rank:
-                part = self._part(name, key, own)
+                part = self._part(name, key, own, expert)
             if self.writer:
                 region = out[_region(name, key, shape, tensor, t)]
                 if self.axes.rank != rank:
@@ -72,11 +72,10 @@ class CollectedWeights:
                 dist.send(part.contiguous().view(torch.uint8), self.ranks[0, 0])
         return out
 
-    def _part(self, name: str, key: str, own: Tensor) -> Tensor:
+    def _part(self, name: str, key: str, own: Tensor, expert: Cut | None) -> Tensor:
         size = 1 if self.axes.tensor is None else self.axes.tensor.size
-        experts = self.axes.expert
-        first = 0 if experts is None or own.ndim < 3 else experts.rank * own.shape[0]
-        found = pieces(key, own.shape, self.model.config.moe_intermediate_size // size, first)
+        experts = None if expert is None else expert.indices(self.whole[key][0], "experts")
+        found = pieces(key, own.shape, self.model.config.moe_intermediate_size // size, experts)
         return own[next(piece.part for piece in found if piece.name == name)]
 
 

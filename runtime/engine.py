@@ -1,9 +1,9 @@
 """The compiled graphs of a model and their calls: one prefill graph, and one decode graph for each batch bucket.
 
     prefill   tokens of fresh sequences, one after the other, of any number and length -> logits of chosen rows;
-              over processes perhaps a second graph for many tokens, see ``runtime/large_prefill.py``
+              over processes perhaps others for many tokens, see ``runtime/large_prefill.py``
     decode    one token of each of B sequences, B = 1, 2, 4 .. max_batch_size; a smaller batch is padded into it
-              (``runtime/steps.py`` has both)
+              (``runtime/steps.py`` has them)
 
 Both write the latent cache. All graphs are captured when the engine is made; afterwards a call checks nothing and
 compiles nothing.
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from deepfuse.blocks.capacity import Capacity
 from deepfuse.blocks.exchange import Local
+from deepfuse.blocks.load_counter import LoadCounter
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.moe import MoE
 from deepfuse.ir.private import capture, load_captured, sizes_from_data, with_own_code
@@ -36,9 +37,19 @@ from deepfuse.runtime.compile_cache import BuildFolder
 from deepfuse.runtime.cuda_graph import CudaGraph, Graph
 from deepfuse.runtime.heartbeat import watched
 from deepfuse.runtime.latent_cache import LatentCache, Sequence
-from deepfuse.runtime.lockstep import Lockstep
+from deepfuse.runtime.lockstep import Call, Lockstep
 from deepfuse.runtime.overlap_form import LargePrefill, in_form
-from deepfuse.runtime.steps import decode, decode_inputs, example_decode, example_prefill, prefill, prefill_inputs
+from deepfuse.runtime.prompt_halves import halves_of
+from deepfuse.runtime.steps import (
+    decode,
+    decode_inputs,
+    example_decode,
+    example_prefill,
+    example_prefill_in_halves,
+    prefill,
+    prefill_in_halves,
+    prefill_inputs,
+)
 from deepfuse.runtime.told_once import everywhere
 from deepfuse.runtime.uninterrupted import uninterrupted
 
@@ -60,7 +71,7 @@ class Engine:
         folder: BuildFolder | None,
         lockstep: Lockstep | None = None,
         together: bool = False,
-        large: LargePrefill | None = None,
+        large: Many[LargePrefill] = (),
     ):
         """Capture all graphs, and try each out.
 
@@ -68,16 +79,17 @@ class Engine:
             folder: where compiled graphs are kept; ``None`` runs the graphs as the passes leave them, uncompiled.
             lockstep: with the processes that each call is made with; ``None`` where this is the only one.
             together: whether compiled graphs are not tried out yet, but by :meth:`try_out`, when others have theirs.
-            large: the form for many tokens; ``None`` where one graph serves any number.
+            large: forms for many tokens, the first of them that fits a call; none where one graph serves any number.
         """
         self.model, self.cache, self.runner, self.folder = model, cache, runner, folder
         self._together = together
-        self.large = large
-        self._large_model = model if large is None else in_form(model, large.form)
+        self.large = tuple(large)
+        self._models = {"prefill": model, **{each.graph: in_form(model, each.form) for each in self.large}}
         self.max_batch_size = max_batch_size
         self.device = cache.layers[0].device
         self.lockstep = lockstep or Lockstep(Axes(), self.device)
         exchanges = [m.exchange for m in model.modules() if isinstance(m, MoE)]
+        self._counters = [m for m in model.modules() if isinstance(m, LoadCounter)]
         self.static = all(isinstance(exchange, Local | Capacity) for exchange in exchanges)
         """Whether no exchange waits to learn how much comes; then CUDA can record a step."""
         self.buckets = tuple(buckets(max_batch_size))
@@ -90,33 +102,35 @@ class Engine:
         """Of the model, since it was built; those made for other processes, too."""
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad(), sizes_from_data():
-            self._prefill = self._graph("prefill", prefill, *example_prefill(self.device))
-            self._large = (
-                self._prefill if large is None else self._graph("prefill_large", prefill, *example_prefill(self.device))
-            )
+            self._prefills = {name: self._graph(name, *self._prefill_step_of(name)) for name in self._models}
             self._decode = {
                 b: self._graph(f"decode_{b}", decode, *example_decode(b, self.device)) for b in self.buckets
             }
-        self._forget_drops()
+        self._forget_counts()
         self.compile_seconds = time.perf_counter() - began
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def try_out(self) -> None:
         """Run each compiled graph once, and have CUDA record what it can; all processes come here at once."""
-        args: tuple[Any, ...] = (self.model, self.cache.layers, *example_prefill(self.device))
-        self._prefill(*args)
-        if self.large is not None:
-            self._large(self._large_model, *args[1:])
+        args: tuple[Any, ...]
+        for name, graph in self._prefills.items():
+            _, *given = self._prefill_step_of(name)
+            graph(self._models[name], self.cache.layers, *given)
         for bucket, graph in self._decode.items():
             args = (self.model, self.cache.layers, *example_decode(bucket, self.device))
             graph(*args)
             self._decode[bucket] = self._recorded(graph, decode, args)
-        self._forget_drops()
+        self._forget_counts()
+
+    def _prefill_step_of(self, name: str) -> tuple[Any, ...]:
+        """The function of a prefill graph, and what it is captured with."""
+        if any(each.graph == name and each.form.halves for each in self.large):
+            return prefill_in_halves, *example_prefill_in_halves(self.device)
+        return prefill, *example_prefill(self.device)
 
     def _graph(self, name: str, fn: Graph, *example: Tensor) -> Graph:
-        model = self._large_model if name == "prefill_large" else self.model
-        args = (model, self.cache.layers, *example)
+        args = (self._models.get(name, self.model), self.cache.layers, *example)
         if self.folder is None:
             compiled = torch.compile(with_own_code(fn), fullgraph=True, dynamic=False, backend=self.runner.backend())
             with naming(name):
@@ -136,7 +150,7 @@ class Engine:
         return graph if self._together else self._recorded(graph, fn, args)
 
     def _recorded(self, graph: Graph, fn: Graph, args: tuple[Any, ...]) -> Graph:
-        return CudaGraph(graph, args) if self.device.type == "cuda" and fn is not prefill and self.static else graph
+        return CudaGraph(graph, args) if self.device.type == "cuda" and fn is decode and self.static else graph
 
     def _load(self, name: str, args: tuple[Any, ...]) -> Graph | None:
         """The graph of an earlier build; ``None`` if there is none, or it is damaged."""
@@ -157,10 +171,12 @@ class Engine:
     def _capacities(self) -> list[Capacity]:
         return [m for m in self.model.modules() if isinstance(m, Capacity)]
 
-    def _forget_drops(self) -> None:
+    def _forget_counts(self) -> None:
         """Of calls that nobody asked for."""
         for exchange in self._capacities():
             exchange.dropped.zero_()
+        for counter in self._counters:
+            counter.tokens.zero_()
 
     def drops(self) -> tuple[int, int]:
         """Choices of experts that exchanges have dropped, and all choices, since the engine was made."""
@@ -168,17 +184,20 @@ class Engine:
         dropped, choices = torch.stack(counts).sum(0).tolist() if counts else (0, 0)
         return dropped, choices
 
+    def loads(self) -> Tensor | None:
+        """``[L, E]`` int64, tokens of this process for each expert since the engine was made; ``None``: nobody counts."""
+        return torch.stack([counter.tokens for counter in self._counters]) if self._counters else None
+
     @contextlib.contextmanager
     def wrapped(self, wrap: Callable[[str, Graph], Graph]) -> Iterator[None]:
         """Inside, each graph is what ``wrap`` makes of its name and of itself."""
-        prefill, large, decode = self._prefill, self._large, self._decode
-        self._prefill = wrap("prefill", prefill)
-        self._large = self._prefill if self.large is None else wrap("prefill_large", large)
+        prefill, decode = self._prefills, self._decode
+        self._prefills = {name: wrap(name, graph) for name, graph in prefill.items()}
         self._decode = {b: wrap(f"decode_{b}", graph) for b, graph in decode.items()}
         try:
             yield
         finally:
-            self._prefill, self._large, self._decode = prefill, large, decode
+            self._prefills, self._decode = prefill, decode
 
     # whatever the caller's mode, as graphs are made for this one
     @torch.inference_mode(False)
@@ -194,13 +213,20 @@ class Engine:
             return self._prefill_step(prompts, places, last_only=last_only)
 
     def _prefill_step(self, prompts: Many[Many[int]], places: Many[Sequence | None], *, last_only: bool) -> Tensor:
-        tokens = sum(map(len, prompts))
-        most_tokens, _ = self.lockstep.agree(tokens, 0)
-        # where what comes is not measured, all processes send as much
-        padding = most_tokens - tokens if self.lockstep.equal else 0
-        padding += -(tokens + padding) % self.multiple
-        inputs = prefill_inputs(prompts, places, self.device, last_only=last_only, padding=padding)
-        logits = self._call_prefill(most_tokens, inputs)
+        first, halves = halves_of(prompts) if any(each.form.halves for each in self.large) else (0, (0, 0))
+        call = self.lockstep.agree(sum(map(len, prompts)), 0, halves)
+        form = self._form(call)
+        parts, most = [slice(None)], call.tokens
+        if form is not None and form.form.halves:
+            parts, most = [slice(first), slice(first, None)], call.largest_half
+        inputs: list[Tensor] = []
+        for part in parts:
+            tokens = sum(map(len, prompts[part]))
+            # where what comes is not measured, all processes send as much
+            padding = most - tokens if self.lockstep.equal else 0
+            padding += -(tokens + padding) % self.multiple
+            inputs += prefill_inputs(prompts[part], places[part], self.device, last_only=last_only, padding=padding)
+        logits = self._call_prefill(form, inputs)
         for prompt, place in zip(prompts, places, strict=True):
             if place is not None:
                 place.length = len(prompt)
@@ -213,11 +239,11 @@ class Engine:
         own = next(b for b in self.buckets if b >= len(ids))
         with self._call("decode"):
             while True:
-                tokens, bucket = self.lockstep.agree(0, own)
-                if not tokens:
+                call = self.lockstep.agree(0, own)
+                if not call.tokens:
                     break
-                self._pad_prefill(tokens)
-            logits = self._decode_step(ids, places, bucket)
+                self._pad_prefill(call)
+            logits = self._decode_step(ids, places, call.bucket)
         for place in places:
             place.length += 1
         return logits[: len(ids)]
@@ -228,11 +254,11 @@ class Engine:
         """Take part in what other processes still have to do, until none has anything; every process must come here."""
         while True:
             with self._call("padding"):
-                tokens, bucket = self.lockstep.agree(0, 0)
-                if tokens:
-                    self._pad_prefill(tokens)
-                elif bucket:
-                    self._decode_step([], [], bucket)
+                call = self.lockstep.agree(0, 0)
+                if call.tokens:
+                    self._pad_prefill(call)
+                elif call.bucket:
+                    self._decode_step([], [], call.bucket)
                 else:
                     return
 
@@ -272,16 +298,24 @@ class Engine:
             with watched("telling", self.calls):
                 self.lockstep.tell(error)
 
-    def _pad_prefill(self, tokens: int) -> None:
-        padding = tokens if self.lockstep.equal else 1
-        self._call_prefill(tokens, prefill_inputs([], [], self.device, last_only=True, padding=padding))
+    def _pad_prefill(self, call: Call) -> None:
+        padding = call.tokens if self.lockstep.equal else 1
+        # it has no halves, so that nobody's are taken
+        inputs = prefill_inputs([], [], self.device, last_only=True, padding=padding)
+        self._call_prefill(self._form(call), inputs)
 
-    def _call_prefill(self, most_tokens: int, inputs: tuple[Tensor, ...]) -> Tensor:
-        """``most_tokens``: of any process, so that all take the same graph."""
+    def _form(self, call: Call) -> LargePrefill | None:
+        """By what all processes have agreed on, so that all take the same."""
+        for each in self.large:
+            tokens = 2 * call.least_half if each.form.halves else call.tokens
+            if tokens and tokens >= each.tokens:
+                return each
+        return None
+
+    def _call_prefill(self, form: LargePrefill | None, inputs: Many[Tensor]) -> Tensor:
         self.calls += 1
-        if self.large is not None and most_tokens >= self.large.tokens:
-            return self._large(self._large_model, self.cache.layers, *inputs)
-        return self._prefill(self.model, self.cache.layers, *inputs)
+        name = "prefill" if form is None else form.graph
+        return self._prefills[name](self._models[name], self.cache.layers, *inputs)
 
     def _decode_step(self, ids: Many[int], places: Many[Sequence], bucket: int) -> Tensor:
         # CUDA graphs want one shape; elsewhere only the pages in use are read
@@ -302,6 +336,6 @@ def buckets(max_batch_size: int) -> Iterator[int]:
     yield max_batch_size
 
 
-def graphs_of(max_batch_size: int, large: LargePrefill | None) -> int:
+def graphs_of(max_batch_size: int, large: Many[LargePrefill]) -> int:
     """How many an engine has."""
-    return 1 + (large is not None) + len(list(buckets(max_batch_size)))
+    return 1 + len(large) + len(list(buckets(max_batch_size)))

@@ -20,7 +20,7 @@ def kept_engine(
     max_batch_size: int,
     folder: BuildFolder | None,
     processes: Processes,
-    large: LargePrefill | None = None,
+    large: tuple[LargePrefill, ...] = (),
 ) -> Engine:
     """The engine of a model, its graphs read from ``folder`` where they are there whole, else made and written there.
 

@@ -15,6 +15,7 @@ import contextlib
 import json
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -40,6 +41,18 @@ class Trouble:
     text: str
 
 
+class Call(NamedTuple):
+    """What processes have agreed on."""
+
+    tokens: int
+    """To prefill, the most of any process."""
+    bucket: int
+    """To decode, the largest of any."""
+    least_half: int = 0
+    """Tokens of a half of the prompts, the fewest of any process; 0 where one of them has no halves."""
+    largest_half: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Lockstep:
     """What processes agree on before each call."""
@@ -54,15 +67,19 @@ class Lockstep:
         """Whether no other process takes part in this one's calls."""
         return self.axes.tensor is None and self.axes.expert is None
 
-    def agree(self, tokens: int, bucket: int) -> tuple[int, int]:
-        """The largest number of tokens to prefill, and bucket to decode, of any process; 0 and 0 where all are done.
+    def agree(self, tokens: int, bucket: int, halves: tuple[int, int] = (0, 0)) -> Call:
+        """The next call: prefill of any process's tokens, or decode of the largest bucket; 0 and 0 where all are done.
+
+        Args:
+            halves: tokens of the smaller and of the larger half, where this process's prompts can be dealt out so.
 
         Raises:
             ValueError: on all of them, where processes of axis ``tensor`` want different calls.
             Exception: on all of them, what one has told.
         """
         what = "generate: want the same calls, of streams that are read equally far,"
-        return self._over_expert(tokens, bucket, self._over_tensor(tokens, bucket, None, what))
+        # halves are of the same prompts over tensor
+        return self._over_expert(Call(tokens, bucket, *halves), self._over_tensor(tokens, bucket, None, what))
 
     def check_same(self, what: str, value: object) -> None:
         """Compare what the processes of axis ``tensor``, which share each token's work, were given.
@@ -73,7 +90,7 @@ class Lockstep:
         digest = zlib.crc32(repr(value).encode())
         trouble = self._over_tensor(digest, 0, None, f"{what}: want the same")
         if trouble is not None:
-            self._over_expert(0, 0, trouble)
+            self._over_expert(Call(0, 0), trouble)
 
     def tell(self, error: BaseException) -> None:
         """Say, instead of the next call, that this process has an error; the others raise it, and so must the caller."""
@@ -83,7 +100,7 @@ class Lockstep:
         text = f"{who}: {error}" if kind else f"{who} was interrupted ({first_line(error)})"
         trouble = self._over_tensor(0, 0, Trouble(self.axes.rank, kind, text), "")
         with contextlib.suppress(Exception):
-            self._over_expert(0, 0, trouble)
+            self._over_expert(Call(0, 0), trouble)
         (told_once if kind else settled)(error)
 
     def _over_tensor(self, first: int, second: int, trouble: Trouble | None, what: str) -> Trouble | None:
@@ -100,13 +117,14 @@ class Lockstep:
             trouble = Trouble(self.axes.rank, "ValueError", text)
         return trouble
 
-    def _over_expert(self, tokens: int, bucket: int, trouble: Trouble | None) -> tuple[int, int]:
+    def _over_expert(self, call: Call, trouble: Trouble | None) -> Call:
         axis = self.axes.expert
         if axis is not None:
-            most, trouble = self._largest(axis, [tokens, bucket, 0, 0], trouble)
-            tokens, bucket = most[:2]
+            most, trouble = self._largest(axis, [*call[:2], -call.least_half, call.largest_half], trouble)
+            tokens, bucket, fewest, largest = most
+            call = Call(tokens, bucket, -fewest, largest)
         if trouble is None:
-            return tokens, bucket
+            return call
         if trouble.kind:
             raise told_once(of_kind(trouble.kind, trouble.text))
         raise RankError(trouble.text, ranks=(trouble.rank,), step=None, phase="")

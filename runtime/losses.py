@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepfuse.blocks.model import CausalLM
-from deepfuse.blocks.two_batch import joined, parts_of, split, weights_once
+from deepfuse.blocks.two_batch import joined, split, weights_once
 
 
 def next_token_loss(
@@ -29,10 +29,9 @@ def mtp_loss(model: CausalLM, tokens: Tensor, positions: Tensor, q_start: Tensor
     """Cross-entropy of the token after the next, from the state and the next token (eq. 21-24, depth 1)."""
     L, first_half = tokens.shape[1] - 2, _first_half(tokens, in_halves)
     with torch.no_grad():
-        h, delta, batch = model.stream(tokens[:, :L].flatten(), positions, q_start, first_half=first_half)
+        h, delta, parts = model.stream(tokens[:, :L].flatten(), positions, q_start, first_half=first_half)
         embedding = model.model.embed_tokens(tokens[:, 1 : L + 1].flatten())
     mtp: Any = model.model.layers[model.config.num_hidden_layers]
-    parts = parts_of(batch, first_half)
     streams = zip(split(h + delta, parts), split(embedding, parts), parts, strict=True)
     with weights_once(parts):
         h = joined([mtp.predict(*stream) for stream in streams])

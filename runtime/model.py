@@ -19,6 +19,7 @@ from deepfuse.blocks.config import Config
 from deepfuse.runtime.engine import Engine
 from deepfuse.runtime.generation import Request, Sampling, Speed, generate_tokens
 from deepfuse.runtime.generation_config import GenerationConfig
+from deepfuse.runtime.placement_file import save_loads
 from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.report import Report
 from deepfuse.runtime.save import save_checkpoint
@@ -270,6 +271,32 @@ class Model:
             ids = self._checked([tokenizer.encode(tokenizer.chat(messages), add_bos=False)])
             stream, stop = options.pop("stream", False), _strings(options.pop("stop", ()))
             return self._run(ids, self._sampling(**options), stop, text=True, single=True, stream=stream)
+
+    def expert_loads(self, path: str | Path | None = None) -> Tensor:
+        """How many tokens have chosen each expert since the build, of a model built with ``count_loads=True``.
+
+        Over a mesh all processes call it, and each gets the sum over the tokens of all.
+
+        Args:
+            path: of a JSON file to write them to as well, for ``place_experts``.
+
+        Returns:
+            ``[L, E]`` int64 on the CPU, of the layers with experts in order. Padding counts nothing.
+
+        Raises:
+            ValueError: nobody counts.
+        """
+        with self.processes.raising_together("expert loads"):
+            counted = self.engine.loads()
+            if counted is None:
+                raise ValueError(
+                    "expert_loads: want a model built with count_loads=True, which has experts, got one that counts nothing"
+                )
+            with torch.no_grad():
+                loads = self.processes.sum_over_tokens(counted).cpu()
+            if path is not None and self.processes.axes.rank == 0:
+                save_loads(loads, path)
+        return loads
 
     def save(self, path: str | Path) -> None:
         """Write a Hugging Face checkpoint directory, which transformers and :func:`build` load.

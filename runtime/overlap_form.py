@@ -32,10 +32,16 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class LargePrefill:
-    """A prefill graph of its own for many tokens: its form, and from how many tokens on it is taken."""
+    """A prefill graph of its own for many tokens."""
 
     form: Form
     tokens: int
+    """From how many on it is taken: of the process with the most, in halves of that with the least."""
+
+    @property
+    def graph(self) -> str:
+        """Its name."""
+        return "prefill_halves" if self.form.halves else "prefill_large"
 
 
 def in_form(model: CausalLM, form: Form) -> CausalLM:

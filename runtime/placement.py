@@ -11,49 +11,31 @@ Source: DeepSeek-V3 (arXiv:2412.19437), section 3.4, and EPLB, its authors' bala
 heaviest first is Graham 1969.
 """
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from deepfuse.blocks.placement import Bins, Placement, busiest, check_loads, in_order
+from deepfuse.runtime.placement_file import load_loads
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Of all layers.
-
-    Attributes:
-        expert_of_slot: ``[L, S]`` int64; slot ``s`` is on rank ``s // (S // ranks)``.
-        slots_of_expert: for each layer and expert its slots, in order.
-        ranks: that share the slots.
-        before: ``[L]`` float64, load of the busiest rank over the mean: with the experts in order and no copies.
-        after: ``[L]`` float64, likewise: as placed.
-    """
-
-    expert_of_slot: Tensor
-    slots_of_expert: tuple[tuple[tuple[int, ...], ...], ...]
-    ranks: int
-    before: Tensor
-    after: Tensor
-
-    def __str__(self) -> str:
-        """The balance of each layer, and the mean of all."""
-        L, S = self.expert_of_slot.shape
-        lines = [
-            f"{len(self.slots_of_expert[0])} experts in {S} slots of {self.ranks} ranks: busiest rank over the mean"
-        ]
-        balances = zip(self.before.tolist(), self.after.tolist(), strict=True)
-        lines += [f"layer {i}: {before:.3f} -> {after:.3f}" for i, (before, after) in enumerate(balances)]
-        return "\n".join([*lines, f"mean of {L} layers: {self.before.mean():.3f} -> {self.after.mean():.3f}"])
+__all__ = ["Placement", "place_experts"]
 
 
 def place_experts(
-    loads: Tensor, ranks: int, *, redundant: int = 0, ranks_per_node: int | None = None, n_group: int = 1
+    loads: Tensor | str | os.PathLike[str],
+    ranks: int,
+    *,
+    redundant: int = 0,
+    ranks_per_node: int | None = None,
+    n_group: int = 1,
 ) -> Placement:
     """Choose copies and places; the busiest rank never has more than with the experts in order and no copies.
 
     Args:
-        loads: ``[L, E]``, how much each expert of each layer was asked for, in any unit.
+        loads: ``[L, E]``, how much each expert of each layer was asked for, in any unit; or the file of
+            ``Model.expert_loads(path)``.
         ranks: that share the experts, ``(E + redundant) / ranks`` slots each.
         redundant: slots beyond one for each expert, over all ranks.
         ranks_per_node: ``None``: all ranks are on one node.
@@ -61,12 +43,10 @@ def place_experts(
 
     Raises:
         ValueError: sizes that do not fit each other, or loads that are negative, infinite or not numbers.
+        FileNotFoundError: there is no such file.
     """
-    if loads.ndim != 2 or 0 in loads.shape or not bool(((loads >= 0) & loads.isfinite()).all()):
-        raise ValueError(
-            f"placement: want finite loads >= 0 [layers, experts], got {tuple(loads.shape)} from "
-            f"{loads.min().item() if loads.numel() else 'nothing'} to {loads.max().item() if loads.numel() else 'nothing'}"
-        )
+    loads = loads if isinstance(loads, Tensor) else load_loads(loads)
+    check_loads(loads)
     E = loads.shape[1]
     if ranks < 1 or redundant < 0 or (E + redundant) % ranks:
         raise ValueError(
@@ -81,36 +61,19 @@ def place_experts(
     nodes = ranks // per_node
     if n_group % nodes or redundant % nodes:
         nodes = 1
-    rows = loads.double().tolist()
-    in_order = [[e for e in range(E) if e * ranks // E == rank] for rank in range(ranks)]
-    chosen, before, after = [], [], []
-    for row in rows:
+    chosen = []
+    for row in loads.double().tolist():
         placed = _place(row, ranks, redundant, nodes, n_group)
-        plain = _filled(row, in_order, (E + redundant) // ranks)
-        best = min(placed, plain, key=lambda bins: _busiest(row, bins))
-        mean = sum(row) / ranks or 1.0
-        before.append(_busiest(row, in_order) / mean if sum(row) else 1.0)
-        after.append(_busiest(row, best) / mean if sum(row) else 1.0)
+        plain = _filled(row, in_order(E, ranks), (E + redundant) // ranks, ranks // nodes)
+        best = min(placed, plain, key=lambda bins: busiest(row, bins))
         chosen.append([expert for experts in best for expert in experts])
-    return Placement(
-        expert_of_slot=torch.tensor(chosen, dtype=torch.int64),
-        slots_of_expert=tuple(
-            tuple(tuple(s for s, e in enumerate(slots) if e == expert) for expert in range(E)) for slots in chosen
-        ),
-        ranks=ranks,
-        before=torch.tensor(before, dtype=torch.float64),
-        after=torch.tensor(after, dtype=torch.float64),
-    )
-
-
-Bins = list[list[int]]
-"""Experts of each rank."""
+    return Placement(torch.tensor(chosen, dtype=torch.int64), ranks, loads.double())
 
 
 def _place(loads: Sequence[float], ranks: int, redundant: int, nodes: int, n_group: int) -> Bins:
     size = len(loads) // n_group
     groups = [range(g * size, (g + 1) * size) for g in range(n_group)]
-    found = []
+    found: list[Sequence[int]] = []
     for node in _packed([sum(loads[e] for e in g) for g in groups], list(range(n_group)), nodes):
         experts = [e for g in node for e in groups[g]]
         slots = _copied(loads, experts, redundant // nodes, ranks // nodes)
@@ -131,7 +94,7 @@ def _copied(loads: Sequence[float], experts: Sequence[int], redundant: int, rank
 def _packed(weights: Sequence[float], labels: Sequence[int], bins: int) -> Bins:
     """Labels in bins of equal numbers and about equal weight."""
     room = len(weights) // bins
-    inside: Bins = [[] for _ in range(bins)]
+    inside: list[list[int]] = [[] for _ in range(bins)]
     total = [0.0] * bins
     for i in sorted(range(len(weights)), key=lambda i: -weights[i]):
         free = [b for b in range(bins) if len(inside[b]) < room]
@@ -143,7 +106,7 @@ def _packed(weights: Sequence[float], labels: Sequence[int], bins: int) -> Bins:
     return [[labels[i] for i in held] for held in inside]
 
 
-def _swapped(weights: Sequence[float], inside: Bins) -> bool:
+def _swapped(weights: Sequence[float], inside: list[list[int]]) -> bool:
     """Let the heaviest and the lightest bin change the two places that bring them closest; whether that helped."""
     total = [sum(weights[i] for i in held) for held in inside]
     heavy, light = total.index(max(total)), total.index(min(total))
@@ -161,16 +124,12 @@ def _swapped(weights: Sequence[float], inside: Bins) -> bool:
     return True
 
 
-def _filled(loads: Sequence[float], in_order: Bins, slots: int) -> Bins:
-    """The experts in order, and in what is left of each rank copies of its own; of the hottest where it has none."""
-    hottest = max(range(len(loads)), key=loads.__getitem__)
-    own = [experts or [hottest] for experts in in_order]
-    return [[experts[i % len(experts)] for i in range(slots)] for experts in own]
-
-
-def _busiest(loads: Sequence[float], bins: Bins) -> float:
-    copies = [0] * len(loads)
-    for held in bins:
-        for e in held:
-            copies[e] += 1
-    return max(sum(loads[e] / copies[e] for e in held) for held in bins)
+def _filled(loads: Sequence[float], dealt: Bins, slots: int, of_node: int) -> Bins:
+    """The experts in order, and in what is left of each rank copies of its own; of its node's hottest where it has none."""
+    found = []
+    for rank, experts in enumerate(dealt):
+        first = rank // of_node * of_node
+        on_node = [e for held in dealt[first : first + of_node] for e in held]
+        own = experts or [max(on_node, key=loads.__getitem__)]
+        found.append([own[i % len(own)] for i in range(slots)])
+    return found

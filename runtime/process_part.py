@@ -13,7 +13,7 @@ from deepfuse.blocks.fp8 import FP8Experts, FP8Linear, to_fp8
 from deepfuse.blocks.model import CausalLM
 from deepfuse.runtime.checkpoint_files import CheckpointError
 from deepfuse.runtime.shards import Stored
-from deepfuse.runtime.weight_names import SCALE, Piece, pieces
+from deepfuse.runtime.weight_names import SCALE, Piece, Region, pieces
 
 
 def whole_model(model: CausalLM) -> CausalLM:
@@ -42,47 +42,52 @@ def own_pieces(
     if key.removesuffix(SCALE) in stored:  # whole, or fused on disk as well
         found: Iterable[Piece] = [Piece(key, key)]
     else:
-        experts = next((cut.axis for cut in cuts if cut.dim == 0), None)
+        dealt = next((cut for cut in cuts if cut.dim == 0), None)
         width = next((cut.axis.size for cut in cuts if cut.dim != 0), 1)
-        total = model.config.n_routed_experts or 0
-        first = 0 if experts is None else experts.share(total, "n_routed_experts").start
-        found = pieces(key, shape, model.config.moe_intermediate_size // width, first)
+        experts = None if dealt is None else dealt.indices(model.config.n_routed_experts or 0, "n_routed_experts")
+        named = pieces(key, shape, model.config.moe_intermediate_size // width, experts)
+        # of an expert in two slots the first is read, and the other copied from it
+        found = {piece.name: piece for piece in reversed(list(named))}.values()
     for piece in found:
         # an expert of its own has a dimension less
         own = cuts if piece.name == key else [Cut(cut.axis, cut.dim - 1) for cut in cuts if cut.dim > 0]
         yield piece._replace(region=_region(piece.name, own, stored, block))
 
 
-def _region(
-    name: str, cuts: Iterable[Cut], stored: Mapping[str, Stored], block: tuple[int, int] | None
-) -> tuple[slice, ...]:
+def _region(name: str, cuts: Iterable[Cut], stored: Mapping[str, Stored], block: tuple[int, int] | None) -> Region:
     weight = name.removesuffix(SCALE)
     if weight not in stored or not cuts:
         return ()
     shape = stored[weight].shape
-    region = [slice(0, size) for size in shape]
+    region: list[slice | list[int]] = [slice(0, size) for size in shape]
     for cut in cuts:
         if cut.stretches > 1:
             raise CheckpointError(
                 f"mesh: want each expert by itself on disk, to deal out its width over axis {cut.axis.name!r}, got all "
                 f"of them in {name}; save the checkpoint anew with deepfuse"
             )
-        region[cut.dim] = cut.axis.share(shape[cut.dim], f"dimension {cut.dim} of {name}")
+        what = f"dimension {cut.dim} of {name}"
+        own = cut.indices(shape[cut.dim], what)
+        region[cut.dim] = list(own) if cut.slots else slice(own[0], own[-1] + 1)
     if stored[weight].dtype != "F8_E4M3" or block is None:
         return tuple(region)
     widths = (*[1] * (len(shape) - 2), *block)
     for part, width, cut in ((region[cut.dim], widths[cut.dim], cut) for cut in cuts):
-        if (part.stop - part.start) % width:
+        size = len(range(*part.indices(shape[cut.dim]))) if isinstance(part, slice) else len(part)
+        if size % width:
             raise CheckpointError(
-                f"mesh: want each process's part of {weight} in whole FP8 blocks of {width}, got {part.stop - part.start} of "
+                f"mesh: want each process's part of {weight} in whole FP8 blocks of {width}, got {size} of "
                 f"{shape[cut.dim]}; choose a smaller axis {cut.axis.name!r}, or a checkpoint that is not in FP8"
             )
     return tuple(region) if name == weight else scale_region(tuple(region), block)
 
 
-def scale_region(region: tuple[slice, ...], block: tuple[int, int]) -> tuple[slice, ...]:
+def scale_region(region: Region, block: tuple[int, int]) -> Region:
     """Of the scales that belong to a region of whole blocks; the last ones may be cut off at the edge. Of all, all."""
     if not region:
         return ()
     widths = (*[1] * (len(region) - 2), *block)
-    return tuple(slice(r.start // n, -(-r.stop // n)) for r, n in zip(region, widths, strict=True))
+    # indices are of experts, of which each has blocks of its own
+    return tuple(
+        slice(r.start // n, -(-r.stop // n)) if isinstance(r, slice) else r for r, n in zip(region, widths, strict=True)
+    )

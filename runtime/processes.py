@@ -2,16 +2,20 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from deepfuse.blocks.axis import Axis
+from deepfuse.blocks.collectives import sum_over
 from deepfuse.blocks.model import CausalLM
 from deepfuse.blocks.parallel import Parallel, to_parallel
+from deepfuse.blocks.placement import Placement
 from deepfuse.ir.private import process_group
 from deepfuse.passes.collective_order import Call, collective_orders, order_of
 from deepfuse.passes.journal import Journal
@@ -20,6 +24,7 @@ from deepfuse.runtime.axes import Axes, Settings, axes_of, by_node, expert_apart
 from deepfuse.runtime.heartbeat import start
 from deepfuse.runtime.lockstep import Lockstep
 from deepfuse.runtime.meeting import any_of
+from deepfuse.runtime.placement_file import load_placement
 from deepfuse.runtime.process_group import beside_compute, check_mesh, check_timeout, device_mesh, limit_waits
 from deepfuse.runtime.requirements import check_device
 
@@ -62,13 +67,28 @@ class Processes:
                 raise TypeError(f"build: want parallel as a Parallel, got {parallel!r:.80}")
             parallel = parallel or Parallel()
             parallel.check()
+            if isinstance(parallel.placement, str | os.PathLike):
+                parallel = replace(parallel, placement=load_placement(parallel.placement))
             if device == "auto" and isinstance(mesh, DeviceMesh):
                 kind = mesh.device_type
                 device = f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind
             wanted = check_device(device)
             check_mesh(mesh, wanted, timeout_s)
         start(timeout_s)
-        return cls(mesh=mesh, axes=axes_of(mesh), parallel=parallel, timeout_s=timeout_s), wanted
+        axes = axes_of(mesh)
+        if parallel.placement is not None and axes.expert is None:
+            raise ValueError(
+                "build: want an axis 'expert' of several processes with Parallel(placement=...), got the mesh "
+                f"{axes.sizes or 'of one process'}"
+            )
+        return cls(mesh=mesh, axes=axes, parallel=parallel, timeout_s=timeout_s), wanted
+
+    @property
+    def placement(self) -> Placement | None:
+        """Of experts, where they do not lie in order."""
+        placement = self.parallel.placement
+        assert isinstance(placement, Placement | None)
+        return placement
 
     @property
     def cut(self) -> Callable[[CausalLM], None] | None:
@@ -130,6 +150,10 @@ class Processes:
         if axis is not None:
             limit_waits(process_group(axis.group), self.timeout_s)
         return axis
+
+    def sum_over_tokens(self, counts: Tensor) -> Tensor:
+        """The sum over the processes that have tokens of their own; all must ask at the same time."""
+        return sum_over(sum_over(counts, self.axes.data), self.axes.expert)
 
     def raising_together(self, phase: str) -> contextlib.AbstractContextManager[None]:
         """A block that may last, and whose error, in whichever process, all of them raise.

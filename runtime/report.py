@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deepfuse.passes.journal import Journal
+from deepfuse.runtime.placed import Placed
 
 _SITE = re.compile(r"\w+ at .+?: ")
 """What a rule says of a site: ``rms_norm at model.norm (norm.py:12): matched``."""
@@ -29,6 +30,8 @@ class Report:
     """Axes and sizes, and which process of them this is; the report is its own."""
     part: str = ""
     """What it has of the model; ``weight_bytes`` counts that alone, ``parameters`` the whole."""
+    placement: Placed | None = None
+    """Of experts in slots, where they do not lie in order."""
     dropped: int = 0
     """Choices of experts that went beyond their capacity, out of ``choices`` of this process's tokens since the build."""
     choices: int = 0
@@ -84,6 +87,7 @@ class Report:
         data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "journal"}
         return {
             **data,
+            "placement": None if self.placement is None else self.placement.to_json(),
             "graph_breaks": self.graph_breaks,
             "recompiles": self.recompiles,
             "collectives": self.collectives(),
@@ -128,6 +132,8 @@ class Report:
 
     def _of_mesh(self) -> list[tuple[str, str]]:
         rows = [("mesh", self.mesh), ("of the model", self.part)]
+        if self.placement is not None:
+            rows.append(("placement", str(self.placement)))
         if self.choices:
             rows.append(("dropped", f"{self.dropped:,} of {self.choices:,} choices of experts"))
         for graph, counts in self.collectives().items():

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deepfuse.runtime.checkpoint_files import CheckpointError, durable, object_bytes, read_object
+from deepfuse.runtime.weight_names import Region
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -69,9 +70,12 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     return {t: stored for file, header in headers.items() for t, stored in header.items() if placed.get(t) == file}
 
 
-def region_bytes(stored: Stored, region: tuple[slice, ...]) -> int:
+def region_bytes(stored: Stored, region: Region) -> int:
     """Bytes of a region of a tensor."""
-    taken = [len(range(*part.indices(size))) for part, size in zip(region, stored.shape, strict=False)]
+    taken = [
+        len(range(*part.indices(size))) if isinstance(part, slice) else len(set(part))
+        for part, size in zip(region, stored.shape, strict=False)
+    ]
     whole = math.prod(stored.shape[: len(taken)])
     return stored.nbytes // whole * math.prod(taken) if whole else 0
 
@@ -97,7 +101,7 @@ class Reader:
     ) -> None:
         self._close()
 
-    def get(self, name: str, region: tuple[slice, ...] = ()) -> Tensor:
+    def get(self, name: str, region: Region = ()) -> Tensor:
         """A tensor on the CPU, in the dtype and shape it has on disk, or a region of it: the rest is not read."""
         stored = self.tensors[name]
         wanted = region_bytes(stored, region)

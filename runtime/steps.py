@@ -1,4 +1,4 @@
-"""The two functions that a model's graphs are captured of, and what they are called with.
+"""The functions that a model's graphs are captured of, and what they are called with.
 
 Dims: T tokens, B sequences, P pages a sequence, R rows.
 """
@@ -26,6 +26,36 @@ def prefill(model: CausalLM, caches: list[Tensor], tokens: Tensor, q_start: Tens
         caches=caches,
         rows=rows,
         first_half=None,
+        second_start=None,
+    )
+
+
+def prefill_in_halves(
+    model: CausalLM,
+    caches: list[Tensor],
+    first: Tensor,
+    first_start: Tensor,
+    first_rows: Tensor,
+    second: Tensor,
+    second_start: Tensor,
+    second_rows: Tensor,
+) -> Tensor:
+    """What :func:`prefill` is given, of each half of the sequences -> logits of the rows of both.
+
+    The halves go through the layers by turns (``blocks/two_batch.py``).
+    """
+    tokens, first_half = torch.cat((first, second), 1), first.shape[1]
+    return model(
+        tokens[0],
+        tokens[1],
+        first_start,
+        slots=tokens[2],
+        block_table=None,
+        seqlens=None,
+        caches=caches,
+        rows=torch.cat((first_rows, second_rows + first_half)),
+        first_half=first_half,
+        second_start=second_start,
     )
 
 
@@ -42,6 +72,7 @@ def decode(model: CausalLM, caches: list[Tensor], step: Tensor, block_table: Ten
         caches=caches,
         rows=None,
         first_half=None,
+        second_start=None,
     )
 
 
@@ -81,6 +112,11 @@ def prefill_inputs(
 def example_prefill(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """What a prefill graph is captured with."""
     return prefill_inputs([[0, 0, 0], [0, 0]], [None, None], device, last_only=True)
+
+
+def example_prefill_in_halves(device: torch.device) -> tuple[Tensor, ...]:
+    """The same in halves."""
+    return (*example_prefill(device), *example_prefill(device))
 
 
 def decode_inputs(

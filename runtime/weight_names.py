@@ -14,7 +14,7 @@ Source: the checkpoints of DeepSeek-V3 and its README_WEIGHTS; ``conversion_mapp
 """
 
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 SCALE = "_scale_inv"
@@ -24,6 +24,10 @@ COPIES = ("embed_tokens.weight", "shared_head.head.weight")
 """Of a multi-token-prediction layer: what it shares with the main model, stored again."""
 
 
+Region = tuple[slice | list[int], ...]
+"""Of a tensor: of each dimension a range, or indices of which some may come again; of none, all of it."""
+
+
 class Piece(NamedTuple):
     """A tensor on disk, and the part of a tensor in memory that it is."""
 
@@ -31,29 +35,29 @@ class Piece(NamedTuple):
     key: str
     """Of the tensor in memory."""
     part: tuple[int | slice, ...] = ()
-    region: tuple[slice, ...] = ()
+    region: Region = ()
     """Of the tensor on disk: what one of several processes takes of it."""
 
 
-def pieces(key: str, shape: Iterable[int], expert_width: int, first_expert: int = 0) -> Iterator[Piece]:
+def pieces(key: str, shape: Iterable[int], expert_width: int, experts: Sequence[int] | None = None) -> Iterator[Piece]:
     """What a tensor in memory is on disk, expert by expert.
 
     Args:
         key: its name in the model's ``state_dict``.
         shape: its shape.
         expert_width: I, ``moe_intermediate_size``, or what one process has of it.
-        first_expert: of the tensor in memory, where other processes have other experts.
+        experts: their numbers in the order they have in memory, where other processes have others; ``None``: all.
     """
     prefix, _, last = key.rpartition(".")
     if not prefix.endswith(".experts"):
         yield Piece(key, key)
         return
-    experts, rows, _ = shape
+    count, rows, _ = shape
     weight = "weight" + (SCALE if last.endswith(SCALE) else "")
     half = rows // 2
     filled = half if last.endswith(SCALE) else min(half, expert_width)
-    for i in range(experts):
-        expert = f"{prefix}.{first_expert + i}"
+    for i, number in enumerate(range(count) if experts is None else experts):
+        expert = f"{prefix}.{number}"
         if last.startswith("down_proj"):
             yield Piece(f"{expert}.down_proj.{weight}", key, (i,))
         else:

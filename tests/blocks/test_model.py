@@ -45,7 +45,7 @@ def test_a_token_sees_the_tokens_before_it_and_no_others(model):
 
 def test_the_stream_is_what_the_head_reads(model):
     with torch.no_grad():
-        h, delta, batch = model.stream(IDS, POSITIONS, STARTS)
+        h, delta, (batch,) = model.stream(IDS, POSITIONS, STARTS)
         assert torch.equal(model.logits(model.model.norm(h + delta)), model(IDS, POSITIONS, STARTS))
     assert batch.slots is None and batch.block_table is None
 

@@ -100,6 +100,17 @@ def test_a_product_of_sizes_is_as_good_as_a_size():
     assert fx.GraphModule({}, graph)(torch.ones(42, 2)).shape == (44,)
 
 
+def test_what_is_computed_of_a_size_with_the_other_sign_is_computed_from_it():
+    # rows of a capacity, ceil(24 T / 10) for each of 10 experts, filled up to fours: sympy has -10 * (-12 T // 5), and its
+    # remainder without the signs
+    mode, (x,) = free_sizes(7)
+    with mode:
+        rows = torch.empty(10 * -(-12 * x.shape[0] // 5), 2)
+    graph = trace(lambda rows: rows.new_zeros(-rows.shape[0] % 4 + rows.shape[0]), [rows], mode)
+    for count in (170, 0, 10):
+        assert fx.GraphModule({}, graph)(torch.ones(count, 2)).shape == (-(-count // 4) * 4,)
+
+
 def test_a_multiple_of_a_sum_of_sizes_is_computed_from_the_sum():
     # rows that came from several processes: sympy writes 24 * (a + b) as 24 * a + 24 * b, and has neither
     mode, (x, y) = free_sizes(6, 7)

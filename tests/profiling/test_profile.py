@@ -80,11 +80,11 @@ def test_kernels_of_prefill_and_decode_have_module_and_op(compiled, tmp_path):
 
 @pytest.mark.compile
 def test_steps_are_limited_and_nothing_stays_behind(model):
-    unwrapped = model.engine._prefill
+    unwrapped = model.engine._prefills
     with df.profile(model, steps=2) as run:
         before = generate(model)
     assert len(run.steps_of("decode_1")) == 2 and len(run.steps_of("prefill")) == 1
-    assert model.engine._prefill is unwrapped
+    assert model.engine._prefills is unwrapped
     recorded = len(run.steps)
     assert generate(model) == before and len(run.steps) == recorded
     # again, with the code that is there

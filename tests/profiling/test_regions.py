@@ -174,6 +174,21 @@ def test_of_a_weight_an_op_may_read_a_part() -> None:
     assert found.activation_bytes == (2 * 64 * 24 + 2 * 16 + 2 * 8 + 2 * 24) * F4
 
 
+def test_of_experts_those_with_rows_are_read() -> None:
+    """Four matrices, two rows: two of them are weights that are read, whatever the format; rows and results are the rest."""
+    ops: Any = torch.ops.deepfuse
+    offsets = torch.tensor([1, 1, 2, 2], dtype=torch.int32)
+    x, weight = torch.randn(2, 128).bfloat16(), torch.randn(4, 256, 128).bfloat16()
+    (found,) = counted(ops.grouped_matmul.reference, x, weight, offsets, weights=(1,))
+    assert (found.kind, found.weight_bytes) == ("matmul", 2 * 256 * 128 * 2)
+    assert found.activation_bytes == 2 * (128 + 256) * 2
+    in_fp8 = x.to(torch.float8_e4m3fn), torch.ones(2, 1), weight.to(torch.float8_e4m3fn), torch.ones(4, 2, 1)
+    multiply = ops.fp8_grouped_matmul.reference
+    (found,) = counted(lambda *given: multiply(*given, torch.bfloat16), *in_fp8, offsets, weights=(2, 3))
+    assert (found.kind, found.weight_bytes) == ("matmul", 2 * (256 * 128 + 2 * F4))
+    assert found.activation_bytes == 2 * (128 + F4 + 256 * 2)
+
+
 def test_what_is_made_of_weights_is_no_activation() -> None:
     def fn(x: Tensor, w: Tensor) -> Tensor:
         return x @ (w * 2)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 import pytest
 
@@ -84,3 +85,27 @@ def test_tensorboard_that_does_not_start(monkeypatch, tmp_path):
     monkeypatch.setattr(tensorboard_server.sys, "executable", str(script))
     with pytest.raises(RuntimeError, match="profile open: want TensorBoard to start, got 'no port is free'"):
         tensorboard_server.serve(tmp_path)
+
+
+def test_tensorboard_that_does_not_end_is_ended(monkeypatch, tmp_path):
+    without(monkeypatch, "none")
+    (tmp_path / "run.json").write_text("{}")
+    script = tmp_path / "python"
+    deaf = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    says = f'print("TensorBoard {__name__} at http://localhost:1/", flush=True); time.sleep(30)'
+    pid = tmp_path / "pid"
+    script.write_text(f"#!/bin/sh\necho $$ > {pid}\nexec {sys.executable} -c '{deaf}; {says}'\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(tensorboard_server.sys, "executable", str(script))
+    monkeypatch.setattr(tensorboard_server, "ENDS_S", 0.2)
+
+    def interrupted(*args, **kwargs):
+        if args:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tensorboard_server, "print", interrupted, raising=False)
+    began = time.monotonic()
+    tensorboard_server.serve(tmp_path)
+    assert time.monotonic() - began < 20
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)

@@ -13,6 +13,7 @@ from deepfuse.ir.private import dynamo_counters
 from deepfuse.ops.append_latent import PAGE_SIZE
 from deepfuse.runtime import engine as engine_module
 from deepfuse.runtime.engine import buckets
+from deepfuse.runtime.lockstep import Call
 from deepfuse.runtime.steps import prefill_inputs
 from tiny_model import MAX_BATCH_SIZE, MAX_SEQ_LEN, ONE_LAYER, build, eager_logits, random_weights, tiny_model
 
@@ -105,8 +106,8 @@ def test_prefill_of_every_length(engine, length):
 @pytest.mark.parametrize(("dtype", "multiple"), [(torch.float32, 1), (torch.bfloat16, 16)], ids=str)
 def test_prefills_in_bfloat16_are_padded_to_whole_tiles(dtype, multiple, monkeypatch):
     engine = build(random_weights(ONE_LAYER).to(dtype)).engine
-    lengths, made = [], engine._prefill
-    monkeypatch.setattr(engine, "_prefill", lambda *args: lengths.append(args[2].shape[1]) or made(*args))
+    lengths, made = [], engine._prefills["prefill"]
+    monkeypatch.setitem(engine._prefills, "prefill", lambda *args: lengths.append(args[2].shape[1]) or made(*args))
     for prompts in (tokens(1, 1), tokens(1, 16), [*tokens(1, 17), *tokens(1, 3)]):
         each = [engine.prefill([p], [None], last_only=False) for p in prompts]
         together = engine.prefill(prompts, [None] * len(prompts), last_only=False)
@@ -177,7 +178,7 @@ def test_a_graph_made_later_is_counted():
     assert model.report.recompiles == 0
     tokens_3T, q_start, rows = prefill_inputs([[1, 2]], [None], model.engine.device, last_only=True)
     with torch.no_grad():
-        model.engine._prefill(model.engine.model, model.engine.cache.layers, tokens_3T, q_start, rows.int())
+        model.engine._prefills["prefill"](model.engine.model, model.engine.cache.layers, tokens_3T, q_start, rows.int())
     assert model.report.recompiles == 1
 
 
@@ -215,7 +216,7 @@ def test_all_that_a_process_waits_for_in_a_call_is_watched(monkeypatch):
 
     def within(*args):
         assert phases[-1] != ""
-        return args if len(args) == 2 and isinstance(args[0], int) else None
+        return Call(*args[:2]) if isinstance(args[0], int) else None
 
     monkeypatch.setattr(engine_module, "watched", watched)
     lockstep = SimpleNamespace(alone=True, equal=False, agree=within, check_same=within)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import deepfuse as df
 import mesh_worker
-from mesh_worker import CORPUS, LONG, TRAINED, TRAINING, WIDE, in_fp8, prompts_of, texts_of, train
+from mesh_worker import CORPUS, LONG, SMALL, TRAINED, TRAINING, TWO_BATCH, WIDE, in_fp8, prompts_of, texts_of, train
 from ranks import run_ranks
 from tiny_checkpoint import assert_same_state, load
 from tiny_model import checkpoint, tiny_model
@@ -18,6 +18,7 @@ from tiny_model import checkpoint, tiny_model
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
 """Of float32: sums over up to 64 numbers in another order, 64 * 2 ** -24 = 4e-6 of their size, over a few layers."""
+TWO_BATCHES = ["expert=2 prompts halves", "expert=2 prompts bounded"]
 OF_TWO = [
     "tensor=2 model trainer",
     "expert=2 model batches trainer",
@@ -28,6 +29,7 @@ OF_TWO = [
     "expert=2 refused",
     "expert=2 trainer halves",
     "expert=2 large",
+    *TWO_BATCHES,
 ]
 OF_FOUR = ["tensor=2,expert=2 model trainer", "data=2,expert=2 trainer", "expert=4 nodes model trainer"]
 CASES = [(2, case) for case in OF_TWO] + [(4, case) for case in OF_FOUR]
@@ -100,7 +102,7 @@ def test_the_report_says_which_part_of_the_model_a_process_has(said, size, case)
 def test_prefills_of_many_tokens_have_a_graph_in_chunks_on_every_process(said):
     words = [process["expert=2 large"] for process in said[2]]
     assert words[0]["large"] == words[1]["large"] and words[0]["explained"] == words[1]["explained"]
-    (chunks, least), graphs = words[0]["large"], ["prefill", "prefill_large", "decode_1"]
+    ((chunks, least),), graphs = words[0]["large"], ["prefill", "prefill_large", "decode_1"]
     assert chunks > 1 and 40 < least <= 150 and words[0]["graphs"] == graphs
     # 150 tokens of one process, beside 5 of the other; 40 and 30
     assert [w["called"] for w in words] == [["prefill_large", "prefill"]] * 2
@@ -111,6 +113,18 @@ def test_prefills_of_many_tokens_have_a_graph_in_chunks_on_every_process(said):
         for i, got in enumerate(process["scores"]):
             want = alone.score([LONG[2 * i + rank]])[0]
             torch.testing.assert_close(torch.tensor(got), want, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", TWO_BATCHES)
+def test_prompts_that_all_processes_have_in_halves_go_through_the_layers_by_turns(said, case):
+    alone = df.build(SMALL, device="cpu", compile=False, max_batch_size=2, max_seq_len=64)
+    for rank, words in enumerate(process[case] for process in said[2]):
+        assert words["graphs"] == ["prefill", "prefill_halves", "decode_1", "decode_2"]
+        # the logits of two prompts last
+        assert words["called"] == ["prefill_halves", "prefill", "prefill_halves"]
+        assert words["greedy"] == [alone.generate(call[rank], max_new_tokens=3, temperature=0.0) for call in TWO_BATCH]
+        want = alone(torch.tensor([[5, 9, 20], [44, 2, 0]]) + rank, torch.tensor([[1, 1, 1], [1, 1, 0]]))
+        torch.testing.assert_close(torch.tensor(words["logits"]), want, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_the_report_counts_the_collectives_of_a_call(said):

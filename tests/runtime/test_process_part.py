@@ -1,6 +1,7 @@
 """Of a checkpoint, a process reads its own part: the same numbers, and no other bytes."""
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +10,17 @@ import torch
 
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.cut import Cut, taken
+from deepfuse.blocks.expert_parallel import to_expert_parallel
 from deepfuse.blocks.fp8 import to_fp8
 from deepfuse.blocks.model import CausalLM
+from deepfuse.blocks.placement import Placement
 from deepfuse.blocks.tensor_parallel import to_tensor_parallel
 from deepfuse.runtime.checkpoint import CheckpointError, load_weights, save_checkpoint
 from deepfuse.runtime.config_json import read_config
 from deepfuse.runtime.shards import Reader, stored_tensors
-from deepfuse.runtime.weight_names import pieces
+from deepfuse.runtime.weight_names import Region, pieces
 from tensor_parallel_worker import WIDE
-from tiny_checkpoint import CONFIGS, TINY, change, model_of
+from tiny_checkpoint import CONFIGS, TINY, change, load, model_of
 
 WIDE_CONFIG = replace(TINY, **WIDE)
 
@@ -80,6 +83,62 @@ def test_of_the_files_each_process_reads_its_bytes_alone(tmp_path, monkeypatch):
     theirs = whole.state_dict()
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, taken(theirs[key], model.cuts.get(key, ()))), key
+
+
+ROW = [7, 6, 5, 4, 3, 2, 1, 0, 7, 6, 7, 7]
+"""Experts in 12 slots of 4 processes, of which the last has one twice."""
+
+
+PLACEMENT = Placement(torch.tensor([ROW, ROW]), 4, torch.ones(2, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "stored", ["plain", "quantized as it is loaded", "fp8", "fp8 dequantized", "fused", "fused fp8"]
+)
+def test_experts_of_a_placement_are_read_once(tmp_path, monkeypatch, stored):
+    whole = model_of(replace(WIDE_CONFIG, num_nextn_predict_layers=0))
+    if "fp8" in stored:
+        to_fp8(whole)
+    save_checkpoint(whole, tmp_path)
+    if "fused" in stored:
+        change(tmp_path, lambda tensors: fuse(tensors, whole))
+    read: list[tuple[str, int]] = []
+    get = Reader.get
+
+    def counted(self: Reader, name: str, region: Region = ()) -> torch.Tensor:
+        before = self.bytes_read
+        tensor = get(self, name, region)
+        read.append((name, self.bytes_read - before))
+        return tensor
+
+    monkeypatch.setattr(Reader, "get", counted)
+    want = load(tmp_path) if stored == "fp8 dequantized" else whole
+    with torch.device("meta"):
+        part = CausalLM(read_config(tmp_path))
+        to_expert_parallel(part, Axis("expert", "0", 4, 3), placement=PLACEMENT)
+        if stored in ("quantized as it is loaded", "fp8", "fused fp8"):
+            to_fp8(part)
+    if stored == "quantized as it is loaded":
+        to_fp8(want)
+    theirs = dict(want.named_parameters())
+    read.clear()
+    load_weights(part, tmp_path, device="cpu", dtype=torch.float32)
+    for key, tensor in part.named_parameters():
+        expected = theirs[key][[6, 7, 7]] if ".experts." in key else theirs[key]
+        assert torch.equal(tensor.float(), expected.float()), key
+    experts = [(name, size) for name, size in read if ".experts" in name]
+    assert len({name for name, _ in experts}) == len(experts)
+    own = sum(entry.nbytes for name, entry in stored_tensors(tmp_path).items() if re.search(r"\.experts\.[67]\.", name))
+    if "fused" in stored:  # 2 of 8 of each tensor
+        own = sum(entry.nbytes for name, entry in stored_tensors(tmp_path).items() if ".experts." in name) // 4
+    assert sum(size for _, size in experts) == own > 0
+
+
+def fuse(tensors: dict[str, torch.Tensor], whole: CausalLM) -> None:
+    """All experts of a layer in one tensor of the file, as in memory."""
+    for name in [name for name in tensors if ".experts." in name]:
+        del tensors[name]
+    tensors |= {key: tensor.clone() for key, tensor in whole.state_dict().items() if ".experts." in key}
 
 
 def test_untouched_rows_stay_on_disk(tmp_path):

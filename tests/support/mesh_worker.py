@@ -43,6 +43,7 @@ PARALLEL = {
     "capacity": df.Parallel(mode="capacity", capacity_factor=8),
     "nodes": df.Parallel(mode="node_limited", ranks_per_node=2, link=SLOW, overlap="shared"),
     "halves": df.Parallel(overlap="halves"),
+    "bounded": df.Parallel(overlap="halves", mode="capacity", capacity_factor=8),
 }
 
 WIDE = replace(
@@ -57,9 +58,15 @@ WIDE = replace(
     initializer_range=0.1,
 )
 """A layer whose experts take as long, on the row of a CPU, as the way to them over :data:`LINK`."""
+SMALL = replace(TINY, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0, initializer_range=0.3)
 LINK = Link(name="slow", bandwidth=1e8, latency=1e-5)
 LONG = [[(7 * i + 3) % 60 for i in range(n)] for n in (150, 5, 40, 30)]
 """Prompts of many tokens and of few: two calls of two processes each."""
+TWO_BATCH = [
+    [[[5, 9, 20, 31, 7], [44, 2, 3, 1]], [[8, 8], [50, 51, 52]]],
+    [[[17, 18], [6, 4, 5]], [[33, 34, 35, 36]]],
+]
+"""Prompts of two calls, by process; in the second one of them has no halves."""
 
 
 def prompts_of(rank: int) -> list[list[int]]:
@@ -97,6 +104,8 @@ def main(folder: Path, checkpoint: str, reference: str, *meshes: str) -> None:
         parallel = next((PARALLEL[word] for word in what if word in PARALLEL), None)
         if "model" in what:
             words |= _built(mesh, checkpoint, folder / f"saved {asked}", parallel, 2 if "batches" in what else 1)
+        if "prompts" in what:
+            words |= _two_batch(mesh, parallel)
         if "large" in what:
             words |= _large(mesh)
         if "fp8" in what:
@@ -186,9 +195,32 @@ def _large(mesh: DeviceMesh) -> dict[str, Any]:
     return {
         "scores": scores,
         "called": called,
-        "large": [model.engine.large.form.chunks, model.engine.large.tokens],
+        "large": [[each.form.chunks, each.tokens] for each in model.engine.large],
         "graphs": [g.name for g in model.report.journal.graphs],
         "explained": model.explain("overlap_all_to_all"),
+    }
+
+
+def _two_batch(mesh: DeviceMesh, parallel: df.Parallel | None) -> dict[str, Any]:
+    """A model whose prompts go through the layers in halves: what it says, and the prefill graphs that were called."""
+    room = {"max_batch_size": 2, "max_seq_len": 64}
+    model = df.build(SMALL, device="cpu", compile=False, mesh=mesh, parallel=parallel, **room)
+    called: list[str] = []
+
+    def noted(name: str, graph: Any) -> Any:
+        return lambda *args: (called.append(name), graph(*args))[1]
+
+    rank = axes_of(mesh).token_rank
+    with model.engine.wrapped(noted):
+        greedy = [model.generate(call[rank], max_new_tokens=3, temperature=0.0) for call in TWO_BATCH]
+        # tokens of all, padded on the right
+        ids = torch.tensor([[5, 9, 20], [44, 2, 0]])
+        logits = model(ids + rank, torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    return {
+        "greedy": greedy,
+        "logits": logits.tolist(),
+        "called": [name for name in called if name.startswith("prefill")],
+        "graphs": [g.name for g in model.report.journal.graphs],
     }
 
 
