@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
+from microbenchmarks import MOST, Beside
 
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.collectives import all_to_all
@@ -27,10 +29,14 @@ Timed = Callable[[Mapping[str, Callable[[], object]], int], dict[str, list[float
 
 
 def measured_link(axis: Axis, timed: Timed) -> Link:
-    """Latency and bandwidth from all-to-alls of two sizes; the same on all ranks."""
+    """Latency and bandwidth from all-to-alls of two sizes, and what products beside one lose; the same on all ranks."""
     small, large = (_exchange(size, axis) for size in (SMALL, LARGE))
-    times = timed({**{f"small {i}": small for i in range(EACH)}, "large": large}, ROUNDS)
-    return link_of([seconds for i in range(EACH) for seconds in times[f"small {i}"]], times["large"])
+    beside = Beside(functools.partial(torch.mm, *torch.randn(2, 512, 512)), torch.zeros(axis.size * LARGE // 4))
+    times = timed({**{f"small {i}": small for i in range(EACH)}, "large": large, "beside": beside}, ROUNDS)
+    link = link_of([seconds for i in range(EACH) for seconds in times[f"small {i}"]], times["large"])
+    shares = torch.tensor(beside.shares, dtype=torch.float64)
+    dist.all_reduce(shares)
+    return replace(link, share=min(max(float(shares.median()) / axis.size, 0.0), MOST))
 
 
 def _exchange(size: int, axis: Axis) -> Callable[[], object]:

@@ -6,8 +6,9 @@ Each alternative is one step, from a barrier to the end of the slower process; a
 
     hidden = (one after the other - ours) / min(communication alone, independent compute alone)
 
-It counts where one after the other takes what communication and compute take alone, within 10%. The link is a token bucket
-between network namespaces (slow_link.py), for which it takes root; else it is the loopback, and the rows say so. Costs are
+It counts where one after the other takes what communication and compute take alone, within 10%. Besides, two whole layers
+take a training step in each form of overlap, and in the one that the cost model chooses (overlap_forms.py). The link is a token
+bucket between network namespaces (slow_link.py), for which it takes root; else it is the loopback, and the rows say so. Costs are
 those of the cost model, calibrated by one product and two all-to-alls in the same run.
 """
 
@@ -43,8 +44,23 @@ SHARE = 0.65
 """Of the shared expert's time, that the messages of a forward step take."""
 SWEEP = {16: 100, 128: 60, 1024: 12, 4096: 10, 8192: 10}
 """Tokens, and rounds: short steps vary more."""
-RATES = (20e6, 100e6)
-"""Bytes a second of the sweep."""
+RATES = (20e6, 100e6, 400e6)
+"""Bytes a second of the sweep: messages take twice as long as the shared expert, half as long, and a tenth."""
+MODEL = {
+    "layers": 2,
+    "sequences": 2,
+    "length": 512,
+    "hidden": 512,
+    "heads": 8,
+    "experts": 4,
+    "experts_per_token": 2,
+    "intermediate": 1024,
+    "rounds": 8,
+}
+"""Whole layers, of ``overlap_forms.py``."""
+LENGTHS = (64, 512)
+"""Tokens of a sequence there."""
+MODEL_RATES = (20e6, 66e6, 200e6)
 TIMEOUT_S = 600
 
 
@@ -60,6 +76,15 @@ def suite(bench: Bench) -> None:
             rate = rate or (0.0 if why else _rate())
             (found,) = run_ranks([{**LAYER, "backward": backward}], rate)
             _layer_row(bench, part, found, rate)
+    for rate in MODEL_RATES if not why else (0.0,):
+        part = f"layers, {_words(rate)}"
+        if bench.wants(part, seconds=240):
+            specs = [{**MODEL, "length": length} for length in LENGTHS]
+            for spec, found in zip(specs, run_ranks(specs, rate, "overlap_forms.py"), strict=True):
+                times = {name: summary(seconds) for name, seconds in found["times"].items()}
+                name = f"2 layers, {spec['sequences']} x {spec['length']} tokens, {_words(rate)}"
+                why_chosen = "; ".join(found["why"])
+                bench.row(name, times, chosen=found["chosen"], why=why_chosen, said="; ".join(found["notes"]))
     for rate in RATES if not why else (0.0,):
         part = f"sweep, {_words(rate)}"
         if bench.wants(part, seconds=240):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from measured_rates import measured_device, measured_link
-from microbenchmarks import BESIDE, COUNT, Beside, microbenchmarks
+from microbenchmarks import BESIDE, SHARE, Beside, microbenchmarks
 from overlap_ranks import (
     CHUNKED,
     CHUNKS,
@@ -31,7 +31,7 @@ from overlap_ranks import (
     notes,
     timed,
 )
-from slow_link import set_rate
+from slow_link import SMALL_BURST, set_rate
 from torch import Tensor
 
 from deepfuse.blocks.axis import Axis
@@ -48,10 +48,10 @@ class Layer:
 
 
 def measure(spec: Mapping[str, Any], axis: Axis) -> dict[str, Any]:
-    """Seconds by what was timed, products beside a message, what was refused, and for each number of tokens its imbalance."""
+    """Seconds by what was timed, the share of a processor that a message holds, what was refused, and for each number of tokens its imbalance."""
     dist.barrier()
     if spec["rate"] and axis.rank == 0:
-        set_rate(spec["rate"])
+        set_rate(spec["rate"], SMALL_BURST)
     dist.barrier()
     link = measured_link(axis, timed)
     # all at first, so that nothing is compiled between measurements
@@ -62,10 +62,11 @@ def measure(spec: Mapping[str, Any], axis: Axis) -> dict[str, Any]:
     beside = small[BESIDE]
     assert isinstance(beside, Beside)
     # behind that of the warmup
-    counts = beside.counts[-spec["rounds"] :]
+    shares = torch.tensor(beside.shares[-spec["rounds"] :], dtype=torch.float64)
+    dist.all_reduce(shares)
     return {
         "times": times,
-        COUNT: counts,
+        SHARE: (shares / axis.size).tolist(),
         "imbalance": {tokens: layer.imbalance for tokens, layer in layers.items()},
         "refused": [f"{tokens} {name}" for tokens, layer in layers.items() for name in layer.refused],
     }

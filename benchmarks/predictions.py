@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from microbenchmarks import BESIDE, COUNT, rates
+from microbenchmarks import BESIDE, SHARE, rates
 from overlap import LAYER, run_ranks
 from overlap_ranks import CHUNKED, CHUNKS, NAME, SEQUENTIAL, layer_config, median
 from slow_link import RANKS, missing
@@ -31,15 +31,16 @@ from deepfuse.profiling.timing import summary
 
 PLANS = {SEQUENTIAL: NONE, NAME: SHARED, CHUNKED: f"chunked x{CHUNKS}"}
 """Measured alternative -> what the simulation calls it."""
-MOST = 4096
-"""Tokens."""
+CAPTURED = 4096
+"""Tokens of the graph whose costs are taken for all numbers of them."""
 MEASURED: Mapping[str, dict[str, Any]] = {
-    "prefill, 66 MB/s": {"backward": False, "rate": 66e6, "tokens": (128, 1024, MOST), "rounds": 6},
-    "train, 66 MB/s": {"backward": True, "rate": 66e6, "tokens": (128, 1024), "rounds": 6},
-    "prefill, 20 MB/s": {"backward": False, "rate": 20e6, "tokens": (128, 1024, MOST), "rounds": 6},
+    "prefill, 66 MB/s": {"backward": False, "rate": 66e6, "tokens": (16, 128, 1024, 4096, 8192), "rounds": 6},
+    "train, 66 MB/s": {"backward": True, "rate": 66e6, "tokens": (16, 128, 1024, 4096), "rounds": 6},
+    "prefill, 20 MB/s": {"backward": False, "rate": 20e6, "tokens": (16, 128, 1024, 4096), "rounds": 6},
     "train, 20 MB/s": {"backward": True, "rate": 20e6, "tokens": (128, 1024), "rounds": 6},
+    "prefill, 200 MB/s": {"backward": False, "rate": 200e6, "tokens": (16, 128, 1024, 4096), "rounds": 6},
 }
-"""By part. A step of fewer tokens takes the calls' own time and what the kernel does with threads, which nothing here knows."""
+"""By part."""
 MEMORY_STAYS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """What a process frees stays its own, as with a GPU's caching allocator: memory that comes anew page by page costs more than
 what is computed in it, where and when follows from the allocator's thresholds."""
@@ -65,7 +66,7 @@ def measured_by_ranks(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def calibration_of(found: Mapping[str, Any]) -> dict[str, Any]:
     """Rates, from medians of the microbenchmarks."""
     seconds = {name: median(values) for name, values in found["times"].items()}
-    return rates({**seconds, COUNT: median(found[COUNT])}, RANKS)
+    return rates(seconds, median(found[SHARE]), RANKS)
 
 
 def _rows(bench: Bench, part: str, spec: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -89,11 +90,12 @@ def _rows(bench: Bench, part: str, spec: Mapping[str, Any], found: Mapping[str, 
 
 
 def _words(calibration: Mapping[str, Any]) -> str:
-    device, network = calibration["device"], calibration["network"]
+    device, products, network, exchange = (calibration[part] for part in ("device", "products", "network", "exchange"))
     return (
-        f"{device['flops']['float32'] / 1e9:.0f} GFLOP/s, {device['memory_bandwidth'] / 1e9:.1f} GB/s, launch "
+        f"{device['flops']['float32'] / 1e9:.0f} GFLOP/s, {device['memory_bandwidth'] / 1e9:.1f} GB/s, {products['bandwidth'] / 1e9:.1f} "
+        f"of products, launch "
         f"{device['launch_seconds'] * 1e6:.0f} us; link {network['bandwidth'] / 1e6:.1f} MB/s, {network['latency'] * 1e6:.0f} us, "
-        f"holds {calibration['exchange']['share']:.1%} of a processor"
+        f"holds {exchange['share']:.1%} of a processor, {exchange['latency'] * 1e6:.0f} us later beside products"
     )
 
 
@@ -118,14 +120,14 @@ def predicted(
         setup = Setup(
             phase="train" if backward else "prefill",
             sequences=2,
-            length=MOST // 2,
+            length=CAPTURED // 2,
             expert=RANKS,
             fp8=False,
             imbalance=imbalance,
             exchange="direct",
         )
         at = functools.partial(_with_counts, simulation, setup, n)
-        seconds = plans(at, 1, busy=cluster.busy(decode=False))
+        seconds = plans(at, 1, busy=cluster.busy(decode=False), late=cluster.exchange_latency)
         found[n] = {name: seconds[plan] for name, plan in PLANS.items()}
     return found
 
@@ -138,7 +140,7 @@ def _simulation() -> Simulation:
 
 def _with_counts(simulation: Simulation, setup: Setup, tokens: int, fraction: float) -> LayerSeconds:
     """Rows of a dropless exchange come behind their counts."""
-    layer = simulation.experts(setup, fraction * tokens / MOST)
+    layer = simulation.experts(setup, fraction * tokens / CAPTURED)
     counts = all_to_all_seconds(simulation.cluster.network, 8 * int(LAYER["experts"]), RANKS)
     return replace(layer, dispatch=layer.dispatch + counts)
 

@@ -15,6 +15,9 @@ from typing import Self
 
 RANKS = 2
 MTU = "16000"
+BURST, SMALL_BURST = "128kb", "32kb"
+"""What the bucket holds, and lets pass at once. A small one makes times grow with bytes from the first on, and has its timer
+take more of the processors."""
 IN, OUT = "deepfuse-in", "deepfuse-out"
 
 
@@ -86,13 +89,13 @@ class SlowLink:
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
 
 
-def set_rate(rate: float) -> None:
+def set_rate(rate: float, burst: str = BURST) -> None:
     """Give the link that is there another rate, in bytes a second; also from within a namespace of a rank."""
-    _run("tc", "-n", IN, "qdisc", "change", *_bucket(rate))
+    _run("tc", "-n", IN, "qdisc", "change", *_bucket(rate, burst))
 
 
-def _bucket(rate: float) -> tuple[str, ...]:
-    size = ("rate", f"{int(8 * rate)}bit", "burst", "32kb", "latency", "400ms")
+def _bucket(rate: float, burst: str = BURST) -> tuple[str, ...]:
+    size = ("rate", f"{int(8 * rate)}bit", "burst", burst, "latency", "400ms")
     return ("dev", "shared", "root", "tbf", *size)
 
 

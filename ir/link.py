@@ -19,14 +19,16 @@ class Link:
     Attributes:
         bandwidth: bytes a second and rank, one way.
         latency: seconds until the first byte of a message is there.
+        share: of a device, that a message on its way takes from what is computed beside it: of a CPU, which copies it itself.
 
     Raises:
-        ValueError: a bandwidth that is not positive, or a latency that is negative.
+        ValueError: a bandwidth that is not positive, a latency that is negative, or a share that leaves nothing.
     """
 
     name: str
     bandwidth: float
     latency: float
+    share: float = 0.0
 
     def __post_init__(self) -> None:
         if not (0 < self.bandwidth < math.inf and 0 <= self.latency < math.inf):
@@ -34,6 +36,8 @@ class Link:
                 f"link {self.name}: want a bandwidth > 0 in bytes/s and a latency >= 0 in s, both finite, got "
                 f"{self.bandwidth} and {self.latency}"
             )
+        if not 0 <= self.share < 1:
+            raise ValueError(f"link {self.name}: want a share of the device >= 0 and below 1, got {self.share}")
 
     def seconds(self, size: float) -> float:
         """Of one message of ``size`` bytes."""

@@ -3,6 +3,8 @@
 All of it comes from the cost model, with balanced loads, so that every rank that has the same graph comes to the same.
 """
 
+import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from deepfuse.ir.device import Device
 from deepfuse.ir.link import Link
 from deepfuse.passes.balanced_sizes import ALL_TO_ALL, BalancedSizes
 from deepfuse.passes.graph_tasks import GraphTasks, graph_tasks
-from deepfuse.passes.overlap_schedule import Played, by_depth, play, schedule, starts_of
+from deepfuse.passes.overlap_schedule import COARSE, Played, by_depth, play, schedule, starts_of
 from deepfuse.passes.sites import module_of
 
 MEMORY = 1.15
@@ -77,13 +79,13 @@ def plan(graph: fx.Graph, device: Device, link: Link, tokens: int) -> Plan | Non
         return None
     work = graph_tasks(graph, BalancedSizes(graph, tokens), device, link)
     as_it_is = range(len(work.tasks))
-    before = play(work.tasks, as_it_is, work.given)
+    before = play(work.tasks, as_it_is, work.given, link.share)
     travels = sum(work.tasks[start].link_seconds or 0.0 for start in before.exposed)
     latency = len(starts) * link.latency
     if latency > LATENCY * travels:
         why = f"latency-bound: {milliseconds(latency)} of {milliseconds(travels)} are the link's latency"
         return Plan(work, as_it_is, before, before, why)
-    order, after = _best(work, before)
+    order, after = _best(work, before, link.share)
     if after.seconds > (1 - GAIN) * before.seconds:
         why = (
             f"predicted {milliseconds(before.seconds)} as it is and {milliseconds(after.seconds)} at best within "
@@ -97,17 +99,17 @@ def plan(graph: fx.Graph, device: Device, link: Link, tokens: int) -> Plan | Non
 def seconds_at(graph: fx.Graph, planned: Plan, device: Device, link: Link, tokens: int) -> float | None:
     """What a graph comes to in the order of a plan with another number of tokens; ``None`` where it is latency-bound."""
     work = graph_tasks(graph, BalancedSizes(graph, tokens), device, link)
-    played = play(work.tasks, planned.order, work.given)
+    played = play(work.tasks, planned.order, work.given, link.share)
     travels = sum(work.tasks[start].link_seconds or 0.0 for start in played.exposed)
     return None if len(played.exposed) * link.latency > LATENCY * travels else played.seconds
 
 
-def _best(work: GraphTasks, before: Played) -> tuple[Sequence[int], Played]:
+def _best(work: GraphTasks, before: Played, busy: float) -> tuple[Sequence[int], Played]:
     best: tuple[Sequence[int], Played] = (range(len(work.tasks)), before)
     for starts in dict.fromkeys((tuple(starts_of(work.tasks)), tuple(by_depth(work.tasks)))):
-        for reach in REACHES:
-            order = schedule(work.tasks, starts, reach)
-            played = play(work.tasks, order, work.given)
+        for reach, coarse in itertools.product(REACHES, (COARSE, math.inf)):
+            order = schedule(work.tasks, starts, reach, coarse)
+            played = play(work.tasks, order, work.given, busy)
             if played.peak <= MEMORY * before.peak and played.seconds < (1 - GAIN / 10) * best[1].seconds:
                 best = order, played
     return best

@@ -19,7 +19,7 @@ NEVER = 1 << 30
 SLACK = 1.1
 """Times its predicted duration that a message is covered for: real ones vary, and the work is there in any case."""
 COARSE = 4
-"""Filler may be so many times as long as the gap: it delays the wait, and is missing in a later gap."""
+"""Filler may be so many times as long as the gap, unless told otherwise: it delays the wait, and is missing in a later gap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +63,14 @@ class Played:
     peak: int
 
 
-def play(tasks: Sequence[Task], order: Sequence[int], given: Mapping[int, int] | None = None) -> Played:
+def play(
+    tasks: Sequence[Task], order: Sequence[int], given: Mapping[int, int] | None = None, busy: float = 0.0
+) -> Played:
     """Run an order of all tasks.
 
     Args:
         given: storage -> bytes of inputs; what is read goes when its last reader has run.
+        busy: share of the device that a message takes from what is computed while it is on the link.
     """
     readers: dict[int, int] = {}
     for task in tasks:
@@ -80,7 +83,9 @@ def play(tasks: Sequence[Task], order: Sequence[int], given: Mapping[int, int] |
     exposed: dict[int, float] = {}
     for number in order:
         task = tasks[number]
-        clock += task.seconds
+        # until then the link is never idle, and this much of the task is done
+        beside = (1 - busy) * max(free - clock, 0.0)
+        clock += task.seconds + busy / (1 - busy) * min(task.seconds, beside)
         if task.link_seconds is not None:
             free = ends[number] = max(clock, free) + task.link_seconds
             exposed[number] = 0.0
@@ -119,20 +124,21 @@ def in_order(tasks: Sequence[Task]) -> range:
     return range(len(tasks))
 
 
-def schedule(tasks: Sequence[Task], starts: Sequence[int], reach: int) -> list[int]:
+def schedule(tasks: Sequence[Task], starts: Sequence[int], reach: int, coarse: float = COARSE) -> list[int]:
     """All tasks in an order that hides collectives.
 
     Args:
         tasks: in an order in which they could run.
         starts: all that start collectives, in the order in which they are issued.
         reach: collectives that work may be moved across.
+        coarse: times a gap that what fills it may be long.
     """
-    return _Scheduler(tasks, starts, reach).run()
+    return _Scheduler(tasks, starts, reach, coarse).run()
 
 
 class _Scheduler:
-    def __init__(self, tasks: Sequence[Task], starts: Sequence[int], reach: int):
-        self.tasks, self.starts, self.reach = tasks, starts, reach
+    def __init__(self, tasks: Sequence[Task], starts: Sequence[int], reach: int, coarse: float):
+        self.tasks, self.starts, self.reach, self.coarse = tasks, starts, reach, coarse
         self.users: list[list[int]] = [[] for _ in tasks]
         for number, task in enumerate(tasks):
             for before in set(task.after):
@@ -245,7 +251,7 @@ class _Scheduler:
         for need in sorted(n for n, heap in self.ready.items() if heap and (k < n <= k + self.reach or n == NEVER)):
             number = self.ready[need][0]
             # a start must come in its turn
-            if self.tasks[number].link_seconds is None and self.tasks[number].seconds <= COARSE * gap:
+            if self.tasks[number].link_seconds is None and self.tasks[number].seconds <= self.coarse * gap:
                 return heapq.heappop(self.ready[need])
         return None
 

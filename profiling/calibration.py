@@ -1,9 +1,10 @@
 """Measured rates in the place of a cluster's: the JSON that ``deepfuse simulate --calibration`` takes.
 
     {"device": {"flops": {"float32": FLOP/s, ...}, "memory_bandwidth": bytes/s, "launch_seconds": s, "memory_bytes": bytes},
+     "products": {"bandwidth": bytes/s that operands and results of products move at},
      "nvlink": {"bandwidth": bytes/s, "latency": s},
      "network": {"bandwidth": bytes/s, "latency": s},
-     "exchange": {"share": of a device that an exchange takes from what runs beside it}}
+     "exchange": {"share": of a device that an exchange takes from what runs beside it, "latency": s that a message then takes more}}
 
 What it leaves out stays. ``benchmarks/calibrate.py`` measures one of two processes over a link.
 """
@@ -21,9 +22,10 @@ from deepfuse.profiling.cluster import Cluster
 LINK = ("bandwidth", "latency")
 KEYS = {
     "device": ("flops", "memory_bandwidth", "launch_seconds", "memory_bytes"),
+    "products": ("bandwidth",),
     "nvlink": LINK,
     "network": LINK,
-    "exchange": ("share",),
+    "exchange": ("share", "latency"),
 }
 RANGES = {"latency": ">= 0", "launch_seconds": ">= 0", "share": "of 0 to below 1"}
 """Of what need not be above 0."""
@@ -36,7 +38,7 @@ def calibrated(cluster: Cluster, path: Path) -> Cluster:
         ValueError: no file, no JSON, an entry that nobody reads, or one that is no such number.
     """
     parts = {part: _entries(path, part, rows) for part, rows in _read(path).items()}
-    device = parts.get("device", {})
+    device, exchange = parts.get("device", {}), parts.get("exchange", {})
     if "flops" in device:
         device["flops"] = {**cluster.device.flops, **device["flops"]}
     return replace(
@@ -44,7 +46,9 @@ def calibrated(cluster: Cluster, path: Path) -> Cluster:
         device=replace(cluster.device, **device),
         nvlink=replace(cluster.nvlink, **parts.get("nvlink", {})),
         network=replace(cluster.network, **parts.get("network", {})),
-        exchange_share=parts.get("exchange", {}).get("share", cluster.exchange_share),
+        product_bandwidth=parts.get("products", {}).get("bandwidth", cluster.product_bandwidth),
+        exchange_share=exchange.get("share", cluster.exchange_share),
+        exchange_latency=exchange.get("latency", cluster.exchange_latency),
     )
 
 

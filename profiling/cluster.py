@@ -9,6 +9,7 @@ for attention, which streams its cache beside its products (:func:`Cluster.secon
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,6 +27,8 @@ FlashAttention-4, 572 TFLOP/s (mlc-ai/pith-train, pull request 3); the gradient 
 TFLOP in 4.64 ms (meta-pytorch/tritonbench, pull request 1267)."""
 STREAMING = "mla_"
 """What the names of such ops begin with that read memory while they compute: their loops are long."""
+PRODUCTS = re.compile("linear|mm|matmul")
+"""In the names of ops that are matrix products."""
 BUSY_SMS = 20 / 132
 """Share of a GPU that an exchange holds while it runs beside computation (DeepSeek-V3, section 3.2.2); in decode the network
 adapters do it alone (DeepEP's low-latency kernels)."""
@@ -39,15 +42,21 @@ class Cluster:
     Attributes:
         nvlink: between the GPUs of a node.
         network: between nodes, for each GPU.
+        product_bandwidth: bytes a second that operands and results of products move at; ``None``: as all other bytes. On a CPU
+            products of few rows read their weights slower than a loop would.
         exchange_share: of a device, that an exchange takes from what runs beside it; ``None``: ``BUSY_SMS`` of a GPU outside
             of decode, else nothing.
+        exchange_latency: seconds that a message takes longer where something is computed beside it: on a CPU whose threads
+            all compute, those that send and receive wait for their turn.
     """
 
     device: Device
     gpus_per_node: int
     nvlink: Link
     network: Link
+    product_bandwidth: float | None = None
     exchange_share: float | None = None
+    exchange_latency: float = 0.0
 
     def __post_init__(self) -> None:
         if self.gpus_per_node < 1:
@@ -64,7 +73,10 @@ class Cluster:
             raise ValueError(f"{self.device.name}: want a rate for {dtype}, got those of {list(self.device.flops)}")
         share = ATTENTION.get(op, ARITHMETIC) / ARITHMETIC if self.device.kind == "cuda" else 1.0
         arithmetic = cost.flops / (share * self.device.flops[dtype])
-        memory = cost.bytes / self.device.memory_bandwidth
+        bandwidth = self.device.memory_bandwidth
+        if self.product_bandwidth is not None and PRODUCTS.search(op):
+            bandwidth = self.product_bandwidth
+        memory = cost.bytes / bandwidth
         busy = max(arithmetic, memory) if op.startswith(STREAMING) else arithmetic + memory
         return launches * self.device.launch_seconds + busy
 

@@ -29,13 +29,14 @@ Ops = tuple[float, ...]
 
 @dataclass(frozen=True, slots=True)
 class LayerSeconds:
-    """Of a layer of experts, or of a part of its tokens."""
+    """Of a layer of experts, or of a part of its tokens; ``messages`` is how many dispatch has, and combine as many."""
 
     attention: Ops
     shared: Ops
     dispatch: float
     routed: Ops
     combine: float
+    messages: int = 1
 
     @property
     def compute(self) -> float:
@@ -45,16 +46,14 @@ class LayerSeconds:
     def exchange(self) -> float:
         return self.dispatch + self.combine
 
-    def slowed(self, factor: float) -> "LayerSeconds":
-        """With computation that takes so many times as long."""
-        attention, shared, routed = (
-            tuple(factor * seconds for seconds in ops) for ops in (self.attention, self.shared, self.routed)
-        )
-        return replace(self, attention=attention, shared=shared, routed=routed)
+    def later(self, seconds: float) -> "LayerSeconds":
+        """With messages of which each comes so much later."""
+        more = self.messages * seconds
+        return replace(self, dispatch=self.dispatch + more, combine=self.combine + more)
 
 
 def plans(
-    at: Callable[[float], LayerSeconds], layers: int, *, can_split: bool = True, busy: float = 0.0
+    at: Callable[[float], LayerSeconds], layers: int, *, can_split: bool = True, busy: float = 0.0, late: float = 0.0
 ) -> dict[str, float]:
     """Seconds of so many layers under each plan; none but the first where nothing travels.
 
@@ -62,19 +61,18 @@ def plans(
         at: of a layer with this fraction of the tokens.
         can_split: whether there are tokens to split.
         busy: share of a device that an exchange beside computation takes from it.
+        late: seconds that a message beside computation takes longer than one that is alone.
     """
     whole = at(1.0)
     found = {NONE: layers * (whole.compute + whole.exchange)}
     if not whole.exchange:
         return found
-    slower = 1 / (1 - busy)
-    # what a layer begins with has nothing beside it, and neither have experts that are not chunked
-    beside = replace(whole, shared=whole.slowed(slower).shared)
-    found[SHARED] = layers * _fastest(_Tasks().layer(beside, [beside]))
+    beside = whole.later(late)
+    found[SHARED] = layers * _fastest(_Tasks().layer(beside, [beside]), busy)
     if can_split:
-        parts = {n: at(1 / n).slowed(slower) for n in CHUNKS}
-        found |= {f"chunked x{n}": layers * _fastest(_Tasks().layer(beside, [parts[n]] * n)) for n in CHUNKS}
-        found[TWO_BATCH] = _stack(parts[2], layers)
+        parts = {n: at(1 / n).later(late) for n in CHUNKS}
+        found |= {f"chunked x{n}": layers * _fastest(_Tasks().layer(beside, [parts[n]] * n), busy) for n in CHUNKS}
+        found[TWO_BATCH] = _stack(parts[2], layers, busy)
     return found
 
 
@@ -83,7 +81,7 @@ def best(seconds: Mapping[str, float]) -> str:
     return min(seconds, key=seconds.__getitem__)
 
 
-def _stack(half: LayerSeconds, layers: int) -> float:
+def _stack(half: LayerSeconds, layers: int, busy: float) -> float:
     """Of two halves of a batch."""
 
     def seconds(depth: int) -> float:
@@ -93,7 +91,7 @@ def _stack(half: LayerSeconds, layers: int) -> float:
             for h in range(2):
                 tasks.layer(half, [half], ends[h])
                 ends[h] = tasks.ends
-        return _fastest(tasks)
+        return _fastest(tasks, busy)
 
     few, more = min(layers, SCHEDULED // 2), min(layers, SCHEDULED)
     first, last = seconds(few), seconds(more)
@@ -129,7 +127,7 @@ class _Tasks(list[Task]):
         return (start + 1,)
 
 
-def _fastest(tasks: Sequence[Task]) -> float:
+def _fastest(tasks: Sequence[Task], busy: float) -> float:
     """Seconds of the best order that the pass tries."""
     orders = (schedule(tasks, starts, reach) for starts in (starts_of(tasks), by_depth(tasks)) for reach in REACHES)
-    return min(play(tasks, order).seconds for order in orders)
+    return min(play(tasks, order, busy=busy).seconds for order in orders)

@@ -103,6 +103,7 @@ class Simulation:
             layers,
             can_split=setup.sequences * rank.new_tokens >= 4,
             busy=self.cluster.busy(decode=setup.phase == "decode"),
+            late=self.cluster.exchange_latency,
         )
         seconds = {name: stack + others + rank.sums() for name, stack in stacks.items()}
         overlap = best(seconds)
@@ -255,6 +256,7 @@ class _Rank:
             dispatch=dispatch,
             routed=inside["routed"] + inside["permute"],
             combine=combine,
+            messages=2 if self.setup.phase == "train" else 1,
         )
 
     def exchanges(self, fraction: float) -> tuple[float, float]:

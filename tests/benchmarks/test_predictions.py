@@ -12,7 +12,8 @@ from deepfuse.profiling.bench_device import facts
 from deepfuse.profiling.bench_results import Results
 
 micro, predictions, calibrate = (load_script(name) for name in ("microbenchmarks", "predictions", "calibrate"))
-FLOPS, MEMORY, LAUNCH, LINK, LATENCY, SHARE = 2e11, 1.5e10, 1e-5, 33e6, 5e-4, 0.1
+FLOPS, MEMORY, OPERANDS = 2e11, 1.5e10, 6e9
+LAUNCH, LINK, LATENCY, LATER, SHARE = 1e-5, 33e6, 5e-4, 2e-3, 0.1
 
 
 def taken():
@@ -20,28 +21,58 @@ def taken():
     seconds = {f"sum {micro.MEMORY}": 12 * micro.MEMORY / MEMORY + LAUNCH, f"sum {micro.SMALL}": LAUNCH}
     for M, K, N in micro.PRODUCTS:
         bytes_moved = 4 * (M * K + K * N + M * N)
-        seconds[f"product {M} {K} {N}"] = 2 * M * K * N / FLOPS + bytes_moved / MEMORY + LAUNCH
+        seconds[f"product {M} {K} {N}"] = 2 * M * K * N / FLOPS + bytes_moved / OPERANDS + LAUNCH
     small, *large = micro.MESSAGES
     seconds[f"message {small}"] = LATENCY
     # of two ranks, half of a message stays
     seconds |= {f"message {rows}": LATENCY + 16 * rows / LINK for rows in large}
-    product = seconds["product {} {} {}".format(*micro.PRODUCTS[2])]
-    seconds[micro.COUNT] = 10
-    seconds[micro.BESIDE] = 10 * product + SHARE * seconds[f"message {large[-1]}"]
-    return seconds
+    return {**seconds, micro.BESIDE: 0.2, micro.LATE: micro.MESSAGES_LATE * (LATENCY + LATER)}
 
 
 def test_rates_are_those_that_the_times_were_made_of():
-    found = micro.rates(taken(), 2)
+    found = micro.rates(taken(), SHARE, 2)
     assert found["device"]["flops"]["float32"] == pytest.approx(FLOPS)
     assert found["device"]["memory_bandwidth"] == pytest.approx(MEMORY) and found["device"]["launch_seconds"] == LAUNCH
+    assert found["products"] == {"bandwidth": pytest.approx(OPERANDS)}
     assert found["network"] == {"bandwidth": pytest.approx(LINK), "latency": LATENCY}
-    assert found["exchange"]["share"] == pytest.approx(SHARE)
+    assert found["exchange"] == {"share": SHARE, "latency": pytest.approx(LATER)}
 
 
-@pytest.mark.parametrize(("seconds", "share"), [(0.0, 0.0), (1e3, micro.MOST)])
-def test_a_message_holds_no_less_than_nothing_and_leaves_something(seconds, share):
-    assert micro.rates({**taken(), micro.BESIDE: seconds}, 2)["exchange"] == {"share": share}
+@pytest.mark.parametrize(("measured", "share"), [(-0.1, 0.0), (0.99, micro.MOST)])
+def test_a_message_holds_no_less_than_nothing_and_leaves_something(measured, share):
+    assert micro.rates(taken(), measured, 2)["exchange"]["share"] == share
+
+
+def test_a_message_beside_products_is_not_earlier_than_alone():
+    assert micro.rates({**taken(), micro.LATE: 0.0}, SHARE, 2)["exchange"]["latency"] == 0
+
+
+class Sent:
+    """A message that is there after three looks."""
+
+    def __init__(self):
+        self.looks = 0
+
+    def is_completed(self):
+        self.looks += 1
+        return self.looks > 3
+
+    def wait(self):
+        pass
+
+
+def test_the_share_of_a_message_is_what_the_same_products_take_longer(monkeypatch):
+    now = [0.0]
+    sent = Sent()
+    monkeypatch.setattr(micro.dist, "all_to_all_single", lambda *_, async_op: sent)
+    monkeypatch.setattr(micro.time, "perf_counter", lambda: now[0])
+
+    def product():
+        now[0] += 4.0 if sent.looks < 4 else 3.0
+
+    beside = micro.Beside(product, torch.zeros(2))
+    beside()
+    assert beside.shares == [0.25]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +86,7 @@ def test_times_that_do_not_grow_with_the_work_are_refused(wrong):
     with pytest.raises(
         ValueError, match=r"^microbenchmarks: want times that grow with the work, got .*; measure again$"
     ):
-        micro.rates({**taken(), **wrong}, 2)
+        micro.rates({**taken(), **wrong}, SHARE, 2)
 
 
 @pytest.fixture
@@ -69,11 +100,11 @@ def ranks(monkeypatch):
         for spec in specs:
             names = [f"{n} {name}" for n in spec["tokens"] for name in predictions.PLANS]
             seconds = taken()
-            times = {name: [s] * 5 for name, s in seconds.items() if name != micro.COUNT}
+            times = {name: [s] * 5 for name, s in seconds.items()}
             found.append(
                 {
                     "times": {**times, **{name: [0.25] * 5 for name in names}},
-                    micro.COUNT: [10] * 5,
+                    micro.SHARE: [SHARE] * 5,
                     "imbalance": {str(n): 1.0 for n in spec["tokens"]},
                     "refused": [f"128 {predictions.CHUNKED}"],
                 }
@@ -103,16 +134,18 @@ def test_predictions_stand_beside_what_was_measured(ranks, monkeypatch):
     refused = rows[f"prefill, 66 MB/s, 128 tokens, {predictions.CHUNKED}"]
     assert list(refused.figures) == ["measured"] and refused.facts["difference"] == "refused"
     assert rows[f"prefill, 66 MB/s, {micro.BESIDE}"].facts["rates"] == (
-        "200 GFLOP/s, 15.0 GB/s, launch 10 us; link 33.0 MB/s, 500 us, holds 10.0% of a processor"
+        "200 GFLOP/s, 15.0 GB/s, 6.0 of products, launch 10 us; link 33.0 MB/s, 500 us, holds 10.0% of a "
+        "processor, 2000 us later beside products"
     )
     ((specs, rate, script, environment),) = ranks
     assert rate == 66e6 and script == "prediction_ranks.py" and "MALLOC_MMAP_MAX_" in environment
-    assert [spec["tokens"] for spec in specs] == [(128, 1024, 4096)]
+    assert [spec["tokens"] for spec in specs] == [(16, 128, 1024, 4096, 8192)]
 
 
 def test_a_layer_by_hand(monkeypatch):
     # the parts of 1024 tokens: 2 of 4 experts of 256 each, and a shared expert 32 times as wide, at a width of 512
-    found = predictions.predicted(False, {1024: 1.0}, micro.rates({**taken(), micro.BESIDE: 0.0}, 2))[1024]
+    quick = {**taken(), micro.LATE: 0.0}
+    found = predictions.predicted(False, {1024: 1.0}, micro.rates(quick, 0.0, 2))[1024]
     messages = 2 * 1024 * 512 * 4 / LINK + 3 * LATENCY
     shared = 2 * 1024 * 512 * 3 * 32 * 256
     arithmetic = shared * (1 + 2 / 32) / FLOPS
@@ -128,7 +161,7 @@ def test_the_script_writes_what_the_simulation_takes(ranks, tmp_path, monkeypatc
     # the script has a copy of the suite's functions
     monkeypatch.setattr(calibrate, "measured_by_ranks", predictions.measured_by_ranks)
     calibrate.main()
-    assert json.loads(out.read_text()) == json.loads(capsys.readouterr().out) == micro.rates(taken(), 2)
+    assert json.loads(out.read_text()) == json.loads(capsys.readouterr().out) == micro.rates(taken(), SHARE, 2)
     ((specs, rate, _, _),) = ranks
     assert rate == 20e6 and specs[0]["tokens"] == []
 

@@ -86,3 +86,9 @@ def test_bytes_on_the_wire_of_a_decode_step_as_published() -> None:
 def test_a_link_that_cannot_be_is_refused(bandwidth: float, latency: float) -> None:
     with pytest.raises(ValueError, match=r"link y: want a bandwidth > 0 in bytes/s and a latency >= 0 in s"):
         Link(name="y", bandwidth=bandwidth, latency=latency)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_a_share_that_leaves_nothing_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=rf"^link z: want a share of the device >= 0 and below 1, got {share}$"):
+        Link(name="z", bandwidth=1.0, latency=0.0, share=share)

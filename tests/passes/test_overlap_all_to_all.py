@@ -74,6 +74,8 @@ def test_the_shared_expert_runs_under_dispatch_and_combine():
     ("link", "why"),
     [
         (Link(name="fast", bandwidth=1e15, latency=0.0), "refused: predicted"),
+        # what runs meanwhile takes longer by nearly as much as is hidden
+        (Link(name="copied by the processor", bandwidth=1e8, latency=1e-5, share=0.99), "refused: predicted"),
         (None, ""),
         # 2 x 0.06 ms, and 0.33 ms for each message
         (Link(name="slow to begin", bandwidth=1e8, latency=6e-5), "refused: latency-bound: 0.12 ms of 0.7"),

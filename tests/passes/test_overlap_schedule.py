@@ -45,9 +45,17 @@ def test_independent_work_fills_the_gaps_in_its_order():
     assert play(longer, order).seconds == 10.0
 
 
+def test_a_message_takes_its_share_of_what_runs_beside_it():
+    order = [0, 5, 6, 1, 2, 3, 4, 7]
+    # 3 of the shared expert: 2 in the 4 of the message, at half the speed, and 1 behind it; nothing runs beside the second
+    assert play(LAYER, order, busy=0.5).seconds == play(LAYER, order).seconds + 0.5 * 4.0
+    assert play(LAYER, range(len(LAYER)), busy=0.5).seconds == 17.0
+
+
 def test_filler_that_is_longer_than_the_gap_by_far_is_left_for_a_later_one():
     tasks = [start((), 0.1), wait(0), start((1,), 9.0), wait(2), Task(seconds=9.0), Task(after=(3, 4))]
     assert schedule(tasks, [0, 2], reach=2) == [0, 1, 2, 4, 3, 5]
+    assert schedule(tasks, [0, 2], reach=2, coarse=90.0) == [0, 4, 1, 2, 3, 5], "unless it may"
 
 
 def test_chains_of_two_halves_alternate():

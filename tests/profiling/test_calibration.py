@@ -19,14 +19,16 @@ def test_measured_rates_are_taken_as_they_are(tmp_path: Path) -> None:
     rates = {
         "device": {"flops": {"float32": 3e10}, "launch_seconds": 0},
         "network": {"bandwidth": 1e8, "latency": 1e-4},
-        "exchange": {"share": 0.05},
+        "products": {"bandwidth": 7e9},
+        "exchange": {"share": 0.05, "latency": 3e-3},
     }
     (tmp_path / "rates.json").write_text(json.dumps(rates))
     found = calibrated(CLUSTER, tmp_path / "rates.json")
     assert found.device.flops[torch.float32] == 3e10 and found.device.launch_seconds == 0
     assert found.device.flops[torch.bfloat16] == H800.flops[torch.bfloat16]
     assert (found.network.bandwidth, found.network.latency) == (1e8, 1e-4)
-    assert found.nvlink == NVLINK_H800 and found.exchange_share == 0.05
+    assert found.nvlink == NVLINK_H800 and (found.exchange_share, found.exchange_latency) == (0.05, 3e-3)
+    assert found.product_bandwidth == 7e9
 
 
 def test_a_file_that_says_nothing_changes_nothing(tmp_path: Path) -> None:
@@ -40,8 +42,8 @@ def test_a_file_that_says_nothing_changes_nothing(tmp_path: Path) -> None:
         ("{", "want JSON of measured rates, got Expecting property name"),
         ("\udcff", "want JSON of measured rates, got 'utf-8' codec can't decode"),
         ("[" * 100_000, "want JSON of measured rates, got "),
-        ("[1]", "want JSON with device, nvlink, network, exchange, got list"),
-        ('{"gpu": {}}', "want parts out of device, nvlink, network, exchange, got 'gpu'"),
+        ("[1]", "want JSON with device, products, nvlink, network, exchange, got list"),
+        ('{"gpu": {}}', "want parts out of device, products, nvlink, network, exchange, got 'gpu'"),
         ('{"device": 3}', "want device with flops, memory_bandwidth, launch_seconds, memory_bytes, got 3"),
         ('{"network": {"speed": 1}}', "want entries of network out of bandwidth, latency, got 'speed'"),
         ('{"network": {"bandwidth": 0}}', "want a finite network.bandwidth > 0, got 0"),

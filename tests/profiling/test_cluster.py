@@ -157,3 +157,23 @@ def test_sums_go_through_nodes_first() -> None:
 def test_a_node_without_gpus_is_refused() -> None:
     with pytest.raises(ValueError, match="cluster: want gpus_per_node >= 1, got 0"):
         replace(PLAIN, gpus_per_node=0)
+
+
+@pytest.mark.parametrize(
+    ("op", "times"),
+    [
+        ("linear", 2),
+        ("linear_backward", 2),
+        ("grouped_matmul_wgrad", 2),
+        ("mm", 2),
+        ("swiglu", 1),
+        ("loops", 1),
+        ("mla_attention", 1),
+    ],
+)
+def test_products_may_move_their_operands_at_a_rate_of_their_own(op, times):
+    full = PLAIN.device.memory_bandwidth
+    cost, dtype = Cost(0, 10**9), torch.bfloat16
+    slow = replace(PLAIN, product_bandwidth=full / 2)
+    assert slow.seconds(op, cost, dtype, 0) == pytest.approx(10**9 * times / full)
+    assert PLAIN.seconds(op, cost, dtype, 0) == pytest.approx(10**9 / full)

@@ -18,7 +18,10 @@ def evenly(whole: LayerSeconds, latency: float = 0.0) -> Callable[[float], Layer
 
     def at(n: float) -> LayerSeconds:
         link = {"dispatch": n * whole.dispatch + latency, "combine": n * whole.combine + latency}
-        return replace(whole.slowed(n), **link)
+        ops = {
+            name: tuple(n * seconds for seconds in getattr(whole, name)) for name in ("attention", "shared", "routed")
+        }
+        return replace(whole, **ops, **link)
 
     return at
 
@@ -71,5 +74,22 @@ def test_one_token_is_not_split() -> None:
 def test_an_exchange_that_takes_processors_slows_what_runs_beside_it() -> None:
     alone, beside = (plans(evenly(layer(4, 0, 2, 4, 2)), 5, busy=busy) for busy in (0.0, 0.2))
     assert beside["none"] == alone["none"]
-    # computation takes 10 a layer; the last combine stays
-    assert beside["two-batch"] == pytest.approx(5 * 10 + 1)
+    # 8 a layer, and a fifth of the time that messages travel beside it: all 4 of each layer but the last combine's 1
+    assert beside["two-batch"] == pytest.approx(alone["two-batch"] + 0.2 * (5 * 4 - 1))
+
+
+def test_only_what_runs_beside_an_exchange_is_slowed() -> None:
+    # attention 1, then 4 of the shared expert beside 2 of dispatch: 1.5 of work in them; routed 3 beside nothing, for it
+    # waits for the dispatch; what is left of the shared expert beside the combine
+    found = plans(evenly(layer(1, 8, 2, 3, 4)), 1, busy=0.25)
+    assert found["shared expert"] == pytest.approx(1 + 8 + 3 + 0.25 * (2 + 4))
+
+
+def test_a_message_beside_computation_comes_later() -> None:
+    whole = layer(1, 2, 2, 3, 4)
+    alone, late = (plans(evenly(whole), 2, late=late) for late in (0.0, 0.5))
+    assert late["none"] == alone["none"]
+    # dispatch and combine of two layers; of training each is two messages
+    assert late["shared expert"] == alone["shared expert"] + 2 * 2 * 0.5
+    twice = plans(evenly(replace(whole, messages=2)), 2, late=0.5)
+    assert twice["shared expert"] == alone["shared expert"] + 2 * 4 * 0.5
