@@ -1,7 +1,11 @@
 """``deepfuse profile open`` and ``--open``: what is refused, before a model is built."""
 
 import os
+import re
+import signal
+import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -84,3 +88,28 @@ def test_tensorboard_that_does_not_start(monkeypatch, tmp_path):
     monkeypatch.setattr(tensorboard_server.sys, "executable", str(script))
     with pytest.raises(RuntimeError, match="profile open: want TensorBoard to start, got 'no port is free'"):
         tensorboard_server.serve(tmp_path)
+
+
+def test_a_kill_ends_tensorboard_too(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    server = tmp_path / "server"
+    server.write_text('#!/bin/sh\necho "TensorBoard 2 at http://localhost:$$/"\nexec sleep 100\n')
+    server.chmod(0o755)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom deepfuse.profiling import tensorboard_server\n"
+        "tensorboard_server.check_tensorboard = lambda: None\n"
+        f"sys.executable = {str(server)!r}\n"
+        f"tensorboard_server.serve(Path({str(tmp_path)!r}))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    number = int(re.search(r":(\d+)/", process.stdout.readline())[1])
+    process.terminate()
+    process.communicate(timeout=60)
+    try:
+        assert process.returncode == 128 + signal.SIGTERM
+        with pytest.raises(ProcessLookupError):
+            os.kill(number, 0)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
