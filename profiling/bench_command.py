@@ -32,6 +32,11 @@ class Bench:
 
         from deepfuse.profiling.bench_suites import run_suite, suites
 
+        if self.suite in (None, "plot"):
+            given = [name for name in ("json", "against", "budget", "only") if getattr(self, name) is not None]
+            if given:
+                named = ", ".join(f"--{name}" for name in given)
+                raise ValueError(f"bench: want a suite with {named}, got {self.suite or 'none'}")
         if self.suite == "plot":
             self._plot()
             return

@@ -23,7 +23,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         }
     return {
         "kind": "cpu",
-        "name": _cpu_name(),
+        "name": cpu_name(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
@@ -44,7 +44,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the system has it; the kind of processor where it has none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -92,7 +92,7 @@ class Results:
             rows = tuple(_row(entry) for entry in content["rows"])
             if set(content) != {each.name for each in fields(cls)}:
                 raise KeyError
-            if not (isinstance(content["device"], dict) and isinstance(content["versions"], dict)):
+            if not all(isinstance(content[name], dict) for name in ("device", "versions", "left_out")):
                 raise TypeError
             return cls(**{**content, "rows": rows})
         except OSError as error:

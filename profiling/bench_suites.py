@@ -19,6 +19,7 @@ from deepfuse.profiling.bench import Bench
 from deepfuse.profiling.bench_against import comparison
 from deepfuse.profiling.bench_device import facts, versions
 from deepfuse.profiling.bench_results import Results, check_comparable, words
+from deepfuse.profiling.out_file import check_out_file
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 ARGUMENTS = {
@@ -71,8 +72,8 @@ def run_suite(
         only: part of the names of what is run; rows that ``json`` has of other parts stay.
 
     Raises:
-        ValueError: no such suite, a GPU suite without a GPU, a budget that is none, ``json`` in a folder that does not
-            exist, a baseline of another suite or device, or ``only`` names no part.
+        ValueError: no such suite, a GPU suite without a GPU, a budget that is none, ``json`` that cannot be
+            written, a baseline of another suite or device, or ``only`` names no part.
     """
     console = console or Console()
     known = suites(folder)
@@ -80,8 +81,8 @@ def run_suite(
         raise ValueError(f"bench: want a suite out of {', '.join(known)}, got {name!r}")
     if budget is not None and not budget > 0:
         raise ValueError(f"bench: want --budget > 0, got {budget}")
-    if json is not None and (json.is_dir() or not json.parent.is_dir()):
-        raise ValueError(f"bench: want --json to be a file in a folder that exists, got {json}")
+    if json is not None:
+        check_out_file(json, "bench: want --json")
     module = _load(known[name].path)
     device = _device(name, getattr(module, "DEVICE", "cpu"))
     results = Results(suite=name, command=f"deepfuse bench {name}", device=facts(device), versions=versions())

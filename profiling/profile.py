@@ -20,6 +20,7 @@ import torch
 
 from deepfuse.ir.device import Device, measured_cpu
 from deepfuse.passes.journal import Journal
+from deepfuse.profiling.bench_device import cpu_name
 from deepfuse.profiling.measured_gpu import measured_gpu
 from deepfuse.profiling.model_ranges import ranged
 from deepfuse.profiling.page import write_page
@@ -228,16 +229,8 @@ def _nothing(model: Model | Trainer | CompiledModule, warmup: int) -> str:
 
 def _machine(device: torch.device) -> dict[str, Any]:
     return {
-        "device": _cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return os.uname().machine
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), os.uname().machine)

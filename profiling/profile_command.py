@@ -65,13 +65,15 @@ class Profile:
         self._profile()
 
     def _refuse_all_but(self, *names: str) -> None:
-        plain = Profile(model=self.model)
-        given = [
-            f.name for f in fields(self) if f.name not in names and getattr(self, f.name) != getattr(plain, f.name)
-        ]
+        given = self._given(*(f.name for f in fields(self) if f.name not in names))
         if given:
-            named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ValueError(f"profile {self.model}: want directories without options of a profile, got {named}")
+            raise ValueError(f"profile {self.model}: want directories without options of a profile, got {given}")
+
+    def _given(self, *names: str) -> str:
+        """Those of the options that are not as they are by default, with commas between."""
+        plain = Profile(model=self.model)
+        given = [name for name in names if getattr(self, name) != getattr(plain, name)]
+        return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
     def _diff(self) -> None:
         from deepfuse.profiling.diff import compare, difference_table
@@ -132,10 +134,13 @@ class Profile:
         if self.train:
             if any(details.values()) or self.prompt is not None:
                 raise ValueError("profile: want no --shapes, --memory, --stacks or --prompt with --train, got some")
+            if self.nvtx and self.out is not None:
+                raise ValueError("profile: want --train with --out or with --nvtx, got both")
             run = self._profiled_training()
         else:
-            if self.text is not None:
-                raise ValueError(f"profile: want --train with --text, got --text {self.text} alone")
+            given = self._given("text", "batch_size", "seq_len")
+            if given:
+                raise ValueError(f"profile: want --train with --text, --batch-size and --seq-len, got {given} alone")
             prompt = sys.stdin.read() if self.prompt is None else self.prompt
             model = self.options.build(self.model)
             with profile(model, self.out, nvtx=self.nvtx, tensorboard=True if self.open else None, **details) as run:

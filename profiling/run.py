@@ -164,6 +164,8 @@ class Run:
             )
             if any(step.graph not in run.parts for step in run.steps):
                 raise KeyError("a step of a graph without parts")
+            if any(not run._has(step.graph, span) for step in run.steps for span in step.spans):
+                raise KeyError("a span of a part that its graph lacks")
         except OSError as error:
             raise ValueError(f"run: want a directory that profile wrote, got {folder}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -171,6 +173,10 @@ class Run:
         if not run.steps:
             raise ValueError(f"run: want a trace with steps, got none in {path}")
         return run
+
+    def _has(self, graph: str, span: Span) -> bool:
+        kernels = self.parts[graph]
+        return 0 <= span.kernel < len(kernels) and 0 <= span.part < len(kernels[span.kernel])
 
     def _times(self, step: Step, by: By) -> Iterator[tuple[str, int]]:
         if not self.parts[step.graph]:  # not compiled, as the optimizer's part of a training step

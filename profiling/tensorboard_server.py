@@ -1,6 +1,7 @@
 """TensorBoard on a run's directory, or on one that has several."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def check_tensorboard() -> None:
 
 
 def serve(folder: Path) -> None:
-    """Start TensorBoard, print where it is, and stay until Ctrl-C.
+    """Start TensorBoard, print where it is, and stay until Ctrl-C, or a kill, which both end it. In the main thread.
 
     Args:
         folder: that a profile wrote, or one above several of these.
@@ -39,6 +40,8 @@ def serve(folder: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     said, url = "", None
+    # the default would leave TensorBoard behind
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         for line in process.stdout:
             found = _URL.search(line)
@@ -53,6 +56,7 @@ def serve(folder: Path) -> None:
     finally:
         _end(process)
         process.stdout.close()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -202,14 +202,15 @@ class Kernels:
         from deepfuse.profiling.compile_kernels import check_request, compile_kernels
         from deepfuse.profiling.kernel_changes import check_comparable, compare
         from deepfuse.profiling.kernel_table import installed_triton, read_table, table_of
+        from deepfuse.profiling.out_file import check_out_file
 
         check_request(self.arch, self.op)
         kept = None
         if self.against is not None:  # before minutes of compiling
             kept = read_table(self.against)
             check_comparable(kept, installed_triton(), self.arch)
-        if self.json is not None and not self.json.parent.is_dir():
-            raise ValueError(f"kernels: want --json in a folder that exists, got {self.json}")
+        if self.json is not None:
+            check_out_file(self.json, "kernels: want --json")
         terminal = Console(stderr=True)
         with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
             task = bar.add_task("compiling", total=None)

@@ -1,6 +1,7 @@
 """The runner of benchmarks: rows are kept as they are measured, what is left out is said, baselines are comparable."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -233,7 +234,7 @@ def test_a_baseline_that_is_none_is_refused(content: str, folder: Path, tmp_path
         run_suite("toy", against=tmp_path / "x.json", folder=folder, console=quiet)
 
 
-@pytest.mark.parametrize("change", [("figures", None), ("device", "H200"), ("versions", ["torch"])])
+@pytest.mark.parametrize("change", [("figures", None), ("device", "H200"), ("versions", ["torch"]), ("left_out", None)])
 def test_a_baseline_with_something_else_in_it_is_refused(change, folder: Path, tmp_path: Path, quiet: Console) -> None:
     path = tmp_path / "x.json"
     run_suite("toy", json=path, folder=folder, console=quiet)
@@ -258,6 +259,11 @@ def test_what_cannot_run_is_one_error(folder: Path, tmp_path: Path, quiet: Conso
     refused("want --budget > 0, got nan", budget=float("nan"))
     refused("want --json to be a file in a folder that exists, got", json=tmp_path / "no" / "x.json")
     refused("want --json to be a file in a folder that exists, got", json=tmp_path)
+    # a device would be replaced by a file
+    os.mkfifo(tmp_path / "fifo")
+    refused("want --json to be a file in a folder that exists, got", json=tmp_path / "fifo")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    refused(r"want --json to be a file that can be written, got .*x\.json", json=tmp_path / "x.json")
     (folder / "toy.py").write_text(TOY.replace("def suite", 'DEVICE = "cuda"\n\n\ndef suite'))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused("want a CUDA device for the suite toy, got none")
@@ -332,6 +338,9 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     missing = refused("plot", tmp_path / "no.json", "--out", tmp_path / "x.svg")
     assert missing.endswith("/no.json (No such file or directory)\n") and "Errno" not in missing
     assert "behind the word plot only" in refused("cpu", path)
+    assert "want a suite with --json, --budget, got none" in refused("--json", tmp_path / "y.json", "--budget", "5")
+    assert "want a suite with --only, got plot" in refused("plot", path, "--out", tmp_path / "y.svg", "--only", "a")
+    assert not (tmp_path / "y.svg").exists()
 
 
 def test_a_suite_is_a_script_that_needs_no_tyro(folder: Path, tmp_path: Path) -> None:

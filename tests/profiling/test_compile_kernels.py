@@ -52,7 +52,11 @@ def nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
             ["--against", "/does/not/exist.json"],
             "want a table that `deepfuse kernels --json` wrote, got /does/not/exist.json (No such file or directory)",
         ),
-        (["--json", "/does/not/exist.json"], "want --json in a folder that exists, got /does/not/exist.json"),
+        (
+            ["--json", "/does/not/exist.json"],
+            "want --json to be a file in a folder that exists, got /does/not/exist.json",
+        ),
+        (["--json", "/"], "want --json to be a file in a folder that exists, got /"),
     ],
 )
 def test_what_is_refused(

@@ -125,6 +125,12 @@ def test_the_command(command):
         (("v3-tiny", "--prompt", "a", "--no-compile"), "got --no-compile"),
         (("diff", "a", "c"), "run: want a directory that profile wrote, got c"),
         (("v3-tiny", "a"), "profile: want one model, got v3-tiny and a"),
+        # before the model is looked for
+        (("no", "--train", "--nvtx", "--out", "c"), "profile: want --train with --out or with --nvtx, got both"),
+        (
+            ("no", "--prompt", "a", "--seq-len", "9"),
+            "profile: want --train with --text, --batch-size and --seq-len, got --seq-len",
+        ),
     ],
 )
 def test_what_the_command_refuses(command, capsys, arguments, message):

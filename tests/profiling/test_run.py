@@ -108,6 +108,12 @@ def test_what_is_wrong_with_a_directory_is_said_in_words(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match="a step of a graph without parts"):
         Run.read(tmp_path)
+    run().write(tmp_path / "run.json")
+    data = json.loads((tmp_path / "run.json").read_text())
+    data["steps"][0]["spans"][0]["part"] = 99
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="a span of a part that its graph lacks"):
+        Run.read(tmp_path)
 
 
 def test_a_trace_without_steps(tmp_path):

@@ -1,8 +1,12 @@
 """``deepfuse profile open`` and ``--open``: what is refused, before a model is built."""
 
 import os
+import re
+import signal
+import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -109,3 +113,28 @@ def test_tensorboard_that_does_not_end_is_ended(monkeypatch, tmp_path):
     assert time.monotonic() - began < 20
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+def test_a_kill_ends_tensorboard_too(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    server = tmp_path / "server"
+    server.write_text('#!/bin/sh\necho "TensorBoard 2 at http://localhost:$$/"\nexec sleep 100\n')
+    server.chmod(0o755)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom deepfuse.profiling import tensorboard_server\n"
+        "tensorboard_server.check_tensorboard = lambda: None\n"
+        f"sys.executable = {str(server)!r}\n"
+        f"tensorboard_server.serve(Path({str(tmp_path)!r}))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    number = int(re.search(r":(\d+)/", process.stdout.readline())[1])
+    process.terminate()
+    process.communicate(timeout=60)
+    try:
+        assert process.returncode == 128 + signal.SIGTERM
+        with pytest.raises(ProcessLookupError):
+            os.kill(number, 0)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)

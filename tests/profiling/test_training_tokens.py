@@ -32,7 +32,7 @@ def test_tokens_of_a_text(tmp_path):
     ("options", "message"),
     [
         (["--train", "--prompt", "a"], "want no --shapes, --memory, --stacks or --prompt with --train"),
-        (["--text", "file"], "want --train with --text, got --text file alone"),
+        (["--text", "file"], "want --train with --text, --batch-size and --seq-len, got --text alone"),
         (["--train", "--seq-len", "0"], "want seq_len >= 1, got 0"),
     ],
 )
