@@ -8,18 +8,15 @@ in which the passes left them, each call as torch makes it: Inductor would take 
 """
 
 import functools
-import json
-import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from measured_rates import measured_device, measured_link
 from overlap_ranks import NAME, WITHOUT, Step, notes, timed
+from rank_group import in_group
 
 from deepfuse.blocks.axis import Axis
 from deepfuse.blocks.config import Config
@@ -97,17 +94,5 @@ def _step(fn: Any, model: CausalLM, *args: Any) -> None:
     fn(model, *args).backward()
 
 
-def main(specs: list[Mapping[str, Any]]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    world: Any = dist.group.WORLD
-    axis = Axis("expert", world.group_name, dist.get_world_size(), dist.get_rank())
-    found = [measure(spec, axis) for spec in specs]
-    if axis.rank == 0:
-        print(json.dumps(found))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(json.loads(sys.argv[1]))
+    in_group(lambda specs, axis: [measure(spec, axis) for spec in specs])

@@ -8,8 +8,6 @@ Both ranks start a step at a barrier, and a step has taken what it took on the s
 import functools
 import gc
 import json
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from measured_rates import measured_device, measured_link
+from rank_group import in_group
 from torch import Tensor, fx, nn
 
 from deepfuse.blocks.axis import Axis
@@ -236,21 +235,13 @@ def independent(moe: MoE, x: Tensor, settings: Mapping[str, Any], backward: bool
     return step
 
 
-def main(specs: list[dict[str, Any]]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    world: Any = dist.group.WORLD
-    axis = Axis("expert", world.group_name, dist.get_world_size(), rank)
+def main(specs: list[dict[str, Any]], axis: Axis) -> list[dict[str, Any]]:
+    """What is measured of each, with one link."""
     groups: list[Any] = [dist.new_group([r]) for r in range(axis.size)]
-    alone = Axis("expert", groups[rank].group_name, 1, 0)
+    alone = Axis("expert", groups[axis.rank].group_name, 1, 0)
     link = measured_link(axis, timed)
-    found = [measure(spec, axis, alone, link) for spec in specs]
-    if rank == 0:
-        print(json.dumps(found))
-    dist.destroy_process_group()
+    return [measure(spec, axis, alone, link) for spec in specs]
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(json.loads(sys.argv[1]))
+    in_group(main)

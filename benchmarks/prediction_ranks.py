@@ -7,9 +7,6 @@ microbenchmarks run in the same rounds.
 """
 
 import functools
-import json
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +28,7 @@ from overlap_ranks import (
     notes,
     timed,
 )
+from rank_group import in_group
 from slow_link import SMALL_BURST, set_rate
 from torch import Tensor
 
@@ -100,17 +98,5 @@ def _imbalance(experts: Tensor, num_experts: int | None, axis: Axis) -> float:
     return float(rows.max() / rows.mean())
 
 
-def main(specs: list[Mapping[str, Any]]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    world: Any = dist.group.WORLD
-    axis = Axis("expert", world.group_name, dist.get_world_size(), dist.get_rank())
-    found = [measure(spec, axis) for spec in specs]
-    if axis.rank == 0:
-        print(json.dumps(found))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(json.loads(sys.argv[1]))
+    in_group(lambda specs, axis: [measure(spec, axis) for spec in specs])
