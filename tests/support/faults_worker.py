@@ -10,6 +10,7 @@ import contextlib
 import gc
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -251,11 +252,17 @@ def forked(case, rank, port, folder):
 
 
 def free_ports(count):
+    """Of those that no outgoing connection is given in the meantime."""
     with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+        found = []
+        for port in random.Random(os.getpid()).sample(range(16000, 32000), 50 * count):
+            probe = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                found.append(port)
+            if len(found) == count:
+                return found
+    raise RuntimeError(f"free_ports: want {count} between 16000 and 32000, got {len(found)}")
 
 
 def write_checkpoints(folder):
