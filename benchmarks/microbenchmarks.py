@@ -3,6 +3,7 @@
     sum of two large arrays   bytes / memory bandwidth, of which a third goes to memory that is new
     sum of two small arrays   launch
     product                   launch + flops / rate + bytes / their own bandwidth; both from all shapes together
+    product and its gradients    likewise, and the gradients' bytes / a bandwidth of theirs, whose operands the product just read
     message                   latency + bytes / bandwidth
     products beside a message    what they take longer is the share of a processor that the message holds
     small messages beside products   latency + what a message waits for a processor
@@ -13,7 +14,7 @@ Shapes are generic, of no model. Of several measurements the median decides, and
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ def microbenchmarks(axis: Axis) -> dict[str, Callable[[], object]]:
     found: dict[str, Callable[[], object]] = {}
     for shape in PRODUCTS:
         found[_name(*shape)] = _product(*shape)
+        found[_with_gradients(*shape)] = Gradients(*shape)
     for n in (MEMORY, SMALL):
         found[f"sum {n}"] = functools.partial(torch.add, torch.ones(n), torch.ones(n))
     for rows in MESSAGES:
@@ -72,6 +74,16 @@ def microbenchmarks(axis: Axis) -> dict[str, Callable[[], object]]:
 
 def _product(M: int, K: int, N: int) -> Callable[[], Tensor]:
     return functools.partial(torch.mm, torch.randn(M, K), torch.randn(N, K).T)
+
+
+class Gradients:
+    """A product ``x @ w.T``, and behind it both of its gradients."""
+
+    def __init__(self, M: int, K: int, N: int):
+        self.x, self.w, self.out = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
+
+    def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.x @ self.w.T, self.out @ self.w, self.out.T @ self.x
 
 
 class Late:
@@ -126,16 +138,16 @@ def rates(seconds: Mapping[str, float], share: float, ranks: int) -> dict[str, A
     """
     launch, latency = seconds[f"sum {SMALL}"], seconds[f"message {MESSAGES[0]}"]
     byte = (seconds[f"sum {MEMORY}"] - launch) / (12.0 * MEMORY)
-    flop, operand = _both((*_work(*shape), seconds[_name(*shape)] - launch) for shape in PRODUCTS)
+    flop, operand, of_gradient = _least_squares(_measured(seconds, launch))
     sent = statistics.median(
         ranks / (ranks - 1) * (seconds[f"message {rows}"] - latency) / (16.0 * rows * ranks) for rows in MESSAGES[1:]
     )
     late = max(seconds[LATE] / MESSAGES_LATE - latency, 0.0)
-    if min(byte, flop, operand, sent) <= 0:
+    if min(byte, flop, operand, of_gradient, sent) <= 0:
         raise ValueError(f"microbenchmarks: want times that grow with the work, got {dict(seconds)}; measure again")
     return {
         "device": {"flops": {"float32": 1 / flop}, "memory_bandwidth": 1 / byte, "launch_seconds": launch},
-        "products": {"bandwidth": 1 / operand},
+        "products": {"bandwidth": 1 / operand, "gradient_bandwidth": 1 / of_gradient},
         "network": {"bandwidth": 1 / sent, "latency": latency},
         # over the loopback a message is the processor's own work, and may take all of it
         "exchange": {"share": min(max(share, 0.0), MOST), "latency": late},
@@ -151,9 +163,22 @@ def _work(M: int, K: int, N: int) -> tuple[float, float]:
     return 2.0 * M * K * N, 4.0 * (M * K + K * N + M * N)
 
 
-def _both(measured: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
-    """Seconds for a unit of each of two kinds of work: what is off least, by the squares of shares of each time."""
-    # of time = a x + b y, divided by time: 1 = a (x / time) + b (y / time)
-    scaled = torch.tensor([(x / seconds, y / seconds) for x, y, seconds in measured], dtype=torch.float64)
+def _with_gradients(M: int, K: int, N: int) -> str:
+    return f"{_name(M, K, N)} and its gradients"
+
+
+def _measured(seconds: Mapping[str, float], launch: float) -> Iterator[tuple[float, ...]]:
+    """FLOPs, bytes of products, bytes of gradients; and the seconds of all that."""
+    for shape in PRODUCTS:
+        flops, size = _work(*shape)
+        yield flops, size, 0.0, seconds[_name(*shape)] - launch
+        # each of the two gradients has the sizes of the product
+        yield 3 * flops, size, 2 * size, seconds[_with_gradients(*shape)] - 3 * launch
+
+
+def _least_squares(measured: Iterable[tuple[float, ...]]) -> list[float]:
+    """Seconds for a unit of each kind of work: what is off least, by the squares of shares of each time."""
+    # of time = a x + b y + ..., divided by time: 1 = a (x / time) + b (y / time) + ...
+    scaled = torch.tensor([[x / seconds for x in work] for *work, seconds in measured], dtype=torch.float64)
     found = torch.linalg.lstsq(scaled, torch.ones(len(scaled), 1, dtype=torch.float64)).solution
-    return float(found[0]), float(found[1])
+    return [float(x) for x in found[:, 0]]

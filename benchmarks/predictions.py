@@ -93,7 +93,7 @@ def _words(calibration: Mapping[str, Any]) -> str:
     device, products, network, exchange = (calibration[part] for part in ("device", "products", "network", "exchange"))
     return (
         f"{device['flops']['float32'] / 1e9:.0f} GFLOP/s, {device['memory_bandwidth'] / 1e9:.1f} GB/s, {products['bandwidth'] / 1e9:.1f} "
-        f"of products, launch "
+        f"of products, {products['gradient_bandwidth'] / 1e9:.1f} of gradients, launch "
         f"{device['launch_seconds'] * 1e6:.0f} us; link {network['bandwidth'] / 1e6:.1f} MB/s, {network['latency'] * 1e6:.0f} us, "
         f"holds {exchange['share']:.1%} of a processor, {exchange['latency'] * 1e6:.0f} us later beside products"
     )

@@ -1,7 +1,8 @@
 """Measured rates in the place of a cluster's: the JSON that ``deepfuse simulate --calibration`` takes.
 
     {"device": {"flops": {"float32": FLOP/s, ...}, "memory_bandwidth": bytes/s, "launch_seconds": s, "memory_bytes": bytes},
-     "products": {"bandwidth": bytes/s that operands and results of products move at},
+     "products": {"bandwidth": bytes/s that operands and results of products move at,
+                  "gradient_bandwidth": likewise in a backward pass},
      "nvlink": {"bandwidth": bytes/s, "latency": s},
      "network": {"bandwidth": bytes/s, "latency": s},
      "exchange": {"share": of a device that an exchange takes from what runs beside it, "latency": s that a message then takes more}}
@@ -22,7 +23,7 @@ from deepfuse.profiling.cluster import Cluster
 LINK = ("bandwidth", "latency")
 KEYS = {
     "device": ("flops", "memory_bandwidth", "launch_seconds", "memory_bytes"),
-    "products": ("bandwidth",),
+    "products": ("bandwidth", "gradient_bandwidth"),
     "nvlink": LINK,
     "network": LINK,
     "exchange": ("share", "latency"),
@@ -38,7 +39,7 @@ def calibrated(cluster: Cluster, path: Path) -> Cluster:
         ValueError: no file, no JSON, an entry that nobody reads, or one that is no such number.
     """
     parts = {part: _entries(path, part, rows) for part, rows in _read(path).items()}
-    device, exchange = parts.get("device", {}), parts.get("exchange", {})
+    device, products, exchange = (parts.get(name, {}) for name in ("device", "products", "exchange"))
     if "flops" in device:
         device["flops"] = {**cluster.device.flops, **device["flops"]}
     return replace(
@@ -46,7 +47,8 @@ def calibrated(cluster: Cluster, path: Path) -> Cluster:
         device=replace(cluster.device, **device),
         nvlink=replace(cluster.nvlink, **parts.get("nvlink", {})),
         network=replace(cluster.network, **parts.get("network", {})),
-        product_bandwidth=parts.get("products", {}).get("bandwidth", cluster.product_bandwidth),
+        product_bandwidth=products.get("bandwidth", cluster.product_bandwidth),
+        gradient_bandwidth=products.get("gradient_bandwidth", cluster.gradient_bandwidth),
         exchange_share=exchange.get("share", cluster.exchange_share),
         exchange_latency=exchange.get("latency", cluster.exchange_latency),
     )

@@ -29,6 +29,8 @@ STREAMING = "mla_"
 """What the names of such ops begin with that read memory while they compute: their loops are long."""
 PRODUCTS = re.compile("linear|mm|matmul")
 """In the names of ops that are matrix products."""
+GRADIENTS = re.compile("backward|wgrad|mm$")
+"""In the names of those that only gradients are made of; ``grouped_matmul`` is an op of both."""
 BUSY_SMS = 20 / 132
 """Share of a GPU that an exchange holds while it runs beside computation (DeepSeek-V3, section 3.2.2); in decode the network
 adapters do it alone (DeepEP's low-latency kernels)."""
@@ -44,6 +46,8 @@ class Cluster:
         network: between nodes, for each GPU.
         product_bandwidth: bytes a second that operands and results of products move at; ``None``: as all other bytes. On a CPU
             products of few rows read their weights slower than a loop would.
+        gradient_bandwidth: likewise, in the products of a backward pass, whose weights the forward pass may have left in caches;
+            ``None``: ``product_bandwidth``.
         exchange_share: of a device, that an exchange takes from what runs beside it; ``None``: ``BUSY_SMS`` of a GPU outside
             of decode, else nothing.
         exchange_latency: seconds that a message takes longer where something is computed beside it: on a CPU whose threads
@@ -55,6 +59,7 @@ class Cluster:
     nvlink: Link
     network: Link
     product_bandwidth: float | None = None
+    gradient_bandwidth: float | None = None
     exchange_share: float | None = None
     exchange_latency: float = 0.0
 
@@ -73,12 +78,15 @@ class Cluster:
             raise ValueError(f"{self.device.name}: want a rate for {dtype}, got those of {list(self.device.flops)}")
         share = ATTENTION.get(op, ARITHMETIC) / ARITHMETIC if self.device.kind == "cuda" else 1.0
         arithmetic = cost.flops / (share * self.device.flops[dtype])
-        bandwidth = self.device.memory_bandwidth
-        if self.product_bandwidth is not None and PRODUCTS.search(op):
-            bandwidth = self.product_bandwidth
-        memory = cost.bytes / bandwidth
+        memory = cost.bytes / self._bandwidth(op)
         busy = max(arithmetic, memory) if op.startswith(STREAMING) else arithmetic + memory
         return launches * self.device.launch_seconds + busy
+
+    def _bandwidth(self, op: str) -> float:
+        found = None
+        if PRODUCTS.search(op):
+            found = (GRADIENTS.search(op) and self.gradient_bandwidth) or self.product_bandwidth
+        return found or self.device.memory_bandwidth
 
     def busy(self, *, decode: bool) -> float:
         """Share of a device that an exchange takes from what runs beside it."""

@@ -3,7 +3,7 @@
     kernel -> add -> mul -> kernel        one loop: reads what the kernels made and others left, writes what is read later
 
 Calls are one loop where one reads the other and no kernel lies between them. A loop takes its bytes and a launch; what it
-computes is little beside that. Of a table that is read at some places (an embedding), as much is read as comes out.
+computes is little beside that. A constant is computed wherever it is read, and is in no loop. Of a table that is read at some places (an embedding), as much is read as comes out.
 Source: the loop fusion of torch/_inductor/scheduler.py, in the cases where it has no reason against it.
 """
 
@@ -74,7 +74,7 @@ def _bytes(nodes: list[fx.Node], source: Mapping[fx.Node, fx.Node]) -> int:
             if source[n] not in inside:
                 gathered = getattr(node.target, "overloadpacket", None) in GATHERS and n is node.args[0]
                 # a view of a part is read as far as it goes
-                read[n] = max(read.get(n, 0), _size(node if gathered else n))
+                read[n] = 0 if _is_constant(source[n]) else max(read.get(n, 0), _size(node if gathered else n))
         if any(user not in inside for user in _readers(node)):
             written += _size(node)
     return sum(read.values()) + written
@@ -92,8 +92,13 @@ def _is_view(node: fx.Node) -> bool:
     return node.op == "call_function" and is_view(node.target) and isinstance(node.args[0], fx.Node)
 
 
+def _is_constant(node: fx.Node) -> bool:
+    """``full``, ``arange`` and the like, of sizes that are numbers."""
+    return node.op == "call_function" and not node.all_input_nodes
+
+
 def _is_loop(node: fx.Node) -> bool:
-    if node.op != "call_function" or CALL in node.meta or _is_view(node):
+    if node.op != "call_function" or CALL in node.meta or _is_view(node) or _is_constant(node):
         return False
     # what is written back to an input at the end was made in its place
     if getattr(node.target, "overloadpacket", None) in (*MATMULS, aten.copy_):

@@ -12,7 +12,7 @@ from deepfuse.profiling.bench_device import facts
 from deepfuse.profiling.bench_results import Results
 
 micro, predictions, calibrate = (load_script(name) for name in ("microbenchmarks", "predictions", "calibrate"))
-FLOPS, MEMORY, OPERANDS = 2e11, 1.5e10, 6e9
+FLOPS, MEMORY, OPERANDS, GRADIENTS = 2e11, 1.5e10, 6e9, 9e9
 LAUNCH, LINK, LATENCY, LATER, SHARE = 1e-5, 33e6, 5e-4, 2e-3, 0.1
 
 
@@ -21,7 +21,9 @@ def taken():
     seconds = {f"sum {micro.MEMORY}": 12 * micro.MEMORY / MEMORY + LAUNCH, f"sum {micro.SMALL}": LAUNCH}
     for M, K, N in micro.PRODUCTS:
         bytes_moved = 4 * (M * K + K * N + M * N)
-        seconds[f"product {M} {K} {N}"] = 2 * M * K * N / FLOPS + bytes_moved / OPERANDS + LAUNCH
+        product = 2 * M * K * N / FLOPS + bytes_moved / OPERANDS + LAUNCH
+        gradient = 2 * M * K * N / FLOPS + bytes_moved / GRADIENTS + LAUNCH
+        seconds |= {f"product {M} {K} {N}": product, f"product {M} {K} {N} and its gradients": product + 2 * gradient}
     small, *large = micro.MESSAGES
     seconds[f"message {small}"] = LATENCY
     # of two ranks, half of a message stays
@@ -33,7 +35,10 @@ def test_rates_are_those_that_the_times_were_made_of():
     found = micro.rates(taken(), SHARE, 2)
     assert found["device"]["flops"]["float32"] == pytest.approx(FLOPS)
     assert found["device"]["memory_bandwidth"] == pytest.approx(MEMORY) and found["device"]["launch_seconds"] == LAUNCH
-    assert found["products"] == {"bandwidth": pytest.approx(OPERANDS)}
+    assert found["products"] == {
+        "bandwidth": pytest.approx(OPERANDS),
+        "gradient_bandwidth": pytest.approx(GRADIENTS),
+    }
     assert found["network"] == {"bandwidth": pytest.approx(LINK), "latency": LATENCY}
     assert found["exchange"] == {"share": SHARE, "latency": pytest.approx(LATER)}
 
@@ -134,7 +139,7 @@ def test_predictions_stand_beside_what_was_measured(ranks, monkeypatch):
     refused = rows[f"prefill, 66 MB/s, 128 tokens, {predictions.CHUNKED}"]
     assert list(refused.figures) == ["measured"] and refused.facts["difference"] == "refused"
     assert rows[f"prefill, 66 MB/s, {micro.BESIDE}"].facts["rates"] == (
-        "200 GFLOP/s, 15.0 GB/s, 6.0 of products, launch 10 us; link 33.0 MB/s, 500 us, holds 10.0% of a "
+        "200 GFLOP/s, 15.0 GB/s, 6.0 of products, 9.0 of gradients, launch 10 us; link 33.0 MB/s, 500 us, holds 10.0% of a "
         "processor, 2000 us later beside products"
     )
     ((specs, rate, script, environment),) = ranks

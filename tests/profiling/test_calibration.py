@@ -19,7 +19,7 @@ def test_measured_rates_are_taken_as_they_are(tmp_path: Path) -> None:
     rates = {
         "device": {"flops": {"float32": 3e10}, "launch_seconds": 0},
         "network": {"bandwidth": 1e8, "latency": 1e-4},
-        "products": {"bandwidth": 7e9},
+        "products": {"bandwidth": 7e9, "gradient_bandwidth": 9e9},
         "exchange": {"share": 0.05, "latency": 3e-3},
     }
     (tmp_path / "rates.json").write_text(json.dumps(rates))
@@ -28,7 +28,7 @@ def test_measured_rates_are_taken_as_they_are(tmp_path: Path) -> None:
     assert found.device.flops[torch.bfloat16] == H800.flops[torch.bfloat16]
     assert (found.network.bandwidth, found.network.latency) == (1e8, 1e-4)
     assert found.nvlink == NVLINK_H800 and (found.exchange_share, found.exchange_latency) == (0.05, 3e-3)
-    assert found.product_bandwidth == 7e9
+    assert (found.product_bandwidth, found.gradient_bandwidth) == (7e9, 9e9)
 
 
 def test_a_file_that_says_nothing_changes_nothing(tmp_path: Path) -> None:

@@ -54,6 +54,16 @@ def test_two_loops_with_a_product_between_are_not_joined_by_a_third() -> None:
     assert [calls for calls, _ in loops(fn, X)] == [2, 2]
 
 
+def test_a_constant_is_in_no_loop() -> None:
+    def fn(x: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+        zeros = torch.zeros(N, N)
+        return zeros.index_put((i,), x.exp()), zeros.scatter(0, i[:, None], x.sin())
+
+    places = torch.arange(N)
+    # of each what it reads, where, and what it writes; nothing that is read by both ties them
+    assert loops(fn, X, places) == [(2, 2 * SQUARE + 8 * N)] * 2
+
+
 def test_of_a_table_as_much_is_read_as_comes_out() -> None:
     table, places = torch.ones(1000, N), torch.zeros(N, dtype=torch.int64)
     assert loops(lambda t, i: t[i], table, places) == [(1, 8 * N + 2 * SQUARE)]
