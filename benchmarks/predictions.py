@@ -9,6 +9,7 @@ and no prediction stands beside it.
 import functools
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -126,8 +127,10 @@ def predicted(
             imbalance=imbalance,
             exchange="direct",
         )
-        at = functools.partial(_with_counts, simulation, setup, n)
-        seconds = plans(at, 1, busy=cluster.busy(decode=False), late=cluster.exchange_latency)
+        seconds = Counter[str]()
+        for at_backward in setup.passes:
+            at = functools.partial(_with_counts, simulation, setup, n, at_backward)
+            seconds.update(plans(at, 1, busy=cluster.busy(decode=False), late=cluster.exchange_latency))
         found[n] = {name: seconds[plan] for name, plan in PLANS.items()}
     return found
 
@@ -138,9 +141,11 @@ def _simulation() -> Simulation:
     return Simulation(layer_config(LAYER), Cluster(device=CPU, gpus_per_node=1, nvlink=LOOPBACK, network=LOOPBACK))
 
 
-def _with_counts(simulation: Simulation, setup: Setup, tokens: int, fraction: float) -> LayerSeconds:
-    """Rows of a dropless exchange come behind their counts."""
-    layer = simulation.experts(setup, fraction * tokens / CAPTURED)
+def _with_counts(simulation: Simulation, setup: Setup, tokens: int, backward: bool, fraction: float) -> LayerSeconds:
+    """Rows of a dropless exchange come behind their counts, which have no gradient."""
+    layer = simulation.experts(setup, fraction * tokens / CAPTURED, backward=backward)
+    if backward:
+        return layer
     counts = all_to_all_seconds(simulation.cluster.network, 8 * int(LAYER["experts"]), RANKS)
     return replace(layer, dispatch=layer.dispatch + counts)
 

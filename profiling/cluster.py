@@ -29,8 +29,6 @@ STREAMING = "mla_"
 """What the names of such ops begin with that read memory while they compute: their loops are long."""
 PRODUCTS = re.compile("linear|mm|matmul")
 """In the names of ops that are matrix products."""
-GRADIENTS = re.compile("backward|wgrad|mm$")
-"""In the names of those that only gradients are made of; ``grouped_matmul`` is an op of both."""
 BUSY_SMS = 20 / 132
 """Share of a GPU that an exchange holds while it runs beside computation (DeepSeek-V3, section 3.2.2); in decode the network
 adapters do it alone (DeepEP's low-latency kernels)."""
@@ -67,8 +65,10 @@ class Cluster:
         if self.gpus_per_node < 1:
             raise ValueError(f"cluster: want gpus_per_node >= 1, got {self.gpus_per_node}")
 
-    def seconds(self, op: str, cost: Cost, dtype: torch.dtype, launches: float = 1.0) -> float:
-        """Of one op: its arithmetic and its bytes, and its launches.
+    def seconds(
+        self, op: str, cost: Cost, dtype: torch.dtype, launches: float = 1.0, *, backward: bool = False
+    ) -> float:
+        """Of one op, of a backward pass or another: its arithmetic and its bytes, and its launches.
 
         The two add up: a product's kernel has little to compute while it loads its first and stores its last tiles. Of the
         28 FP8 products of DeepGEMM's first README (H800), the sum is 8% above the published times on average, and the larger of
@@ -78,15 +78,12 @@ class Cluster:
             raise ValueError(f"{self.device.name}: want a rate for {dtype}, got those of {list(self.device.flops)}")
         share = ATTENTION.get(op, ARITHMETIC) / ARITHMETIC if self.device.kind == "cuda" else 1.0
         arithmetic = cost.flops / (share * self.device.flops[dtype])
-        memory = cost.bytes / self._bandwidth(op)
+        bandwidth = self.device.memory_bandwidth
+        if PRODUCTS.search(op):
+            bandwidth = (backward and self.gradient_bandwidth) or self.product_bandwidth or bandwidth
+        memory = cost.bytes / bandwidth
         busy = max(arithmetic, memory) if op.startswith(STREAMING) else arithmetic + memory
         return launches * self.device.launch_seconds + busy
-
-    def _bandwidth(self, op: str) -> float:
-        found = None
-        if PRODUCTS.search(op):
-            found = (GRADIENTS.search(op) and self.gradient_bandwidth) or self.product_bandwidth
-        return found or self.device.memory_bandwidth
 
     def busy(self, *, decode: bool) -> float:
         """Share of a device that an exchange takes from what runs beside it."""

@@ -38,7 +38,7 @@ PARTS = ("attention", "dense", "norm", "router", "shared", "permute", "routed", 
 """Of a step: norms are those between blocks, and the head is what is outside of layers."""
 _OF_MODULE = {"self_attn": "attention", "mlp": "dense", "mlp.gate": "router", "mlp.shared_experts": "shared"}
 LOOPS = "loops"
-"""Name of an :class:`OpWork` that is no op: a part's fused loops, all together."""
+"""Name of an :class:`OpWork` that is no op: a part's fused loops in a graph, all together."""
 _OF_OP = {"expert_permute": "permute", "permute_quantize": "permute", "expert_unpermute": "permute"}
 
 
@@ -50,12 +50,14 @@ _ROWS, _SLOTS = 4096, 8
 
 @dataclass(frozen=True, slots=True)
 class OpWork:
-    """One op: what it costs, the dtype its products are computed in, and its kernels; or all the loops of a part."""
+    """One op: what it costs, the dtype its products are computed in, its kernels, and whether the backward graph has it; or all
+    the loops of a part in a graph."""
 
     op: str
     cost: Cost
     dtype: torch.dtype
     launches: float = 1.0
+    backward: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ class RankWork:
                 _at(steps[0], a, b).cost + _at(steps[1], a, c).cost + _times(-1.0, a.cost),
                 a.dtype,
                 a.launches + steps[0] * (b.launches - a.launches) + steps[1] * (c.launches - a.launches),
+                a.backward,
             )
             for a, b, c in zip(base, more_rows, more_slots, strict=True)
         ]
@@ -135,9 +138,9 @@ def _steps(rows: float, slots: float) -> tuple[float, float]:
 
 def _at(step: float, one: OpWork, two: OpWork) -> OpWork:
     """On the line through a first cost and a second, so many steps behind the first."""
-    assert one.op == two.op, f"{one.op} became {two.op} with a larger step"
+    assert (one.op, one.backward) == (two.op, two.backward), f"{one.op} became {two.op} with a larger step"
     cost = _times(1 - step, one.cost) + _times(step, two.cost)
-    return OpWork(one.op, cost, one.dtype, (1 - step) * one.launches + step * two.launches)
+    return OpWork(one.op, cost, one.dtype, (1 - step) * one.launches + step * two.launches, one.backward)
 
 
 def _times(factor: float, cost: Cost) -> Cost:
@@ -180,18 +183,20 @@ def captured(config: Config, workload: Workload, phase: Phase, *, fp8: bool, dev
         settings = {"providers": {}, "device": device, "max_seq_len": 2 * workload.cached, "layout": layout_key(model)}
         graphs = _graphs(model, workload, phase, Runner(pipeline, settings, strict=True), dtype, place)
     ops = defaultdict(list)
-    for graph in graphs:
+    loops: dict[tuple[Place, bool], list[int]] = defaultdict(list)
+    for backward, graph in zip((False, True), graphs, strict=False):
         for site in graph.sites:
             flops, size = evaluated(site.flops, {}), evaluated(site.bytes, {})
             if flops is not None and size is not None:
-                ops[_place(site, kinds)].append(OpWork(site.op, Cost(flops, size), getattr(torch, site.dtype)))
-    loops: dict[Place, list[int]] = defaultdict(list)
-    for graph in graphs:
+                cost = Cost(flops, size)
+                ops[_place(site, kinds)].append(OpWork(site.op, cost, getattr(torch, site.dtype), backward=backward))
         for site, size in graph.loops:
-            loops[_place(site, kinds)].append(size)
-    for at in {**ops, **loops}:
-        # one for each part, however many there are: a step of another size may have others
-        ops[at].append(OpWork(LOOPS, Cost(0, sum(loops[at])), dtype, len(loops[at])))
+            loops[_place(site, kinds), backward].append(size)
+    for at in {**ops, **{place: () for place, _ in loops}}:
+        for backward in (False, True)[: len(graphs)]:
+            # one for each part, however many there are: a step of another size may have others
+            sizes = loops[at, backward]
+            ops[at].append(OpWork(LOOPS, Cost(0, sum(sizes)), dtype, len(sizes), backward))
     weights: dict[Place, int] = defaultdict(int)
     for name, parameter in model.named_parameters():
         weights[_place(Site(0, name.removeprefix("model."), ""), kinds)] += tensor_bytes(parameter)

@@ -29,14 +29,17 @@ Ops = tuple[float, ...]
 
 @dataclass(frozen=True, slots=True)
 class LayerSeconds:
-    """Of a layer of experts, or of a part of its tokens; ``messages`` is how many dispatch has, and combine as many."""
+    """Of a layer of experts, or of a part of its tokens, in one pass.
+
+    In the backward pass ``dispatch`` carries the gradients of results, and ``combine`` those of tokens; the attention is that of the
+    layer before.
+    """
 
     attention: Ops
     shared: Ops
     dispatch: float
     routed: Ops
     combine: float
-    messages: int = 1
 
     @property
     def compute(self) -> float:
@@ -48,8 +51,7 @@ class LayerSeconds:
 
     def later(self, seconds: float) -> "LayerSeconds":
         """With messages of which each comes so much later."""
-        more = self.messages * seconds
-        return replace(self, dispatch=self.dispatch + more, combine=self.combine + more)
+        return replace(self, dispatch=self.dispatch + seconds, combine=self.combine + seconds)
 
 
 def plans(

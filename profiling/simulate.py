@@ -7,7 +7,9 @@ Work is that of the graphs after the passes (:mod:`deepfuse.profiling.layer_work
 likely experts, but for a factor ``imbalance`` that is given. A training step counts backward with forward; gradients are summed in bfloat16 behind it.
 """
 
+import functools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -49,6 +51,11 @@ class Setup:
     @property
     def gpus(self) -> int:
         return self.data * self.expert * self.tensor
+
+    @property
+    def passes(self) -> tuple[bool, ...]:
+        """Whether each pass of a step is the backward one."""
+        return (False, True) if self.phase == "train" else (False,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,16 +102,20 @@ class Simulation:
             ValueError: sizes that do not fit each other, the model or the cluster.
         """
         rank = self._rank(setup)
-        at = {n: rank.layer(n) for n in (1.0, 0.5, 0.25)}
         layers, others = rank.layers("sparse"), rank.rest()
-        computing = others + layers * at[1.0].compute
-        stacks = plans(
-            at.__getitem__,
-            layers,
-            can_split=setup.sequences * rank.new_tokens >= 4,
-            busy=self.cluster.busy(decode=setup.phase == "decode"),
-            late=self.cluster.exchange_latency,
-        )
+        computing, stacks = others, Counter[str]()
+        for backward in setup.passes:
+            at = functools.partial(rank.layer, backward=backward)
+            computing += layers * at(1.0).compute
+            stacks.update(
+                plans(
+                    at,
+                    layers,
+                    can_split=setup.sequences * rank.new_tokens >= 4,
+                    busy=self.cluster.busy(decode=setup.phase == "decode"),
+                    late=self.cluster.exchange_latency,
+                )
+            )
         seconds = {name: stack + others + rank.sums() for name, stack in stacks.items()}
         overlap = best(seconds)
         step = seconds[overlap]
@@ -128,14 +139,15 @@ class Simulation:
             check(self.config, self.cluster, setup)
         return [self.predict(setup) for setup in setups]
 
-    def layer(self, setup: Setup, fraction: float = 1.0) -> LayerSeconds:
-        """One layer of experts by its ops and messages, with a fraction of the tokens."""
-        return self._rank(setup).layer(fraction)
+    def layer(self, setup: Setup, fraction: float = 1.0, *, backward: bool = False) -> LayerSeconds:
+        """One layer of experts by its ops and messages, with a fraction of the tokens, in one pass."""
+        return self._rank(setup).layer(fraction, backward=backward)
 
-    def experts(self, setup: Setup, fraction: float = 1.0) -> LayerSeconds:
+    def experts(self, setup: Setup, fraction: float = 1.0, *, backward: bool = False) -> LayerSeconds:
         """Its mixture of experts alone, of which the router is what comes first: what a measured one is held against."""
         rank = self._rank(setup)
-        return replace(rank.layer(fraction), attention=rank.part("sparse", "router", fraction))
+        router = rank.part("sparse", "router", fraction, backward=backward)
+        return replace(rank.layer(fraction, backward=backward), attention=router)
 
     def _rank(self, setup: Setup) -> "_Rank":
         check(self.config, self.cluster, setup)
@@ -223,8 +235,8 @@ class _Rank:
     def layers(self, kind: str) -> int:
         return sum(self.config.feed_forward(i) == kind for i in range(self.config.num_hidden_layers))
 
-    def part(self, kind: str, part: str, fraction: float = 1.0) -> Ops:
-        """Seconds of the ops of one layer with a fraction of the tokens."""
+    def part(self, kind: str, part: str, fraction: float = 1.0, *, backward: bool) -> Ops:
+        """Seconds of the ops of one layer with a fraction of the tokens, in one pass."""
         sequences = fraction * self.setup.sequences
         ops = [] if (kind, part) == ("sparse", "routed") else self.work.ops((kind, part), sequences)
         if kind == "sparse" and part in ("routed", "permute"):
@@ -232,7 +244,11 @@ class _Rank:
             # alone, what is permuted for the experts is permuted already
             if part == "routed" or self.setup.expert > 1:
                 ops += self.work.routed_ops(part, rows, self.slots)
-        return tuple(self.cluster.seconds(op.op, op.cost, op.dtype, op.launches) for op in ops)
+        return tuple(
+            self.cluster.seconds(op.op, op.cost, op.dtype, op.launches, backward=backward)
+            for op in ops
+            if op.backward == backward
+        )
 
     @property
     def imbalance(self) -> float:
@@ -246,26 +262,24 @@ class _Rank:
         s = self.setup
         return self.imbalance * fraction * s.sequences * self.new_tokens * self.config.num_experts_per_tok
 
-    def layer(self, fraction: float) -> LayerSeconds:
-        """Of a layer of experts."""
-        inside = {name: self.part("sparse", name, fraction) for name in PARTS}
-        dispatch, combine = self.exchanges(fraction)
+    def layer(self, fraction: float, *, backward: bool) -> LayerSeconds:
+        """Of a layer of experts in one pass."""
+        inside = {name: self.part("sparse", name, fraction, backward=backward) for name in PARTS}
+        dispatch, combine = self.exchanges(fraction, backward=backward)
         return LayerSeconds(
             attention=inside["attention"] + inside["norm"] + inside["router"],
             shared=inside["shared"],
             dispatch=dispatch,
             routed=inside["routed"] + inside["permute"],
             combine=combine,
-            messages=2 if self.setup.phase == "train" else 1,
         )
 
-    def exchanges(self, fraction: float) -> tuple[float, float]:
-        """Dispatch and combine of a layer; in training each with the gradient of the other's direction."""
+    def exchanges(self, fraction: float, *, backward: bool) -> tuple[float, float]:
+        """Dispatch and combine of a layer in one pass; gradients travel as results do."""
         D = self.config.hidden_size
         high = D * compute_dtype(self.cluster.device).itemsize
-        low = D + 4 * scale_shape((1, D), 1, 128)[1] if self.setup.fp8 else high
-        dispatch, combine = self._exchange(fraction, low), self._exchange(fraction, high)
-        return (dispatch + combine, 2 * combine) if self.setup.phase == "train" else (dispatch, combine)
+        low = D + 4 * scale_shape((1, D), 1, 128)[1] if self.setup.fp8 and not backward else high
+        return self._exchange(fraction, low), self._exchange(fraction, high)
 
     def _exchange(self, fraction: float, row_bytes: int) -> float:
         s = self.setup
@@ -278,8 +292,12 @@ class _Rank:
 
     def rest(self) -> float:
         """Seconds of computation outside of layers of experts."""
-        dense = sum(sum(self.part("dense", name)) for name in PARTS)
-        return sum(self.part("", "head")) + self.layers("dense") * dense
+        dense = sum(self._whole("dense", name) for name in PARTS)
+        return self._whole("", "head") + self.layers("dense") * dense
+
+    def _whole(self, kind: str, part: str) -> float:
+        """Seconds of a part of one layer in all passes."""
+        return sum(sum(self.part(kind, part, backward=backward)) for backward in self.setup.passes)
 
     def tensor_sums(self) -> float:
         """Of what attention and feed-forward blocks of all layers add; of their gradients as well."""
@@ -305,8 +323,9 @@ class _Rank:
     def parts(self) -> dict[str, float]:
         """Seconds of all layers by part, computation and communication."""
         kinds = {kind: self.layers(kind) for kind in ("dense", "sparse")} | {"": 1}
-        found = {name: sum(n * sum(self.part(kind, name)) for kind, n in kinds.items()) for name in PARTS}
-        dispatch, combine = (kinds["sparse"] * seconds for seconds in self.exchanges(1.0))
+        found = {name: sum(n * self._whole(kind, name) for kind, n in kinds.items()) for name in PARTS}
+        both = zip(*(self.exchanges(1.0, backward=backward) for backward in self.setup.passes), strict=True)
+        dispatch, combine = (kinds["sparse"] * sum(seconds) for seconds in both)
         found |= {"dispatch": dispatch, "combine": combine}
         found |= {"tensor sums": self.tensor_sums(), "gradient sums": self.gradient_sums()}
         return {name: seconds for name, seconds in found.items() if seconds}

@@ -197,9 +197,11 @@ def test_a_training_step_sums_gradients_and_holds_an_optimizer(tiny: Simulation)
     shared = rank.parameters() - inside
     assert rank.gradient_sums() == LOOP.all_reduce(4 * shared, 4) + LOOP.all_reduce(4 * inside, 2)
     assert rank.memory()["weights and optimizer"] == (16 + 4) * rank.parameters()
-    # dispatch carries the gradient of combine as well, and combine that of dispatch
-    forward = _Rank(TINY, LOOP, replace(setup, phase="prefill"), rank.work).exchanges(1.0)
-    assert rank.exchanges(1.0) == pytest.approx((2 * forward[0], 2 * forward[1]))
+    # gradients travel as results do, whatever tokens are sent in
+    assert rank.exchanges(1.0, backward=True) == rank.exchanges(1.0, backward=False)
+    in_fp8 = replace(rank, setup=replace(setup, fp8=True))
+    (dispatch, combine), back = (in_fp8.exchanges(1.0, backward=b) for b in (False, True))
+    assert dispatch < combine and back == (combine, combine)
 
 
 def test_tensor_ranks_sum_what_they_add(tiny: Simulation) -> None:
