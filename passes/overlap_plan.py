@@ -3,8 +3,6 @@
 All of it comes from the cost model, with balanced loads, so that every rank that has the same graph comes to the same.
 """
 
-import itertools
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +14,8 @@ from deepfuse.ir.device import Device
 from deepfuse.ir.link import Link
 from deepfuse.passes.balanced_sizes import ALL_TO_ALL, BalancedSizes
 from deepfuse.passes.graph_tasks import GraphTasks, graph_tasks
-from deepfuse.passes.overlap_schedule import COARSE, Played, by_depth, play, schedule, starts_of
+from deepfuse.passes.overlap_orders import orders
+from deepfuse.passes.overlap_schedule import Played, play
 from deepfuse.passes.sites import module_of
 
 MEMORY = 1.15
@@ -26,8 +25,6 @@ GAIN = 0.01
 LATENCY = 0.08
 """Of the time of its transfers: a graph with more is left alone. On CPUs over Gloo, hiding them made a layer 10%
 faster where it was 7%, and 7% slower at 11% (``benchmarks/overlap.py``, 128 and 16 tokens)."""
-REACHES = (2, 4, 8, 16, 32)
-"""Collectives that work may be moved across; the least that is as good as any: what is moved far lives long."""
 OTHERS = "the graph"
 """Whose work is no layer's."""
 _LAYER = re.compile(r"layers\.\d+")
@@ -106,12 +103,10 @@ def seconds_at(graph: fx.Graph, planned: Plan, device: Device, link: Link, token
 
 def _best(work: GraphTasks, before: Played, busy: float) -> tuple[Sequence[int], Played]:
     best: tuple[Sequence[int], Played] = (range(len(work.tasks)), before)
-    for starts in dict.fromkeys((tuple(starts_of(work.tasks)), tuple(by_depth(work.tasks)))):
-        for reach, coarse in itertools.product(REACHES, (COARSE, math.inf)):
-            order = schedule(work.tasks, starts, reach, coarse)
-            played = play(work.tasks, order, work.given, busy)
-            if played.peak <= MEMORY * before.peak and played.seconds < (1 - GAIN / 10) * best[1].seconds:
-                best = order, played
+    for order in orders(work.tasks):
+        played = play(work.tasks, order, work.given, busy)
+        if played.peak <= MEMORY * before.peak and played.seconds < (1 - GAIN / 10) * best[1].seconds:
+            best = order, played
     return best
 
 

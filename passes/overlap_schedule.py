@@ -18,8 +18,6 @@ NEVER = 1 << 30
 """Number of a collective that does not come."""
 SLACK = 1.1
 """Times its predicted duration that a message is covered for: real ones vary, and the work is there in any case."""
-COARSE = 4
-"""Filler may be so many times as long as the gap, unless told otherwise: it delays the wait, and is missing in a later gap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,32 +104,19 @@ def play(
     return Played(clock, exposed, peak)
 
 
-def by_depth(tasks: Sequence[Task]) -> list[int]:
-    """Starts, ordered by how many collectives lie on the longest way to each: those of parallel chains alternate."""
-    depth = [0] * len(tasks)
-    for number in in_order(tasks):
-        depth[number] = max((depth[a] + (tasks[a].link_seconds is not None) for a in tasks[number].after), default=0)
-    return sorted(starts_of(tasks), key=lambda s: (depth[s], s))
-
-
-def starts_of(tasks: Sequence[Task]) -> list[int]:
-    """What starts collectives, in the order of the graph."""
-    return [i for i, task in enumerate(tasks) if task.link_seconds is not None]
-
-
 def in_order(tasks: Sequence[Task]) -> range:
     """Numbers of the tasks: each comes after what it needs, as in a graph."""
     return range(len(tasks))
 
 
-def schedule(tasks: Sequence[Task], starts: Sequence[int], reach: int, coarse: float = COARSE) -> list[int]:
+def schedule(tasks: Sequence[Task], starts: Sequence[int], reach: int, coarse: float) -> list[int]:
     """All tasks in an order that hides collectives.
 
     Args:
         tasks: in an order in which they could run.
         starts: all that start collectives, in the order in which they are issued.
         reach: collectives that work may be moved across.
-        coarse: times a gap that what fills it may be long.
+        coarse: times a gap that what fills it may be long: what is longer delays the wait, and is missing in a later gap.
     """
     return _Scheduler(tasks, starts, reach, coarse).run()
 

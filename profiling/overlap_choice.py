@@ -15,8 +15,8 @@ of them, and each message has its latency.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from deepfuse.passes.overlap_plan import REACHES
-from deepfuse.passes.overlap_schedule import Task, by_depth, play, schedule, starts_of
+from deepfuse.passes.overlap_orders import orders
+from deepfuse.passes.overlap_schedule import Task, play
 
 CHUNKS = (2, 4)
 NONE, SHARED, TWO_BATCH = "none", "shared expert", "two-batch"
@@ -131,5 +131,4 @@ class _Tasks(list[Task]):
 
 def _fastest(tasks: Sequence[Task], busy: float) -> float:
     """Seconds of the best order that the pass tries."""
-    orders = (schedule(tasks, starts, reach) for starts in (starts_of(tasks), by_depth(tasks)) for reach in REACHES)
-    return min(play(tasks, order, busy=busy).seconds for order in orders)
+    return min(play(tasks, order, busy=busy).seconds for order in orders(tasks))

@@ -98,7 +98,7 @@ def test_a_schedule_fills_the_wait_for_what_holds_the_link():
         Task(start=2, after=(2,)),
         Task(seconds=4.0),
     ]
-    order = schedule(tasks, [2], 2)
+    order = schedule(tasks, [2], 2, 4.0)
     assert play(tasks, order).seconds == pytest.approx(5) and order.index(4) < order.index(1)
 
 
