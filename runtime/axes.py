@@ -3,10 +3,11 @@
 Source: torch.distributed.device_mesh; process groups as functional collectives name them.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,27 @@ from deepfuse.blocks.config import Config
 from deepfuse.blocks.placement import Placement
 
 Settings = Callable[[], Mapping[str, Any]]
-"""Makes what ``new_group`` is told of a group beside its ranks; anew for each, which writes into them."""
+"""Makes what ``new_group`` is told of a group beside its ranks; anew for each, which writes into them. Equal ones make the same."""
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def made_once(make: Callable[P, R]) -> Callable[P, R]:
+    """``make``, whose process groups serve every later call with equal arguments, as long as torch.distributed is the same one.
+
+    A process group holds connections and, of NCCL, memory of the device; and graphs call it by its name, so that a model that is
+    built again finds its graphs in the cache.
+    """
+
+    @functools.cache
+    def made(world: object, *args: Any, **kwargs: Any) -> R:
+        return make(*args, **kwargs)
+
+    @functools.wraps(make)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return made(dist.group.WORLD, *args, **kwargs)  # type: ignore[arg-type]
+
+    return call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +108,7 @@ def axes_of(mesh: DeviceMesh) -> Axes:
     return Axes(**found, rank=dist.get_rank(), size=mesh.size())
 
 
+@made_once
 def tokens_axis(mesh: DeviceMesh, axes: Axes) -> Axis | None:
     """The processes with tokens of their own as one axis, in the order of their ranks.
 
@@ -104,6 +126,7 @@ def tokens_axis(mesh: DeviceMesh, axes: Axes) -> Axis | None:
     return _own_group("data x expert", axes.rank, ranks.flatten(1))
 
 
+@made_once
 def expert_apart(mesh: DeviceMesh, axes: Axes, settings: Settings = dict) -> Axes:
     """The same axes, with a process group of its own for ``expert`` beside that of the mesh.
 
@@ -115,6 +138,7 @@ def expert_apart(mesh: DeviceMesh, axes: Axes, settings: Settings = dict) -> Axe
     return replace(axes, expert=_own_group("expert", axes.rank, ranks.flatten(0, -2), settings))
 
 
+@made_once
 def by_node(mesh: DeviceMesh, axes: Axes, ranks_per_node: int, settings: Settings = dict) -> Axes:
     """The same axes, with ``nodes``: of so many processes of ``expert`` each, in order.
 

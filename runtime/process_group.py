@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from deepfuse.blocks.axis import AXES
 from deepfuse.ir.private import set_group_timeout
 from deepfuse.runtime.agreement import raised_by_every_rank
+from deepfuse.runtime.axes import made_once
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GLOO_WAITS, NCCL_WAITS = 0.5, 1.0
@@ -88,9 +90,14 @@ def device_mesh(
         _check_axes(tuple(sizes))
         if wrong or not sizes:
             raise ValueError(f"mesh: want at least one axis, and sizes >= 1, got {wrong or 'no axis'}")
-        mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        mesh = _mesh(device.type, tuple(sizes), tuple(sizes.values()))
         check_mesh(mesh, device, timeout_s)
     return mesh
+
+
+@made_once
+def _mesh(kind: str, names: tuple[str, ...], sizes: tuple[int, ...]) -> DeviceMesh:
+    return init_device_mesh(kind, sizes, mesh_dim_names=names)
 
 
 def check_mesh(mesh: DeviceMesh, device: torch.device, timeout_s: float) -> None:
@@ -139,16 +146,21 @@ def limit_waits(group: Any, timeout_s: float) -> None:
         set_group_timeout(group, timedelta(seconds=part * timeout_s))
 
 
-def beside_compute(max_ctas: int | None) -> dict[str, Any]:
-    """What ``new_group`` is told of a group whose transfers run beside compute, with NCCL on CUDA.
+@dataclass(frozen=True, slots=True)
+class BesideCompute:
+    """Makes what ``new_group`` is told of a group whose transfers run beside compute, with NCCL on CUDA.
 
     Its stream has a high priority, so that a transfer does not wait for a matmul to leave it multiprocessors, of which it
     takes ``max_ctas`` at most: ``ncclConfig_t.maxCTAs``; ``None`` leaves that to NCCL.
     """
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    if max_ctas is not None:
-        options.config.max_ctas = max_ctas
-    return {"backend": "nccl", "pg_options": options}
+
+    max_ctas: int | None
+
+    def __call__(self) -> dict[str, Any]:
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        if self.max_ctas is not None:
+            options.config.max_ctas = self.max_ctas
+        return {"backend": "nccl", "pg_options": options}
 
 
 def command(processes: int) -> str:

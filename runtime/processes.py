@@ -1,7 +1,6 @@
 """The processes that build a model together, as each of them sees it."""
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ from deepfuse.runtime.heartbeat import start
 from deepfuse.runtime.lockstep import Lockstep
 from deepfuse.runtime.meeting import any_of
 from deepfuse.runtime.placement_file import load_placement
-from deepfuse.runtime.process_group import beside_compute, check_mesh, check_timeout, device_mesh, limit_waits
+from deepfuse.runtime.process_group import BesideCompute, check_mesh, check_timeout, device_mesh, limit_waits
 from deepfuse.runtime.requirements import check_device
 
 
@@ -112,7 +111,7 @@ class Processes:
             return self
         settings: Settings = dict
         if "nccl" in dist.get_backend_config(process_group(axes.expert.group)):
-            settings = functools.partial(beside_compute, how.max_ctas)
+            settings = BesideCompute(how.max_ctas)
             axes = expert_apart(self.mesh, axes, settings)
         if how.mode == "node_limited":
             assert how.ranks_per_node is not None

@@ -3,12 +3,14 @@
 from dataclasses import replace
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from deepfuse.ir.private import process_group
 from deepfuse.runtime.axes import Axes, axes_of, by_node, expert_apart, tokens_axis
+from deepfuse.runtime.process_group import device_mesh
 
 SIZES = {"data": 2, "tensor": 2, "expert": 4}
 
@@ -47,6 +49,25 @@ def test_every_process_is_in_the_groups_that_its_place_in_the_mesh_says(names):
             assert found == want and (axis.size, axis.rank) == (len(want), want.index(rank)), axis.name
         assert [axis.rank for axis, _ in groups[:2]] == [node, place]
         assert len(axes.groups) == 5 and "expert 4 on 2 nodes" in str(axes)
+
+
+def test_groups_are_made_once_for_as_long_as_processes_know_each_other():
+    def mesh_and_groups():
+        mesh = device_mesh({"data": 2, "expert": 4}, torch.device("cpu"), 5)
+        axes = axes_of(mesh)
+        return mesh, (axes, by_node(mesh, axes, 2), tokens_axis(mesh, axes))
+
+    worlds = []
+    for rank in (0, 5):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
+        try:
+            (mesh, groups), (again, same) = mesh_and_groups(), mesh_and_groups()
+            assert mesh is again and groups == same
+            assert by_node(mesh, groups[0], 4) != groups[1]
+            worlds.append(groups)
+        finally:
+            dist.destroy_process_group()
+    assert [axes.rank for axes, *_ in worlds] == [0, 5]
 
 
 def test_nodes_that_do_not_come_out_even_are_refused():

@@ -1,6 +1,7 @@
 """Groups and meshes that are refused; no other process is needed for it."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from deepfuse.runtime import heartbeat, processes
 from deepfuse.runtime.axes import Axes, axes_of
 from deepfuse.runtime.checkpoint import CheckpointError
 from deepfuse.runtime.meeting import any_of
-from deepfuse.runtime.process_group import VARIABLES, beside_compute, check_mesh, command, device_mesh, started
+from deepfuse.runtime.process_group import VARIABLES, BesideCompute, check_mesh, command, device_mesh, started
 from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.told_once import Unless, kind_of, of_kind, told_once
 from tiny_model import ONE_LAYER
@@ -130,6 +131,11 @@ def test_with_nccl_alone_tokens_travel_in_groups_of_their_own(world, monkeypatch
     assert dist.get_process_group_ranks(process_group(after.axes.expert.group)) == [0, 1, 2, 3]
     assert after.tokens_axis().group == before.axes.expert.group
     assert len(made) == len(experts) + 8 and before.axes.nodes is None
+    # a second build has the same groups, as its graphs in the cache are to be called by them
+    again = replace(before, parallel=replace(parallel)).with_groups()
+    assert again.axes == after.axes and len(made) == len(experts) + 8
+    other = replace(before, parallel=replace(parallel, ranks_per_node=4)).with_groups()
+    assert other.axes.nodes != after.axes.nodes
     if backend == "gloo":
         assert not any(settings for _, settings in made)
         return
@@ -144,7 +150,9 @@ def test_with_nccl_alone_tokens_travel_in_groups_of_their_own(world, monkeypatch
 def test_the_bound_on_multiprocessors_may_be_left_to_nccl():
     plain = dist.ProcessGroupNCCL.Options().config.max_ctas
     assert (
-        beside_compute(None)["pg_options"].config.max_ctas == plain != beside_compute(20)["pg_options"].config.max_ctas
+        BesideCompute(None)()["pg_options"].config.max_ctas
+        == plain
+        != BesideCompute(20)()["pg_options"].config.max_ctas
     )
 
 

@@ -277,9 +277,9 @@ def _trained(
     errors = []
     for step, want in zip(steps, reference, strict=True):
         assert step["gradients"].keys() == want["gradients"].keys()
-        error = {n: _error(g, _own(want["gradients"][n], first, n)) for n, g in step["gradients"].items()}
-        error |= {n: _error(b, want["biases"][n]) for n, b in step["biases"].items()}
-        errors.append({"losses": _error(step["losses"], want["losses"]), **error})
+        error = {n: error_of(g, part_of(want["gradients"][n], first, n)) for n, g in step["gradients"].items()}
+        error |= {n: error_of(b, want["biases"][n]) for n, b in step["biases"].items()}
+        errors.append({"losses": error_of(step["losses"], want["losses"]), **error})
     first.save(own)
     save_checkpoint(first.model, own / "exported", processes=first.processes)
     again, others = trainer(), []
@@ -313,7 +313,7 @@ def _dropping(mesh: DeviceMesh, folder: Path) -> list[dict[str, float]]:
     return list(trainer.run(folder, CORPUS))
 
 
-def _own(whole: Tensor, trainer: Trainer, name: str) -> Tensor:
+def part_of(whole: Tensor, trainer: Trainer, name: str) -> Tensor:
     """This process's part of a gradient of one process."""
     part = taken(whole, trainer.model.cuts.get(name, ()))
     axis = trainer._replicas(name)
@@ -324,7 +324,7 @@ def _own(whole: Tensor, trainer: Trainer, name: str) -> Tensor:
     return flat[axis.rank * each : (axis.rank + 1) * each]
 
 
-def _error(got: Tensor, want: Tensor) -> float:
+def error_of(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max().clamp(min=1e-12))
 
 
