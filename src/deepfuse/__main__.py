@@ -1,4 +1,4 @@
-"""The command line: ``deepfuse generate | chat | build | profile | bench | simulate | quantize | ops | kernels | passes | ...``.
+"""The command line: ``deepfuse generate | chat | build | profile | bench | simulate | place | quantize | ops | kernels | passes | ...``.
 
 Each command takes ``--help``. What is printed is for people; ``--json`` prints one JSON object for programs. Long, as it
 has all commands: each is its arguments and a call.
@@ -24,6 +24,7 @@ from deepfuse.profiling.bench_command import Bench
 from deepfuse.profiling.profile_command import Profile
 from deepfuse.profiling.simulate_command import Simulate
 from deepfuse.runtime.build_options import BuildOptions
+from deepfuse.runtime.place_command import Place
 
 
 @dataclass(kw_only=True)
@@ -361,6 +362,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "profile": Profile,
     "bench": Bench,
     "simulate": Simulate,
+    "place": Place,
     "quantize": Quantize,
     "ops": Ops,
     "kernels": Kernels,
