@@ -108,6 +108,13 @@ def axes_of(mesh: DeviceMesh) -> Axes:
     return Axes(**found, rank=dist.get_rank(), size=mesh.size())
 
 
+def expert_groups(mesh: DeviceMesh) -> torch.Tensor:
+    """Ranks ``[axes of experts, processes of each]``."""
+    names = mesh.mesh_dim_names
+    assert names is not None
+    return mesh.mesh.movedim(names.index("expert"), -1).reshape(-1, mesh.size(names.index("expert")))
+
+
 @made_once
 def tokens_axis(mesh: DeviceMesh, axes: Axes) -> Axis | None:
     """The processes with tokens of their own as one axis, in the order of their ranks.
@@ -134,8 +141,7 @@ def expert_apart(mesh: DeviceMesh, axes: Axes, settings: Settings = dict) -> Axe
     """
     if axes.expert is None:
         return axes
-    ranks = _experts_last(mesh)
-    return replace(axes, expert=_own_group("expert", axes.rank, ranks.flatten(0, -2), settings))
+    return replace(axes, expert=_own_group("expert", axes.rank, expert_groups(mesh), settings))
 
 
 @made_once
@@ -155,16 +161,10 @@ def by_node(mesh: DeviceMesh, axes: Axes, ranks_per_node: int, settings: Setting
             f"{ranks_per_node}"
         )
     # [axes of experts, nodes, processes of a node]
-    ranks = _experts_last(mesh).flatten(0, -2).unflatten(1, (-1, ranks_per_node))
+    ranks = expert_groups(mesh).unflatten(1, (-1, ranks_per_node))
     across = _own_group("nodes of expert", axes.rank, ranks.movedim(1, -1).flatten(0, 1), settings)
     within = _own_group("expert in a node", axes.rank, ranks.flatten(0, 1), settings)
     return replace(axes, nodes=(across, within))
-
-
-def _experts_last(mesh: DeviceMesh) -> torch.Tensor:
-    names = mesh.mesh_dim_names
-    assert names is not None
-    return mesh.mesh.movedim(names.index("expert"), -1).unsqueeze(0)
 
 
 def _own_group(name: str, rank: int, groups: torch.Tensor, settings: Settings = dict) -> Axis:
