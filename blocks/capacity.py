@@ -1,6 +1,6 @@
 """Experts on several processes, each of which takes a fixed number of rows from each process: the rest is dropped.
 
-    C = ceil(T * K / E * capacity_factor)                     rows of one process for one expert
+    C = min(T, ceil(T * K / E * capacity_factor))             rows of one process for one expert
     slots [E, C], empty ones zero  ->  all-to-all of equal parts  ->  experts  ->  all-to-all  ->  weighted sums
 
 All shapes follow from T, nothing waits for a count: the graph is static, and a CUDA graph may hold it. What is dropped
@@ -59,6 +59,9 @@ class Capacity(nn.Module):
 
     def capacity(self, tokens: int, choices: int) -> int:
         """C, for so many tokens of a process and choices of each."""
+        # no token chooses an expert twice; which of the two is less does not depend on tokens, which may be a symbol
+        if choices * self.factor >= self.num_experts:
+            return tokens
         return -(-tokens * choices * self.factor.numerator // (self.num_experts * self.factor.denominator))
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor, ffn: nn.Module) -> tuple[Tensor, Tensor]:

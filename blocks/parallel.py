@@ -54,8 +54,8 @@ class Parallel:
         for name, of in (("mode", Mode), ("drop", Drop), ("dispatch", Dispatch), ("overlap", Overlap)):
             if getattr(self, name) not in get_args(of):
                 raise ValueError(f"parallel: want {name} out of {list(get_args(of))}, got {getattr(self, name)!r}")
-        if not 1 <= self.chunks <= 4:
-            raise ValueError(f"parallel: want chunks from 1 to 4, got {self.chunks}; 1 leaves the tokens together")
+        if type(self.chunks) is not int or not 1 <= self.chunks <= 4:
+            raise ValueError(f"parallel: want chunks from 1 to 4, got {self.chunks!r}; 1 leaves the tokens together")
         if self.chunks > 1 and self.overlap != "auto":
             raise ValueError(f"parallel: want overlap 'auto' with chunks = {self.chunks}, got {self.overlap!r}")
         of_node = self.ranks_per_node
@@ -75,8 +75,11 @@ class Parallel:
             )
         if self.max_ctas is not None and (type(self.max_ctas) is not int or self.max_ctas < 1):
             raise ValueError(f"parallel: want max_ctas as an integer >= 1, or None, got {self.max_ctas!r}")
-        if not 0 < self.capacity_factor < math.inf:
-            raise ValueError(f"parallel: want a finite capacity_factor > 0, got {self.capacity_factor}")
+        number = isinstance(self.capacity_factor, int | float) and type(self.capacity_factor) is not bool
+        if not number or not 0 < self.capacity_factor < math.inf:
+            raise ValueError(f"parallel: want a finite capacity_factor > 0, got {self.capacity_factor!r}")
+        if not isinstance(self.link, Link | None):
+            raise TypeError(f"parallel: want link as a Link of deepfuse.ir.link, or None, got {self.link!r:.80}")
 
 
 def to_parallel(

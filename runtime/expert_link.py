@@ -27,7 +27,9 @@ def expert_link(processes: Processes, device: Device) -> Link | None:
     if device.kind == "cpu":
         return LOOPBACK
     assert processes.mesh is not None
-    machines = expert_groups(processes.mesh) // int(os.environ.get("LOCAL_WORLD_SIZE") or torch.cuda.device_count() or 1)
+    machines = expert_groups(processes.mesh) // int(
+        os.environ.get("LOCAL_WORLD_SIZE") or torch.cuda.device_count() or 1
+    )
     if not torch.equal(machines, machines[:, :1].expand_as(machines)):
         return INFINIBAND_400
     return NVLINK_B200 if device.name == "B200" else NVLINK_H100

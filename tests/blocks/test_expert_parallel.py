@@ -155,5 +155,7 @@ def test_capacity_is_the_mean_load_times_a_factor_rounded_up():
         return layers[1].mlp.exchange.capacity(tokens, 3)
 
     # of 8 experts, 3 a token; exact where 0.1 has no exact float
-    assert [capacity(factor, 16) for factor in (1, 1.25, 0.1, 0.7, 3)] == [6, 8, 1, 5, 18]
+    assert [capacity(factor, 16) for factor in (1, 1.25, 0.1, 0.7, 2.6)] == [6, 8, 1, 5, 16]
+    # no token chooses an expert twice
+    assert [capacity(factor, 16) for factor in (3, 1e12)] == [16, 16]
     assert capacity(1, 0) == 0 and capacity(1, 1) == 1
