@@ -19,7 +19,7 @@ from deepfuse.profiling.bench import Bench
 from deepfuse.profiling.bench_against import comparison
 from deepfuse.profiling.bench_device import facts, versions
 from deepfuse.profiling.bench_results import Results, check_comparable, words
-from deepfuse.profiling.out_file import check_out_file
+from deepfuse.runtime.out_file import check_out_file
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 ARGUMENTS = {

@@ -26,9 +26,12 @@ class Place:
     json: bool = False
 
     def run(self) -> None:
+        from deepfuse.runtime.out_file import check_out_file
         from deepfuse.runtime.placement import place_experts
         from deepfuse.runtime.placement_file import save_placement
 
+        if self.out is not None:
+            check_out_file(self.out, "place: want --out")
         placement = place_experts(
             self.loads,
             self.ranks,

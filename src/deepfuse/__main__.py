@@ -203,7 +203,7 @@ class Kernels:
         from deepfuse.profiling.compile_kernels import check_request, compile_kernels
         from deepfuse.profiling.kernel_changes import check_comparable, compare
         from deepfuse.profiling.kernel_table import installed_triton, read_table, table_of
-        from deepfuse.profiling.out_file import check_out_file
+        from deepfuse.runtime.out_file import check_out_file
 
         check_request(self.arch, self.op)
         kept = None

@@ -37,4 +37,7 @@ def test_what_cannot_be_placed(
 
     assert "which does not exist; Model.expert_loads(path) writes it" in told(tmp_path / "no.json", "--ranks", "2")
     assert "want ranks that divide 8 experts + redundant" in told(tmp_path / "loads.json", "--ranks", "3")
-    assert "No such file or directory" in told(tmp_path / "loads.json", "--ranks", "2", "--out", tmp_path / "a" / "b")
+    for out in (tmp_path / "a" / "b", Path("/dev/null")):
+        said = told(tmp_path / "loads.json", "--ranks", "2", "--out", out)
+        assert f"place: want --out to be a file in a folder that exists, got {out}" in said
+    assert not Path("/dev/null").is_file()

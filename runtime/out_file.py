@@ -1,4 +1,4 @@
-"""Whether a file of results may be written, for who measures or compiles for minutes first."""
+"""Whether a file may be written, for who measures or compiles for minutes first, and before a file takes the place of a device."""
 
 import os
 from pathlib import Path
