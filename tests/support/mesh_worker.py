@@ -93,12 +93,12 @@ def texts_of(rank: int) -> list[str]:
     return [f"{chr(97 + i)} quick fox" for i in range(len(prompts_of(rank)))]
 
 
-def train(trainer: Trainer, *, graphs: bool) -> list[dict[str, Any]]:
-    """Of each step the loss and the balance loss, all gradients after clipping, and the router's biases."""
+def train(trainer: Trainer, *, graphs: bool, many: int = 3) -> list[dict[str, Any]]:
+    """Of each of so many steps the loss and the balance loss, all gradients after clipping, and the router's biases."""
     if not graphs:
         trainer.next_token_loss, trainer.mtp_loss = next_token_loss, mtp_loss
     steps = []
-    for _ in range(3):
+    for _ in range(many):
         loss = trainer.train_step(CORPUS)
         gradients = {n: p.grad.clone() for n, p in trainer.masters.items() if p.grad is not None}
         biases = {n: b.clone() for n, b in trainer.model.named_buffers() if n.endswith("correction_bias")}
@@ -274,12 +274,7 @@ def _trained(
 
     first = trainer()
     steps = train(first, graphs=graphs)
-    errors = []
-    for step, want in zip(steps, reference, strict=True):
-        assert step["gradients"].keys() == want["gradients"].keys()
-        error = {n: _error(g, _own(want["gradients"][n], first, n)) for n, g in step["gradients"].items()}
-        error |= {n: _error(b, want["biases"][n]) for n, b in step["biases"].items()}
-        errors.append({"losses": _error(step["losses"], want["losses"]), **error})
+    errors = errors_of(steps, reference, first)
     first.save(own)
     save_checkpoint(first.model, own / "exported", processes=first.processes)
     again, others = trainer(), []
@@ -302,6 +297,17 @@ def _trained(
         "others": others,
         "files": sorted(p.name for p in own.rglob("*") if "exported" not in p.parts),
     }
+
+
+def errors_of(steps: list[dict[str, Any]], reference: list[dict[str, Any]], trainer: Trainer) -> list[dict[str, float]]:
+    """Of each step, how far what :func:`train` returned is from what it did of one process, of which this has its part."""
+    errors = []
+    for step, want in zip(steps, reference, strict=True):
+        assert step["gradients"].keys() == want["gradients"].keys()
+        error = {n: _error(g, _own(want["gradients"][n], trainer, n)) for n, g in step["gradients"].items()}
+        error |= {n: _error(b, want["biases"][n]) for n, b in step["biases"].items()}
+        errors.append({"losses": _error(step["losses"], want["losses"]), **error})
+    return errors
 
 
 def _dropping(mesh: DeviceMesh, folder: Path) -> list[dict[str, float]]:
