@@ -64,10 +64,11 @@ def test_a_process_without_its_cache_compiles_beside_one_that_reads_its_own(said
 
 def test_steps_in_halves_are_those_of_one_process_with_the_whole_batch(said: list[dict[str, Any]]) -> None:
     for words in (process["halves"] for process in said):
-        assert words["compiled"] and len(words["graphs"]) == 2
+        assert words["compiled"] and words["graphs"] == ["train"]
         for step, errors in enumerate(words["errors"]):
             # each step's gradients are of weights that the steps before have changed
             assert {n: e for n, e in errors.items() if not e <= (1 + step) * TOLERANCE} == {}
             assert {"losses", "model.layers.1.mlp.gate.e_score_correction_bias"} < errors.keys() and len(errors) > 20
-        # three of each half, and as many backward but for the counts; gradients of what all have are summed
-        assert len(words["errors"]) == 2 and min(words["collectives"]) >= 4
+        assert len(words["errors"]) == 2
+        # of each half rows and results; the backward graph's are told
+        assert words["all-to-alls back"] == 2 * 2
