@@ -1,7 +1,6 @@
 """Models and trainers compiled by Inductor over a mesh of two processes, which are started once, against one process."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,11 +42,11 @@ def test_a_compiled_model_says_what_one_process_would(said: list[dict[str, Any]]
 
 
 def test_all_to_alls_are_those_of_the_mode(said: list[dict[str, Any]]) -> None:
-    # counts, rows and results; over nodes rows to each node, with what they chose and its weights, and results, with
-    # the counts of both, and in the node, where they are counted again, rows and results
+    # counts, rows and results; over nodes 5, as tests/runtime/test_mesh.py says, and 3 in the node
     for words in said:
-        assert words["cold"]["collectives"] == dict.fromkeys(GRAPHS, {"all_to_all_single": 3})
-        assert words["nodes"]["collectives"] == dict.fromkeys(GRAPHS, {"all_to_all_single": 5 + 3})
+        for name in GRAPHS:
+            assert words["cold"]["collectives"][name] == {"all_to_all_single": 3}
+            assert words["nodes"]["collectives"][name] == {"all_to_all_single": 5 + 3}
 
 
 def test_a_process_without_its_cache_compiles_beside_one_that_reads_its_own(said: list[dict[str, Any]]) -> None:

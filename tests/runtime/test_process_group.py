@@ -12,7 +12,7 @@ import deepfuse as df
 from deepfuse.blocks.parallel import Parallel
 from deepfuse.ir.private import process_group
 from deepfuse.runtime import heartbeat, processes
-from deepfuse.runtime.axes import Axes, axes_of
+from deepfuse.runtime.axes import axes_of
 from deepfuse.runtime.checkpoint import CheckpointError
 from deepfuse.runtime.process_group import VARIABLES, beside_compute, check_mesh, command, device_mesh, started
 from deepfuse.runtime.processes import Processes
