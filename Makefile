@@ -10,8 +10,8 @@ LOWEST_COMPILED := tests/blocks/test_oracle.py -k "yarn and not v2"
 
 UV := .uv/bin/uv
 BIN := .venv/bin
-# one worker a core, a file's tests on one of them: they share what they build
-SPREAD := --numprocesses auto --dist loadfile
+# one worker a core, a file's tests on one of them, since they share what they build; in the order of tests/conftest.py
+SPREAD := --numprocesses auto --dist loadfile --no-loadscope-reorder
 PYTEST = $(BIN)/pytest $(SPREAD)
 export UV_PYTHON_DOWNLOADS := never
 export UV_HTTP_TIMEOUT ?= 120

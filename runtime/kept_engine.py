@@ -24,24 +24,23 @@ def kept_engine(
 ) -> Engine:
     """The engine of a model, its graphs read from ``folder`` where they are there whole, else made and written there.
 
-    Of several processes all read theirs, or all make them; none of these runs before their collectives were compared.
+    Each of several processes has its own ``folder``, and may read its graphs while another makes its own; no graph runs
+    before the collectives of all were compared.
     """
     graphs = graphs_of(max_batch_size, large)
     kept = None if folder is None else kept_journal(folder.read_report(), graphs)
     several = processes.axes.size > 1
-    if folder is not None and processes.any_of(kept is None):
-        kept = None
+    if folder is not None and kept is None:
         folder.discard()
     options: dict[str, Any] = {"max_batch_size": max_batch_size, "folder": folder, "large": large}
     options |= {"lockstep": processes.lockstep(cache.layers[0].device), "together": folder is not None and several}
     made = Engine(causal_lm, cache, runner, **options)
     if folder is None:
         return made
-    if not processes.any_of(not made.from_cache or kept is None):
-        assert kept is not None
+    if kept is not None and made.from_cache:
         runner.journal.graphs[:] = kept.graphs
     else:
-        if processes.any_of(len(runner.journal.graphs) < graphs):
+        if len(runner.journal.graphs) < graphs:
             # Inductor had a graph that we had lost: its passes did not run, so that the report would have a gap
             folder.discard()
             runner.journal.graphs.clear()

@@ -22,7 +22,6 @@ from deepfuse.runtime.agreement import agree, raised_by_every_rank
 from deepfuse.runtime.axes import Axes, Settings, axes_of, by_node, expert_apart, tokens_axis
 from deepfuse.runtime.heartbeat import start
 from deepfuse.runtime.lockstep import Lockstep
-from deepfuse.runtime.meeting import any_of
 from deepfuse.runtime.placement_file import load_placement
 from deepfuse.runtime.process_group import BesideCompute, check_mesh, check_timeout, device_mesh, limit_waits
 from deepfuse.runtime.requirements import check_device
@@ -122,10 +121,6 @@ class Processes:
 
     def lockstep(self, device: torch.device) -> Lockstep:
         return Lockstep(self.axes, device, equal=self.parallel.mode == "capacity")
-
-    def any_of(self, said: bool = False) -> bool:
-        """Wait for the others, however long they compile; whether one of them said so."""
-        return any_of(said, self.axes, self.timeout_s)
 
     @property
     def compare(self) -> Callable[[str, list[Call]], None] | None:

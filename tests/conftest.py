@@ -1,6 +1,8 @@
 """Test setup: kernels run in Triton's interpreter where there is no GPU, and every test starts from one seed."""
 
 import os
+from collections import Counter
+from collections.abc import Callable
 
 import hypothesis
 import pytest
@@ -68,8 +70,20 @@ def _seed() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=_longest_first(items))
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _longest_first(items: list[pytest.Item]) -> Callable[[pytest.Item], tuple[bool, int, str]]:
+    """Files that compile or are slow, which others fill up to the end; of each kind those with many tests first.
+
+    By the number of tests alone, as xdist has it, a file of one test that lasts minutes would come last.
+    """
+    tests = Counter(item.path for item in items)
+    long = {item.path for item in items for name in ("compile", "slow") if item.get_closest_marker(name)}
+    return lambda item: (item.path not in long, -tests[item.path], str(item.path))

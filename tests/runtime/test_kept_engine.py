@@ -31,9 +31,6 @@ class Told:
     def lockstep(self, device: torch.device) -> Lockstep:
         return Lockstep(Axes(), device)
 
-    def any_of(self, said: bool = False) -> bool:
-        return said
-
     def compare_kept(self, journal: Journal) -> None:
         self.heard.append(f"compared {' '.join(graph.name for graph in journal.graphs)}")
 

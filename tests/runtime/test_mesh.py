@@ -61,7 +61,8 @@ def said(folders: dict[int, Path], reference: tuple[Path, float]) -> dict[int, l
     out = {}
     for size, cases in ((2, OF_TWO), (4, OF_FOUR)):
         folder = folders[size]
-        run_ranks(mesh_worker.__file__, size, folder, str(checkpoint()), str(reference[0]), *cases)
+        arguments = (str(checkpoint()), str(reference[0]), *cases)
+        run_ranks(mesh_worker.__file__, size, folder, *arguments, timeout_s=600)
         out[size] = [json.loads((folder / f"said{rank}.json").read_text()) for rank in range(size)]
     return out
 

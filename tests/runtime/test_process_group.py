@@ -13,9 +13,8 @@ import deepfuse as df
 from deepfuse.blocks.parallel import Parallel
 from deepfuse.ir.private import process_group
 from deepfuse.runtime import heartbeat, processes
-from deepfuse.runtime.axes import Axes, axes_of
+from deepfuse.runtime.axes import axes_of
 from deepfuse.runtime.checkpoint import CheckpointError
-from deepfuse.runtime.meeting import any_of
 from deepfuse.runtime.process_group import VARIABLES, BesideCompute, check_mesh, command, device_mesh, started
 from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.told_once import Unless, kind_of, of_kind, told_once
@@ -164,8 +163,6 @@ def test_without_other_processes_nothing_beats(world):
 
 
 def test_nobody_is_waited_for_over_a_fake_group(world):
-    assert any_of(True, Axes(size=8), 5)
-    assert not any_of(False, Axes(size=8), 5)
     model = df.build(ONE_LAYER, mesh={"data": 8}, device="cpu", compile=False, max_batch_size=1, max_seq_len=32)
     assert len(model.generate([[1, 2]], max_new_tokens=2, stop_token_ids=())[0]) == 2
 

@@ -93,12 +93,12 @@ def texts_of(rank: int) -> list[str]:
     return [f"{chr(97 + i)} quick fox" for i in range(len(prompts_of(rank)))]
 
 
-def train(trainer: Trainer, *, graphs: bool) -> list[dict[str, Any]]:
-    """Of each step the loss and the balance loss, all gradients after clipping, and the router's biases."""
+def train(trainer: Trainer, *, graphs: bool, many: int = 3) -> list[dict[str, Any]]:
+    """Of each of so many steps the loss and the balance loss, all gradients after clipping, and the router's biases."""
     if not graphs:
         trainer.next_token_loss, trainer.mtp_loss = next_token_loss, mtp_loss
     steps = []
-    for _ in range(3):
+    for _ in range(many):
         loss = trainer.train_step(CORPUS)
         gradients = {n: p.grad.clone() for n, p in trainer.masters.items() if p.grad is not None}
         biases = {n: b.clone() for n, b in trainer.model.named_buffers() if n.endswith("correction_bias")}
@@ -274,12 +274,7 @@ def _trained(
 
     first = trainer()
     steps = train(first, graphs=graphs)
-    errors = []
-    for step, want in zip(steps, reference, strict=True):
-        assert step["gradients"].keys() == want["gradients"].keys()
-        error = {n: error_of(g, part_of(want["gradients"][n], first, n)) for n, g in step["gradients"].items()}
-        error |= {n: error_of(b, want["biases"][n]) for n, b in step["biases"].items()}
-        errors.append({"losses": error_of(step["losses"], want["losses"]), **error})
+    errors = errors_of(steps, reference, first)
     first.save(own)
     save_checkpoint(first.model, own / "exported", processes=first.processes)
     again, others = trainer(), []
@@ -304,6 +299,17 @@ def _trained(
     }
 
 
+def errors_of(steps: list[dict[str, Any]], reference: list[dict[str, Any]], trainer: Trainer) -> list[dict[str, float]]:
+    """Of each step, how far what :func:`train` returned is from what it did of one process, of which this has its part."""
+    errors = []
+    for step, want in zip(steps, reference, strict=True):
+        assert step["gradients"].keys() == want["gradients"].keys()
+        error = {n: _error(g, _own(want["gradients"][n], trainer, n)) for n, g in step["gradients"].items()}
+        error |= {n: _error(b, want["biases"][n]) for n, b in step["biases"].items()}
+        errors.append({"losses": _error(step["losses"], want["losses"]), **error})
+    return errors
+
+
 def _dropping(mesh: DeviceMesh, folder: Path) -> list[dict[str, float]]:
     """Rows of a training in which experts take a quarter of their mean load."""
     training = replace(TRAINING, checkpoint_every=1, mtp_steps=0, aux_loss_alpha=0.0)
@@ -313,7 +319,7 @@ def _dropping(mesh: DeviceMesh, folder: Path) -> list[dict[str, float]]:
     return list(trainer.run(folder, CORPUS))
 
 
-def part_of(whole: Tensor, trainer: Trainer, name: str) -> Tensor:
+def _own(whole: Tensor, trainer: Trainer, name: str) -> Tensor:
     """This process's part of a gradient of one process."""
     part = taken(whole, trainer.model.cuts.get(name, ()))
     axis = trainer._replicas(name)
@@ -324,7 +330,7 @@ def part_of(whole: Tensor, trainer: Trainer, name: str) -> Tensor:
     return flat[axis.rank * each : (axis.rank + 1) * each]
 
 
-def error_of(got: Tensor, want: Tensor) -> float:
+def _error(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max().clamp(min=1e-12))
 
 
