@@ -66,7 +66,7 @@ def inductor_cache() -> Iterator[None]:
     before, ours = os.environ.get(name), _versioned() / "inductor"
     # torch sets the variable to its default when Dynamo is imported: that is nobody's choice
     chosen = before is not None and before != default_inductor_folder()
-    if chosen or not _writable(ours):
+    if chosen or not _fit_for_inductor(ours):
         yield
         return
     os.environ[name] = str(ours)
@@ -78,8 +78,10 @@ def inductor_cache() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _writable(folder: Path) -> bool:
-    """Inductor fails where it cannot write; its own default is then the better folder."""
+def _fit_for_inductor(folder: Path) -> bool:
+    """Inductor fails where it cannot write, or with a space in a name, which parts its commands; its default is better then."""
+    if any(c.isspace() for c in str(folder)):
+        return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -154,6 +154,13 @@ def test_inductor_keeps_its_own_folder_where_ours_cannot_be_written(monkeypatch,
         assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
+def test_inductor_keeps_its_own_folder_where_the_name_of_ours_would_part_its_commands(monkeypatch, tmp_path):
+    monkeypatch.setenv("DEEPFUSE_CACHE_DIR", str(tmp_path / "my cache"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    with inductor_cache():
+        assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
 # builds
 
 TIMES = {"build_seconds", "compile_seconds", "prefill_tokens_per_second", "decode_tokens_per_second"}
