@@ -102,19 +102,22 @@ def test_is_the_attention_of_pytorch_and_so_is_its_gradient(forward, backward, l
     ],
     ids=["decode", "chunk", "prompt", "three heads", "float32", "wide float32"],
 )
-def test_kernel_error_is_at_most_twice_that_of_the_reference(lengths, widths, dtype):
+def test_kernel_error_is_at_most_a_few_times_that_of_the_reference(lengths, widths, dtype):
+    # in bfloat16 the roundings of inputs and results decide; in float32 those of sums, which a reference with 16 lanes of AVX-512
+    # adds in as many chains, so that it errs 16 ** 0.5 times less than one chain may
+    times = 2.0 if dtype == torch.bfloat16 else 4.0
     args = _arguments(lengths, *widths, dtype)
     wide = tuple(t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in args)
     actual, reference, exact = _launch(*args), mla_attention_ref(*args), mla_attention_ref(*wide)
-    assert_as_accurate(actual[0], reference[0], exact[0])
-    assert_as_accurate(actual[1], reference[1], exact[1])
+    for values in zip(actual, reference, exact, strict=True):
+        assert_as_accurate(*values, times)
 
     dout = torch.randn_like(actual[0])
     actual = _launch_backward(dout, *args[:3], *reference, *args[3:])
     exact = mla_attention_backward_ref(dout.double(), *wide[:3], *exact, *wide[3:])
     reference = mla_attention_backward_ref(dout, *args[:3], *reference, *args[3:])
     for grads in zip(actual, reference, exact, strict=True):
-        assert_as_accurate(*grads)
+        assert_as_accurate(*grads, times)
 
 
 @every_provider
