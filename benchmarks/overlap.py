@@ -55,11 +55,10 @@ MODEL = {
     "experts": 4,
     "experts_per_token": 2,
     "intermediate": 1024,
-    "rounds": 8,
 }
 """Whole layers, of ``overlap_forms.py``."""
-LENGTHS = (64, 512)
-"""Tokens of a sequence there."""
+LENGTHS = {64: 24, 512: 8}
+"""Tokens of a sequence there, and rounds."""
 MODEL_RATES = (20e6, 66e6, 200e6)
 TIMEOUT_S = 600
 
@@ -79,7 +78,7 @@ def suite(bench: Bench) -> None:
     for rate in MODEL_RATES if not why else (0.0,):
         part = f"layers, {_words(rate)}"
         if bench.wants(part, seconds=240):
-            specs = [{**MODEL, "length": length} for length in LENGTHS]
+            specs = [{**MODEL, "length": length, "rounds": rounds} for length, rounds in LENGTHS.items()]
             for spec, found in zip(specs, run_ranks(specs, rate, "overlap_forms.py"), strict=True):
                 times = {name: summary(seconds) for name, seconds in found["times"].items()}
                 name = f"2 layers, {spec['sequences']} x {spec['length']} tokens, {_words(rate)}"
