@@ -16,6 +16,7 @@ from deepfuse.ir.private import backends_error
 from deepfuse.passes.pipeline import Pipeline
 from deepfuse.runtime.blame import RankError, ranks
 from deepfuse.runtime.heartbeat import alone, watched
+from deepfuse.runtime.timeout import is_timeout
 from deepfuse.runtime.told_once import everywhere, told_once
 from deepfuse.runtime.verdict import failing, verdict
 
@@ -85,8 +86,7 @@ def raised_together(build: Callable[..., Any]) -> Callable[..., Any]:
         if kwargs.get("mesh") is None and kwargs.get("parallel") is None:
             return build(*args, **kwargs)
         timeout_s = kwargs.get("timeout_s", 60.0)
-        number = isinstance(timeout_s, int | float) and 0 < timeout_s < float("inf")
-        with raised_by_every_rank(timeout_s if number else 60.0):
+        with raised_by_every_rank(timeout_s if is_timeout(timeout_s) else 60.0):
             return build(*args, **kwargs)
 
     return call

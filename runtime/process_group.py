@@ -20,6 +20,7 @@ from deepfuse.blocks.axis import AXES
 from deepfuse.ir.private import set_group_timeout
 from deepfuse.runtime.agreement import raised_by_every_rank
 from deepfuse.runtime.axes import made_once
+from deepfuse.runtime.timeout import check_timeout
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GLOO_WAITS, NCCL_WAITS = 0.5, 1.0
@@ -106,7 +107,7 @@ def check_mesh(mesh: DeviceMesh, device: torch.device, timeout_s: float) -> None
     Raises:
         TypeError: it is no :class:`DeviceMesh`.
         ValueError: its axes are not out of ``AXES``, or twice the same; it lies on another device than ``device``, or
-            its backend does; it has not all processes; ``timeout_s`` is no positive number.
+            its backend does; it has not all processes; ``timeout_s`` is none that processes can wait.
     """
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"build: want mesh as a DeviceMesh, got {mesh!r:.80}")
@@ -126,16 +127,6 @@ def check_mesh(mesh: DeviceMesh, device: torch.device, timeout_s: float) -> None
     for group in (dist.group.WORLD, *mesh.get_all_groups()):
         _check_backend(dist.get_backend_config(group), device)
         limit_waits(group, timeout_s)
-
-
-def check_timeout(timeout_s: float) -> None:
-    """Whether it is one.
-
-    Raises:
-        ValueError: it is no positive number.
-    """
-    if type(timeout_s) is bool or not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
-        raise ValueError(f"build: want timeout_s as a number of seconds > 0, got {timeout_s!r}")
 
 
 def limit_waits(group: Any, timeout_s: float) -> None:

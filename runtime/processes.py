@@ -23,8 +23,9 @@ from deepfuse.runtime.axes import Axes, Settings, axes_of, by_node, expert_apart
 from deepfuse.runtime.heartbeat import start
 from deepfuse.runtime.lockstep import Lockstep
 from deepfuse.runtime.placement_file import load_placement
-from deepfuse.runtime.process_group import BesideCompute, check_mesh, check_timeout, device_mesh, limit_waits
+from deepfuse.runtime.process_group import BesideCompute, check_mesh, device_mesh, limit_waits
 from deepfuse.runtime.requirements import check_device
+from deepfuse.runtime.timeout import check_timeout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -100,7 +100,7 @@ def test_meshes_that_are_refused(world):
     mesh = device_mesh({"data": 2, "expert": 4}, CPU, 5)
     with pytest.raises(ValueError, match="want one of device cuda, which the model is on, got one of cpu"):
         check_mesh(mesh, torch.device("cuda"), 5)
-    for timeout_s in (0, -1.0, float("inf"), "60"):
+    for timeout_s in (0, -1.0, float("nan"), float("inf"), 1e10, 10**400, True, "60"):
         with pytest.raises(ValueError, match="want timeout_s as a number of seconds > 0"):
             check_mesh(mesh, CPU, timeout_s)
 
