@@ -21,6 +21,8 @@ from deepfuse.profiling.fake_step import Workload
 from deepfuse.profiling.layer_work import PARTS, Phase, RankWork, compute_dtype
 from deepfuse.profiling.overlap_choice import LayerSeconds, Ops, best, plans
 
+MOST_TOKENS = 1 << 32
+"""Of a rank: of more, the bytes of its tensors are beyond 64 bits."""
 OPTIMIZER_BYTES = 16
 """A parameter in training: float32 weight, gradient and two moments of Adam; of what is not FP8, a working copy besides."""
 
@@ -188,6 +190,10 @@ def check(config: Config, cluster: Cluster, setup: Setup) -> None:
     for name in ("sequences", "length", "expert", "tensor", "data"):
         if getattr(setup, name) < 1:
             raise ValueError(f"simulate: want {name} >= 1, got {getattr(setup, name)}")
+    if setup.sequences * setup.length > MOST_TOKENS:
+        raise ValueError(
+            f"simulate: want sequences * length <= {MOST_TOKENS}, got {setup.sequences} * {setup.length}"
+        )
     if setup.redundant < 0 or not 1 <= (1 if setup.imbalance is None else setup.imbalance) < math.inf:
         raise ValueError(
             f"simulate: want redundant >= 0 and a finite imbalance >= 1, got {setup.redundant} and {setup.imbalance}"

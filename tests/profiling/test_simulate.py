@@ -128,6 +128,7 @@ def test_redundant_experts_cost_memory(tiny: Simulation, by_ranks: dict[int, Pre
     ("change", "error"),
     [
         ({"sequences": 0}, "want sequences >= 1, got 0"),
+        ({"sequences": 10**12, "length": 2}, "want sequences [*] length <= 4294967296, got 1000000000000 [*] 2"),
         ({"expert": 3}, "want expert to divide n_routed_experts [+] redundant, got 3 and 8; redundant = 1 fits"),
         (
             {"expert": 3, "redundant": 1},
