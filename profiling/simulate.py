@@ -191,9 +191,7 @@ def check(config: Config, cluster: Cluster, setup: Setup) -> None:
         if getattr(setup, name) < 1:
             raise ValueError(f"simulate: want {name} >= 1, got {getattr(setup, name)}")
     if setup.sequences * setup.length > MOST_TOKENS:
-        raise ValueError(
-            f"simulate: want sequences * length <= {MOST_TOKENS}, got {setup.sequences} * {setup.length}"
-        )
+        raise ValueError(f"simulate: want sequences * length <= {MOST_TOKENS}, got {setup.sequences} * {setup.length}")
     if setup.redundant < 0 or not 1 <= (1 if setup.imbalance is None else setup.imbalance) < math.inf:
         raise ValueError(
             f"simulate: want redundant >= 0 and a finite imbalance >= 1, got {setup.redundant} and {setup.imbalance}"

@@ -17,4 +17,6 @@ def check_timeout(timeout_s: object) -> None:
         ValueError: it is no positive number, or too large.
     """
     if not is_timeout(timeout_s):
-        raise ValueError(f"build: want timeout_s as a number of seconds > 0, at most {LONGEST_S:g}, got {timeout_s!r:.80}")
+        raise ValueError(
+            f"build: want timeout_s as a number of seconds > 0, at most {LONGEST_S:g}, got {timeout_s!r:.80}"
+        )
