@@ -19,6 +19,7 @@ from deepfuse.blocks.config import Config
 from deepfuse.runtime.engine import Engine
 from deepfuse.runtime.generation import Request, Sampling, Speed, generate_tokens
 from deepfuse.runtime.generation_config import GenerationConfig
+from deepfuse.runtime.out_file import check_out_file
 from deepfuse.runtime.placement_file import save_loads
 from deepfuse.runtime.processes import Processes
 from deepfuse.runtime.report import Report
@@ -284,7 +285,7 @@ class Model:
             ``[L, E]`` int64 on the CPU, of the layers with experts in order. Padding counts nothing.
 
         Raises:
-            ValueError: nobody counts.
+            ValueError: nobody counts, or the file cannot be written.
         """
         with self.processes.raising_together("expert loads"):
             counted = self.engine.loads()
@@ -292,6 +293,8 @@ class Model:
                 raise ValueError(
                     "expert_loads: want a model built with count_loads=True, which has experts, got one that counts nothing"
                 )
+            if path is not None and self.processes.axes.rank == 0:
+                check_out_file(Path(path), "expert_loads: want path")
             with torch.no_grad():
                 loads = self.processes.sum_over_tokens(counted).cpu()
             if path is not None and self.processes.axes.rank == 0:

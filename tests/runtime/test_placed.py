@@ -55,6 +55,13 @@ def test_without_a_placement_the_report_has_none():
         model.expert_loads()
 
 
+def test_loads_are_not_written_where_no_file_can_be(tmp_path):
+    model = build(CONFIG, count_loads=True)
+    for path in (tmp_path, tmp_path / "none" / "loads.json"):
+        with pytest.raises(ValueError, match="^expert_loads: want path to be a file in a folder that exists, got "):
+            model.expert_loads(path)
+
+
 @pytest.mark.parametrize(
     ("how", "kind", "words"),
     [
