@@ -293,11 +293,11 @@ class Model:
                 raise ValueError(
                     "expert_loads: want a model built with count_loads=True, which has experts, got one that counts nothing"
                 )
-            if path is not None and self.processes.axes.rank == 0:
-                check_out_file(Path(path), "expert_loads: want path")
             with torch.no_grad():
                 loads = self.processes.sum_over_tokens(counted).cpu()
             if path is not None and self.processes.axes.rank == 0:
+                # behind the sum, in which the others would wait
+                check_out_file(Path(path), "expert_loads: want path")
                 save_loads(loads, path)
         return loads
 
