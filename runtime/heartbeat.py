@@ -35,6 +35,9 @@ from deepfuse.runtime.told_once import everywhere
 BAD = ("lost", "failed")
 """Last words after which the others' collectives with a process fail."""
 
+OF_COLLECTIVES = ("gloo/", "NCCL", "Application timeout caused pair closure")
+"""In the text of a collective's error. The last is all that Gloo says to those in flight while another one waits too long."""
+
 
 class Doing:
     """What a thread is at: phase ``""`` is outside of any."""
@@ -371,7 +374,7 @@ def of_a_collective(error: BaseException) -> bool:
     """Whether it comes from the connection to other processes: Gloo's errors are known by their text alone."""
     if isinstance(error, dist.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo/", "NCCL"))
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OF_COLLECTIVES)
 
 
 def place(thread: int) -> str:
